@@ -1,0 +1,1 @@
+"""One-momentum, matrix-aware optimizers for DeepSpeed ZeRO."""
