@@ -1,1 +1,12 @@
+"""The seam to DeepSpeed: how an optimizer gets in, and where its parameters' elements then lie."""
 
+from __future__ import annotations
+
+from ds_optim.sharding.binding import register_binder
+from ds_optim.zero.bind import bind_zero
+from ds_optim.zero.config import from_config
+from ds_optim.zero.initialize import initialize
+
+register_binder(bind_zero)
+
+__all__ = ["from_config", "initialize"]

@@ -1,0 +1,63 @@
+"""The linear family: direction and next momentum are both blends of momentum and gradient.
+
+Lion, Signum, SignSGD, Muon (with and without nesterov), LionMuon, SignMuon: each is four numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.chunks import Scratch, chunks
+
+
+@dataclass(frozen=True)
+class Blend:
+    """direction = direction[0] * m + direction[1] * g; m <- momentum[0] * m + momentum[1] * g (m: the old one)."""
+
+    direction: tuple[float, float]
+    momentum: tuple[float, float]
+
+
+def blend_into(out: Tensor, m: Tensor | None, g: Tensor, blend: Blend, scratch: Scratch | None = None) -> None:
+    """Write the direction to ``out`` and move ``m`` on, in one pass over memory; g is never written.
+
+    out: (n,) of any float dtype, on any device; it may be g itself where the caller owns g. m: (n,) in g's dtype and
+    device, or None for rules without momentum: the direction is then direction[1] * g. Roundings: see ``advance``,
+    and one more where ``out`` has another dtype.
+    """
+    check_flat(g, out=out, m=m)
+    buffers = (scratch or Scratch()).take(2, g)
+    with torch.no_grad():
+        for gradient, momentum, result, a, b in chunks(g, m, out, buffers=buffers):
+            result.copy_(advance(momentum, gradient, blend, a, b))
+
+
+def advance(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> Tensor:
+    """The direction of one chunk, in a; m has moved on, b is spent, g is as it was. All of one length and dtype.
+
+    Each product and each sum is rounded by itself: rounded(rounded(d0 m) + rounded(d1 g)), the momentum likewise,
+    scalars rounded to m's dtype first. Operations that round once for two (add with alpha, lerp, addcmul) are kept
+    out: kernels may fuse them in the vectorized body of a tensor and not in its tail, and then the bits of an element
+    would depend on where in the partition it lies.
+    """
+    torch.mul(g, blend.direction[1], out=a)
+    if m is None:
+        return a
+    torch.mul(m, blend.direction[0], out=b)
+    a.add_(b)
+    if blend.momentum == blend.direction:
+        m.copy_(a)
+        return a
+    torch.mul(g, blend.momentum[1], out=b)
+    m.mul_(blend.momentum[0]).add_(b)
+    return a
+
+
+def check_flat(like: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless ``like`` and all others are one-dimensional and of one length."""
+    for name, tensor in {"": like, **others}.items():
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape != like.shape):
+            raise ValueError(f"flat tensors of one length expected: {name} {tuple(tensor.shape)}, {tuple(like.shape)}")

@@ -1,0 +1,71 @@
+"""Walk flat tensors chunk by chunk, with scratch that is made once and never grows beyond a few chunks.
+
+An elementwise step is some ten passes; done over whole tensors each would go to main memory, and scratch would be as
+large as the tensors. Done over a chunk that stays in cache, memory is read and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# CPU, one thread: small chunks pay for dispatch, large ones for memory. Lion's step over 10M elements took 53, 43, 29,
+# 28, 31, 32 and 50 ms with chunks of 2^14 ... 2^20 (1 MiB L2, 32 MiB L3).
+CPU_CHUNK = 1 << 17
+# ATen gives a thread at least so many elements: with many threads a chunk must be larger for all to work.
+CPU_GRAIN = 1 << 15
+# CUDA: a launch costs the same for any size; bounded so that scratch is (128 MiB a float32 buffer).
+CUDA_CHUNK = 1 << 25
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements of a chunk on ``device``."""
+    if device.type == "cpu":
+        return max(CPU_CHUNK, CPU_GRAIN * torch.get_num_threads())
+    return CUDA_CHUNK
+
+
+class Scratch:
+    """Buffers of at most one chunk, kept for the next call.
+
+    A caller that steps many tensors makes one Scratch and hands it to each call; without one, a call makes its own.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def take(self, count: int, like: Tensor) -> list[Tensor]:
+        """``count`` buffers as long as the first chunk of ``like``, of its dtype, on its device, contents undefined.
+
+        They stay valid until the next ``take``.
+        """
+        size = min(like.numel(), chunk_elements(like.device))
+        return [self._buffer((like.device, like.dtype, index), size) for index in range(count)]
+
+    def _buffer(self, key: tuple[torch.device, torch.dtype, int], size: int) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[key] = torch.empty(size, device=key[0], dtype=key[1])
+        return buffer[:size]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
+
+def chunks(first: Tensor, *others: Tensor | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """Views of equally long flat tensors, chunk by chunk in step, None for None, and ``buffers`` as long as they.
+
+    ``first``'s device decides the size. The views come from ``split``: slicing one by one costs a dispatch each.
+    """
+    step = chunk_elements(first.device)
+    views = (repeat(None) if tensor is None else tensor.split(step) for tensor in others)
+    for view, *rest in zip(first.split(step), *views, strict=False):
+        if view.numel() != buffers[0].numel():
+            buffers = [buffer[: view.numel()] for buffer in buffers]
+        yield view, *rest, *buffers

@@ -1,0 +1,95 @@
+"""Steps of flat tensors, in place: sign rules, AdamW, and the application of an update made elsewhere.
+
+All are decoupled: p <- p * (1 - lr * decay) first, then the update. Scalars are computed in Python's float64 and
+rounded once to p's dtype. Every operation rounds once (see ``blend.advance``), so an element's bits depend on its
+values alone: not on its offset, on chunk borders or on the tensor's length. Finite gradients are the caller's job.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.blend import Blend, advance, check_flat
+from ds_optim.elementwise.chunks import Scratch, chunks
+
+
+def sign_step(
+    p: Tensor,
+    m: Tensor | None,
+    g: Tensor,
+    *,
+    blend: Blend,
+    lr: float,
+    decay: float,
+    scratch: Scratch | None = None,
+) -> None:
+    """p <- p (1 - lr decay) - lr sign(direction), sign(0) = 0; m moves on; g is not written. All (n,).
+
+    Reads p, m, g and writes p, m once.
+    """
+    check_flat(p, m=m, g=g)
+    buffers = (scratch or Scratch()).take(2, p)
+    with torch.no_grad():
+        for weights, momentum, gradient, a, b in chunks(p, m, g, buffers=buffers):
+            direction = advance(momentum, gradient, blend, a, b)
+            # lr times -1, 0 or 1 is exact, so a fused multiply-subtract has the same bits as two operations.
+            _decayed(weights, lr, decay).sub_(direction.sign_(), alpha=lr)
+
+
+def adamw_step(
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    step: int,
+    scratch: Scratch | None = None,
+) -> None:
+    """AdamW (1711.05101) with the bias correction of ``torch.optim.AdamW``; all (n,), g is not written.
+
+    step counts from 1. p <- p (1 - lr decay); m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g;
+    p <- p - [lr / (1-b1^t)] m / (sqrt(v) / sqrt(1-b2^t) + eps). Reads p, m, v, g and writes p, m, v once.
+    """
+    check_flat(p, m=m, v=v, g=g)
+    if step < 1:
+        raise ValueError(f"adamw_step counts steps from 1, not {step}")
+    rate = lr / (1 - betas[0] ** step)
+    correction = math.sqrt(1 - betas[1] ** step)
+    buffers = (scratch or Scratch()).take(2, p)
+    with torch.no_grad():
+        for weights, mean, square, gradient, a, b in chunks(p, m, v, g, buffers=buffers):
+            torch.mul(gradient, 1 - betas[0], out=a)
+            mean.mul_(betas[0]).add_(a)
+            torch.mul(gradient, gradient, out=a)
+            square.mul_(betas[1]).add_(a.mul_(1 - betas[1]))
+            torch.sqrt(square, out=a).div_(correction).add_(eps)
+            torch.div(mean, a, out=b).mul_(rate)
+            _decayed(weights, lr, decay).sub_(b)
+
+
+def apply_update(
+    p: Tensor, update: Tensor, *, lr: float, decay: float, scale: float = 1.0, scratch: Scratch | None = None
+) -> None:
+    """p <- p (1 - lr decay) - lr scale update; update (n,) of any float dtype, on any device, is not written.
+
+    A bfloat16 update is brought to p's dtype before it meets lr scale.
+    """
+    check_flat(p, update=update)
+    buffers = (scratch or Scratch()).take(1, p)
+    with torch.no_grad():
+        for weights, change, a in chunks(p, update, buffers=buffers):
+            a.copy_(change).mul_(lr)
+            _decayed(weights, lr, decay).sub_(a)
+
+
+def _decayed(p: Tensor, lr: float, decay: float) -> Tensor:
+    """p, after p <- p (1 - lr decay); untouched where the factor is 1."""
+    factor = 1 - lr * decay
+    return p if factor == 1 else p.mul_(factor)

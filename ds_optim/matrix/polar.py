@@ -1,0 +1,216 @@
+"""The polar factor of a batch of matrices: what the ``polar`` object of the JSON says, and the dispatch on it.
+
+polar(X) = UV' of the thin singular value decomposition X = USV'. Methods: ``standard`` and ``gram`` are
+Newton-Schulz iterations (newton_schulz.py), ``svd`` is the exact reference.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.errors import UserError
+from ds_optim.matrix import newton_schulz
+from ds_optim.matrix.normalize import prescaled
+from ds_optim.matrix.schedules import SCHEDULES, schedule
+
+METHODS = ("auto", "standard", "gram", "svd")
+NORMALIZATIONS = ("frobenius", "schatten4")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Long side / short side above which ``auto`` takes the Gram form. CPU: time of gram / standard, keller x5, one thread:
+#   short side, aspect    1.0   1.5   2.0   2.7   3.0   4.0   8.0
+#   768, bfloat16        1.25  1.02         0.81  0.74  0.69
+#   768, float32         1.25  1.06         0.82
+#   256, bfloat16                    1.00               0.80  0.66
+#   256, float32                     0.92               0.71  0.55
+# CUDA: the published 1.5.
+_GRAM_FROM_CPU = 2.0
+_GRAM_FROM_CUDA = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarSpec:
+    """How matrices are orthogonalized: the JSON object ``polar``.
+
+    schedule: coefficients, ``keller`` (any step count), ``you`` (up to 5) or ``polar_express`` (5 or 8).
+    steps: Newton-Schulz steps; None means 5.
+    method: ``standard``, ``gram`` (iterates on the Gram matrix), ``svd`` (exact, slow) or ``auto``.
+    normalize: ``frobenius`` or ``schatten4``: the norm that brings singular values into [0, 1].
+    dtype: what the iteration computes in; norms are float32 always. ``auto`` asks the hardware.
+
+    ``gram_from`` is set by ``resolve`` and is no JSON key: the aspect from which ``auto`` means ``gram``.
+    """
+
+    schedule: str = "keller"
+    steps: int | None = 5
+    method: str = "auto"
+    normalize: str = "frobenius"
+    dtype: str = "auto"
+    gram_from: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("method", self.method, METHODS)
+        _one_of("normalize", self.normalize, NORMALIZATIONS)
+        _one_of("dtype", self.dtype, ("auto", *DTYPES))
+        if self.steps is None:
+            object.__setattr__(self, "steps", 5)
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool):
+            raise UserError(f"polar.steps: {self.steps!r} is not a step count; write a whole number such as 5")
+        schedule(self.schedule, self.steps)
+        if self.method == "svd" and self.dtype not in ("auto", "float32"):
+            raise UserError(f"polar.dtype: method 'svd' computes in float32, not {self.dtype}; write \"float32\"")
+
+    @staticmethod
+    def from_json(options: Mapping[str, Any]) -> PolarSpec:
+        """The spec that the JSON object says; a UserError with the nearest name for an unknown key or value."""
+        if not isinstance(options, Mapping):
+            raise UserError(f'polar: {options!r} is no JSON object; write e.g. {{"schedule": "keller", "steps": 5}}')
+        keys = [field.name for field in fields(PolarSpec) if field.name != "gram_from"]
+        for key in options:
+            if key not in keys:
+                raise UserError(f"polar: unknown key '{key}'; {_instead(key, keys)}")
+        return PolarSpec(**options)
+
+    def resolve(self, device: torch.device) -> PolarSpec:
+        """The same spec with every ``auto`` decided for ``device``'s hardware. Idempotent.
+
+        Ranks on unlike hardware resolve unlike: resolve on one rank and send the result where plans must agree.
+        """
+        dtype = self.dtype
+        if self.method == "svd":
+            dtype = "float32"
+        elif dtype == "auto":
+            dtype = "bfloat16" if device.type != "cpu" or _cpu_has_bf16() else "float32"
+        gram_from = self.gram_from
+        if gram_from is None:
+            gram_from = _GRAM_FROM_CPU if device.type == "cpu" else _GRAM_FROM_CUDA
+        return replace(self, dtype=dtype, gram_from=gram_from)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the iteration's products; of a resolved spec only."""
+        if self.dtype == "auto":
+            raise RuntimeError("a PolarSpec with dtype 'auto' has no compute dtype: call resolve(device) first")
+        return DTYPES[self.dtype]
+
+    @property
+    def message_dtype(self) -> torch.dtype:
+        """The dtype of ``polar``'s input and output, and so of what travels between ranks.
+
+        float32 where the polar factor is computed in float32, else bfloat16: raw directions near 1e-8 vanish in
+        float16, so a float16 iteration, too, is fed bfloat16 and casts after normalizing.
+        """
+        return torch.float32 if self.compute_dtype == torch.float32 else torch.bfloat16
+
+    def method_for(self, m: int, n: int) -> str:
+        """``standard``, ``gram`` or ``svd``: what an (m, n) matrix gets; of a resolved spec only."""
+        if self.method != "auto":
+            return self.method
+        if self.gram_from is None:
+            raise RuntimeError("a PolarSpec with method 'auto' has no method yet: call resolve(device) first")
+        return "gram" if max(m, n) > self.gram_from * min(m, n) else "standard"
+
+
+def polar(x: Tensor, spec: PolarSpec) -> Tensor:
+    """The polar factors of a batch: x (B, m, n) -> (B, m, n), a new contiguous tensor in x's dtype.
+
+    x is in ``spec.message_dtype``, any strides, and is not written. Zero gives zero, and finite input gives finite
+    output. On CPU each matrix is worked alone on fresh tensors, so that its bits depend on its values alone: not on
+    the batch, nor on where or how x lies in memory, nor on which side is the long one. On CUDA the batch is one
+    batched product.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"polar takes a batch (B, m, n), not a tensor of shape {tuple(x.shape)}")
+    spec = spec.resolve(x.device)
+    if x.dtype != spec.message_dtype:
+        raise ValueError(f"polar takes messages in {spec.message_dtype} for dtype {spec.dtype}, not {x.dtype}")
+    _, m, n = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    # Wide: the Gram matrix is then on the short side.
+    wide_x, wide_out = (x.mT, out.mT) if m > n else (x, out)
+    with torch.no_grad():
+        if x.device.type == "cpu":
+            for matrix, result in zip(wide_x, wide_out, strict=True):
+                result.copy_(_polar_wide(matrix, spec))
+        else:
+            wide_out.copy_(_polar_wide(wide_x, spec))
+    return out
+
+
+def _polar_wide(x: Tensor, spec: PolarSpec) -> Tensor:
+    """The polar factor of x, (s, l) or (B, s, l) with s <= l, in the compute dtype."""
+    method = spec.method_for(x.shape[-2], x.shape[-1])
+    if method == "svd":
+        return _polar_svd(x)
+    assert spec.steps is not None
+    table = schedule(spec.schedule, spec.steps)
+    iterate = newton_schulz.gram if method == "gram" else newton_schulz.standard
+    return iterate(x, table, dtype=spec.compute_dtype, schatten4=spec.normalize == "schatten4")
+
+
+def _polar_svd(x: Tensor) -> Tensor:
+    """UV' by float32 SVD, x (..., s, l). Singular values within rounding of zero have no direction: they give 0."""
+    scaled, _ = prescaled(x.to(torch.float32).contiguous())
+    u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
+    cutoff = sigma[..., :1] * (x.shape[-1] * torch.finfo(torch.float32).eps)
+    return (u * (sigma > cutoff).unsqueeze(-2)) @ vh
+
+
+def cost(m: int, n: int, spec: PolarSpec) -> float:
+    """Modelled floating-point operations of one (m, n) matrix, s the short and l the long side.
+
+    standard: 4 s^2 l + 2 s^3 a step. gram: 4 s^2 l a restart and 8 s^3 a step, less what a segment's first and last
+    step save. svd: thin Golub-Reinsch, 6 s^2 l + 20 s^3, and the product UV'. ``spec`` is a resolved one.
+    """
+    s, l = float(min(m, n)), float(max(m, n))
+    steps = spec.steps or 5
+    method = spec.method_for(m, n)
+    if method == "svd":
+        return 8 * s * s * l + 20 * s**3
+    if method == "standard":
+        return steps * (4 * s * s * l + 2 * s**3)
+    segments = newton_schulz.gram_segments(steps)
+    return len(segments) * 4 * s * s * l + sum(8 * k - 6 if k > 1 else 2 for k in segments) * s**3
+
+
+def scratch_elements(m: int, n: int, spec: PolarSpec) -> int:
+    """Peak temporaries of one (m, n) matrix in ``polar``, input and output not counted.
+
+    In elements of ``spec.compute_dtype``: a float32 element beside a 16-bit iteration counts as two. Scalars a
+    matrix and a library's own workspace are left out. s short, l long side; on CPU this is the scratch of the whole
+    batch, on CUDA it is that of each matrix in it.
+
+    standard: 2 s l + 2 s^2 (X and its ping-pong partner; A, B).
+    gram: 2 s l + 4 s^2 (X and its partner; R, Z, Q and one product).
+    svd: 3 s l + 2 s^2 (X, V', the product; U and U cut to the rank).
+    All: at least the float32 copy that is normalized, and in 16 bits the cast X beside it.
+    """
+    s, l = min(m, n), max(m, n)
+    method = spec.method_for(m, n)
+    normalizing = s * l if spec.compute_dtype == torch.float32 else 3 * s * l
+    iterating = {"standard": 2 * s * l + 2 * s * s, "gram": 2 * s * l + 4 * s * s, "svd": 3 * s * l + 2 * s * s}
+    return max(normalizing, iterating[method])
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), by oneDNN's own answer."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"polar.{key}: unknown value {value!r}; {_instead(value, list(choices))}")
+
+
+def _instead(wrong: object, choices: list[str]) -> str:
+    near = difflib.get_close_matches(str(wrong), choices, n=1)
+    return (f"did you mean '{near[0]}'? " if near else "") + f"write one of {', '.join(choices)}"

@@ -1,0 +1,169 @@
+"""How a parameter is seen as matrices: rows are the fan-out, columns the fan-in.
+
+A view cuts in four steps, each optional, always in this order:
+
+1. ``batch_dims``: leading dimensions that stack matrices (experts) are set aside;
+2. what is left becomes two-dimensional: (out, in, ...) is flattened to out x (in * ...), as for a convolution;
+   with ``transpose`` an (in, out) weight, GPT-2's Conv1D, is turned;
+3. ``split``: fused matrices are cut apart along the rows (a fused QKV);
+4. ``heads``: each part is cut into equal blocks along its rows, every block a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ds_optim.errors import UserError
+
+OPTIONS = ("transpose", "split", "heads", "batch_dims")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixView:
+    """How a parameter's flat elements are seen as matrices.
+
+    shape: the parameter's shape (d0, d1, ...).
+    transpose: the matrix is stored (fan-in, fan-out).
+    split: rows of each fused matrix, in order; () for one matrix.
+    heads: equal blocks along the rows of each part, one number a part; () for whole parts.
+    batch_dims: leading dimensions that are a stack of matrices.
+
+    A *block* is what one part of the split gives: a batch of equal matrices, (count, m, n).
+    """
+
+    shape: tuple[int, ...]
+    transpose: bool = False
+    split: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    batch_dims: int = 0
+
+    def __post_init__(self) -> None:
+        inner = len(self.shape) - self.batch_dims
+        if inner < 2:
+            raise UserError(
+                "a matrix needs two dimensions"
+                + (f" behind batch_dims {self.batch_dims}" if self.batch_dims else "")
+                + "; lower batch_dims, or let the aux rule have it by matrix_exclude"
+            )
+        if math.prod(self.shape) == 0:
+            raise UserError("it has no elements; let the aux rule have it by matrix_exclude")
+        if self.transpose and inner > 2:
+            raise UserError(f"transpose turns two dimensions, not {inner}; leave transpose out or set batch_dims")
+        if self.split and sum(self.split) != self.rows:
+            raise UserError(
+                f"split {list(self.split)} sums to {sum(self.split)}, the matrix has {self.rows} rows (fan-out); "
+                f"write sizes that sum to {self.rows}" + ("" if self.transpose else ", or transpose an (in, out) weight")
+            )
+        parts = self.split or (self.rows,)
+        if self.heads and len(self.heads) != len(parts):
+            raise UserError(f"heads {list(self.heads)} does not fit {len(parts)} parts; write one number for each part")
+        for rows, heads in zip(parts, self.heads, strict=False):
+            if rows % heads:
+                raise UserError(f"heads {heads} does not divide {rows} rows (fan-out); write a divisor of {rows}")
+
+    @staticmethod
+    def from_options(name: str, shape: Sequence[int], options: Mapping[str, Any]) -> MatrixView:
+        """The view that JSON ``options`` ask for: ``transpose``, ``split``, ``heads``, ``batch_dims``, all optional.
+
+        ``heads`` is one number for all parts of a split, or a list with one for each. Raises UserError, with the
+        parameter's name and shape and what to write instead, where the options are malformed or do not fit.
+        """
+        try:
+            return MatrixView(shape=tuple(shape), **_parsed(options))
+        except UserError as error:
+            raise UserError(f"views: {name} {list(shape)}: {error}") from None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows (fan-out) of the matrix before it is split."""
+        return self.shape[-1] if self.transpose else self.shape[self.batch_dims]
+
+    @property
+    def columns(self) -> int:
+        """Columns (fan-in)."""
+        return self.shape[-2] if self.transpose else math.prod(self.shape[self.batch_dims + 1 :])
+
+    def matrices(self) -> list[tuple[int, int, int]]:
+        """(count, m, n) of each block, in the order of ``unpack``: m rows (fan-out), n columns (fan-in)."""
+        stacked = math.prod(self.shape[: self.batch_dims])
+        return [(stacked * heads, rows // heads, self.columns) for rows, heads in self._parts()]
+
+    def unpack(self, flat: Tensor) -> list[Tensor]:
+        """The blocks (count, m, n) of ``flat`` (numel,), in the order of ``matrices``.
+
+        Strided views of ``flat``, but for a copy where a transposed stack is cut into heads, which no strides say.
+        """
+        return [part.reshape(-1, *part.shape[2:]) for part in self._cut(flat)]
+
+    def pack_into(self, blocks: Sequence[Tensor], flat: Tensor) -> None:
+        """The inverse of ``unpack``: write each element of ``flat`` (numel,) once, from ``blocks`` in any dtype."""
+        for part, block in zip(self._cut(flat), blocks, strict=True):
+            part.copy_(block.reshape(part.shape))
+
+    def describe(self) -> str:
+        """A stable text, such as ``768x768``, ``3 x 768x768 (split)`` or ``8 x 64x512 (batch_dims)``."""
+        how = [key for key in OPTIONS if getattr(self, key)]
+        if len(self.shape) - self.batch_dims > 2:
+            how.insert(0, "conv")
+        sizes: dict[tuple[int, int], int] = {}
+        for count, m, n in self.matrices():
+            sizes[m, n] = sizes.get((m, n), 0) + count
+        text = " + ".join((f"{k} x " if k > 1 else "") + f"{m}x{n}" for (m, n), k in sizes.items())
+        return text + (f" ({', '.join(how)})" if how else "")
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """(rows, heads) of each part."""
+        parts = self.split or (self.rows,)
+        return list(zip(parts, self.heads or (1,) * len(parts), strict=True))
+
+    def _cut(self, flat: Tensor) -> list[Tensor]:
+        """Strided views of ``flat``, one a part: (stacked, heads, m, n)."""
+        if flat.shape != (self.numel,):
+            raise ValueError(f"a view of {list(self.shape)} takes {self.numel} flat elements, not {list(flat.shape)}")
+        stored = (self.columns, self.rows) if self.transpose else (self.rows, self.columns)
+        stack = flat.view(-1, *stored)
+        if self.transpose:
+            stack = stack.mT
+        parts = self._parts()
+        cuts = stack.split([rows for rows, _ in parts], dim=1)
+        return [cut.unflatten(1, (heads, -1)) for cut, (_, heads) in zip(cuts, parts, strict=True)]
+
+
+def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a MatrixView from JSON options, types checked."""
+    for key in options:
+        if key not in OPTIONS:
+            near = difflib.get_close_matches(str(key), OPTIONS, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"unknown key '{key}'; {hint}write one of {', '.join(OPTIONS)}")
+    transpose, batch_dims = options.get("transpose", False), options.get("batch_dims", 0)
+    if not isinstance(transpose, bool):
+        raise UserError(f"transpose is {transpose!r}; write true or false")
+    if not _is_count(batch_dims, least=0):
+        raise UserError(f"batch_dims is {batch_dims!r}; write a whole number such as 1")
+    split = _counts("split", options.get("split", ()))
+    heads = options.get("heads", ())
+    if not isinstance(heads, list | tuple):
+        heads = (heads,) * max(1, len(split))
+    return {"transpose": transpose, "batch_dims": batch_dims, "split": split, "heads": _counts("heads", heads)}
+
+
+def _counts(key: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(_is_count(item, least=1) for item in value):
+        raise UserError(f"{key} is {value!r}; write whole numbers above 0, such as [768, 768, 768]")
+    return tuple(value)
+
+
+def _is_count(value: Any, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

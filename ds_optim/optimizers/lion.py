@@ -1,0 +1,47 @@
+"""Lion: the sign of a blend of momentum and gradient (Chen et al. 2023, arXiv 2302.06675)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import Unpack
+
+from ds_optim.elementwise.blend import Blend
+from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
+from ds_optim.optimizers.checks import check_betas
+from ds_optim.optimizers.rules import Group, SignUpdate, rate, rule
+
+
+@rule("lion")
+def lion(group: Group, step: int) -> SignUpdate:
+    b1, b2 = group["betas"]
+    return SignUpdate(blend=Blend((b1, 1 - b1), (b2, 1 - b2)), lr=rate(group), decay=group["weight_decay"])
+
+
+class Lion(ZeroOptimizer):
+    """Lion, for every parameter.
+
+    c = b1 m + (1 - b1) g;  theta <- theta (1 - lr wd) - lr sign(c);  m <- b2 m + (1 - b2) g,
+    with sign(0) = 0: a parameter without gradient and momentum stands still.
+
+    Args:
+        params: ``ds_optim.param_groups(model)``, named parameters, or parameters.
+        lr: the size of each element's step.
+        betas: (b1, b2).
+        weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
+
+    Keeps one fp32 value a parameter and moves nothing between ranks.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1.0,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(
+            params, rule="lion", lr=lr, weight_decay=weight_decay, hyper={"betas": check_betas("betas", betas)},
+            options=dict(options),
+        )

@@ -1,0 +1,87 @@
+"""LionMuon: Muon every P-th step, Lion in between, on one shared momentum (arXiv 2605.19811)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from typing_extensions import Unpack
+
+from ds_optim.elementwise.blend import Blend
+from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
+from ds_optim.optimizers.checks import check_betas, check_choice, check_period, check_positive
+from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, rate, rule
+
+
+@rule("lion_muon", matrices=True)
+def lion_muon(group: Group, step: int) -> MatrixUpdate | SignUpdate:
+    b1, b2 = group["betas"]
+    blend = Blend((b1, 1 - b1), (b2, 1 - b2))
+    if math.isfinite(group["period"]) and step % int(group["period"]) == 0:
+        return MatrixUpdate(blend=blend, lr=rate(group), decay=group["weight_decay"], scale="match_rms_adamw")
+    return SignUpdate(blend=blend, lr=rate(group) / group["sign_lr_ratio"], decay=group["weight_decay"])
+
+
+class LionMuon(ZeroOptimizer):
+    """LionMuon for matrices, the aux rule for the rest.
+
+    C = b1 M + (1 - b1) G. At steps t = 0, P, 2P, ...: W <- W (1 - lr wd) - lr 0.2 sqrt(max(m, n)) polar(C);
+    at the others, with lr_L = lr / sign_lr_ratio: W <- W (1 - lr_L wd) - lr_L sign(C). Always
+    M <- b2 M + (1 - b2) G after.
+
+    Args:
+        params: ``ds_optim.param_groups(model)``.
+        lr: of the orthogonalized steps; a schedule of it moves the sign steps too.
+        betas: (b1, b2).
+        weight_decay: decoupled, with the step size that the step uses.
+        period: P; 1 orthogonalizes always, "inf" never (Lion at lr / sign_lr_ratio).
+        sign_lr_ratio: lr over the rate of the sign steps. It grows with P: published pairs are (2, 10),
+            (5, 30) and (20, 100).
+        period_mode: "fixed".
+
+    The aux rule's rate is lr / sign_lr_ratio unless ``aux_lr`` is given. Keeps one fp32 value a parameter
+    and moves a P-th of what Muon moves.
+    """
+
+    has_aux = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.1,
+        period: float | str = 2,
+        sign_lr_ratio: float = 10.0,
+        period_mode: str = "fixed",
+        **options: Unpack[MatrixOptions],
+    ) -> None:
+        check_choice("period_mode", period_mode, ["fixed"])
+        ratio = check_positive("sign_lr_ratio", sign_lr_ratio)
+        hyper = {
+            "betas": check_betas("betas", betas),
+            "period": check_period(period),
+            "sign_lr_ratio": ratio,
+        }
+        options.setdefault("aux_lr", lr / ratio)
+        super().__init__(params, rule="lion_muon", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))
+
+
+class SignMuon(LionMuon):
+    """LionMuon with b1 = b2: one running mean, orthogonalized every P-th step, its sign taken in between.
+
+    Args: as :class:`LionMuon`, with one ``beta`` for both.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 3e-3,
+        beta: float = 0.9,
+        weight_decay: float = 0.1,
+        period: float | str = 2,
+        sign_lr_ratio: float = 30.0,
+        period_mode: str = "fixed",
+        **options: Unpack[MatrixOptions],
+    ) -> None:
+        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, **options)

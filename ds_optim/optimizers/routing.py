@@ -1,0 +1,168 @@
+"""Names and shapes decide what each parameter gets: a matrix rule, an aux rule, a view, decay or none.
+
+A parameter is a *matrix* if it has two dimensions, or a view that gives two, and is neither an embedding
+nor an output head. What is left with two or more dimensions is *aux*, the rest (biases, gains) *vector*:
+aux too, without decay unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_optim.errors import UserError
+from ds_optim.matrix.views import MatrixView
+from ds_optim.sharding.binding import Member, full_shape, is_optimized
+from ds_optim.sharding.layout import ParamSpec
+
+MATRIX, AUX, VECTOR = "matrix", "aux", "vector"
+ROLES = (MATRIX, AUX, VECTOR)
+MEMBERS = "members"
+"""The key under which a group hands its members to an optimizer; no optimizer keeps it in its groups."""
+
+DEFAULT_EXCLUDE = ("embed", "lm_head", r"\bwte\b", r"\bwpe\b")
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    matrix_exclude: Sequence[str] | None = None,
+    views: Sequence[Mapping[str, Any]] = (),
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> list[dict[str, Any]]:
+    """The parameter groups that the optimizers of this package take.
+
+    Args:
+        model: its trainable parameters are routed by name and shape; tied ones once. A model made under
+            ``deepspeed.zero.Init`` is read by its full shapes.
+        matrix_exclude: regular expressions, searched in the names, of matrices that take the aux rule.
+            Default: embeddings (by module type and name) and output heads.
+        views: options of :meth:`MatrixView.from_options`, each with a ``match`` expression; the first that
+            matches a name counts. GPT-2's ``Conv1D`` weights are seen transposed without being asked.
+        parameters: keep to these parameters of the model.
+
+    Returns:
+        Up to three groups, named "matrix", "aux" and "vector", in this order.
+
+    Raises:
+        UserError: a pattern that is no regular expression or matches no parameter.
+    """
+    aliases = _aliases(model)
+    kept = None if parameters is None else {id(p) for p in parameters}
+    exclude = _Patterns("matrix_exclude", DEFAULT_EXCLUDE if matrix_exclude is None else matrix_exclude)
+    viewed = _Patterns("views", [_match_of(v) for v in views])
+    options = [{k: v for k, v in view.items() if k != "match"} for view in views]
+    transposed, embeddings, convolutions = _module_kinds(model)
+    by_role: dict[str, list[Member]] = {role: [] for role in ROLES}
+    for names, parameter in aliases:
+        if not is_optimized(parameter) or (kept is not None and id(parameter) not in kept):
+            # Patterns may still mean it: a frozen layer must not turn a config into an error.
+            exclude.first(names)
+            viewed.first(names)
+            continue
+        spec = ParamSpec(name=names[0], shape=full_shape(parameter))
+        excluded = exclude.first(names) is not None
+        if matrix_exclude is None:
+            excluded = excluded or id(parameter) in embeddings
+        number = viewed.first(names)
+        chosen = dict(options[number]) if number is not None else {}
+        if id(parameter) in transposed:
+            chosen.setdefault("transpose", True)
+        is_matrix = len(spec.shape) == 2 or number is not None or id(parameter) in convolutions
+        if is_matrix and not excluded:
+            view = MatrixView.from_options(spec.name, spec.shape, chosen)
+            by_role[MATRIX].append(Member(spec, parameter, view))
+        else:
+            by_role[AUX if len(spec.shape) >= 2 else VECTOR].append(Member(spec, parameter))
+    viewed.check_all_matched()
+    if matrix_exclude is not None:
+        exclude.check_all_matched()
+    return [
+        {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
+        for role, members in by_role.items()
+        if members
+    ]
+
+
+def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:
+    """Groups for bare parameters or (name, parameter) pairs: enough for rules that ask for no matrix."""
+    by_role: dict[str, list[Member]] = {AUX: [], VECTOR: []}
+    for number, item in enumerate(parameters):
+        name, parameter = item if isinstance(item, tuple) else (f"parameter {number}", item)
+        if not isinstance(parameter, torch.Tensor):
+            raise UserError("parameter groups must come from ds_optim.param_groups(model), which names their members")
+        spec = ParamSpec(name=name, shape=full_shape(parameter))  # type: ignore[arg-type]
+        role = AUX if len(spec.shape) >= 2 else VECTOR
+        by_role[role].append(Member(spec, parameter))  # type: ignore[arg-type]
+    return [
+        {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
+        for role, members in by_role.items()
+        if members
+    ]
+
+
+def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Each parameter once, with all its names: a tied head answers to its own name too."""
+    names: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(names.values())
+
+
+def _module_kinds(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
+    """Identities of the weights that are stored transposed, that embed, and that convolve."""
+    transposed, embeddings, convolutions = set(), set(), set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        if type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer, fan-in x fan-out
+            transposed.add(id(weight))
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            embeddings.add(id(weight))
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            convolutions.add(id(weight))
+    return transposed, embeddings, convolutions
+
+
+def _match_of(view: Mapping[str, Any]) -> str:
+    if "match" not in view:
+        raise UserError(f'the view {dict(view)!r} has no "match": write the pattern of the names that it is for')
+    return str(view["match"])
+
+
+class _Patterns:
+    """Regular expressions of one option, and which of them have matched something."""
+
+    def __init__(self, option: str, patterns: Sequence[str]) -> None:
+        if isinstance(patterns, str):
+            raise UserError(f"{option} is {patterns!r}: write a list of patterns")
+        self.option = option
+        self.patterns = []
+        for text in patterns:
+            try:
+                self.patterns.append(re.compile(text))
+            except re.error as problem:
+                raise UserError(f"{option}: {text!r} is no regular expression ({problem})") from None
+        self.matched = [False] * len(self.patterns)
+
+    def first(self, names: Sequence[str]) -> int | None:
+        """The number of the first pattern that is found in one of ``names``."""
+        found = None
+        for number, pattern in enumerate(self.patterns):
+            if any(pattern.search(name) for name in names):
+                self.matched[number] = True
+                found = number if found is None else found
+        return found
+
+    def check_all_matched(self) -> None:
+        for pattern, matched in zip(self.patterns, self.matched, strict=True):
+            if not matched:
+                raise UserError(
+                    f"{self.option}: the pattern {pattern.pattern!r} matches no parameter of the model: "
+                    "correct it or leave it out"
+                )

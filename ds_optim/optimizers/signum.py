@@ -1,0 +1,67 @@
+"""SignSGD and Signum: the sign of the gradient, or of its running mean (Bernstein et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import Unpack
+
+from ds_optim.elementwise.blend import Blend
+from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
+from ds_optim.optimizers.checks import check_beta
+from ds_optim.optimizers.rules import Group, SignUpdate, average, rate, rule
+
+
+@rule("signum")
+def signum(group: Group, step: int) -> SignUpdate:
+    return SignUpdate(blend=average(group["beta"]), lr=rate(group), decay=group["weight_decay"])
+
+
+@rule("sign_sgd", buffers=())
+def sign_sgd(group: Group, step: int) -> SignUpdate:
+    return SignUpdate(blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=rate(group), decay=group["weight_decay"])
+
+
+class Signum(ZeroOptimizer):
+    """Signum, for every parameter.
+
+    m <- b m + (1 - b) g;  theta <- theta (1 - lr wd) - lr sign(m).
+
+    Args:
+        params: ``ds_optim.param_groups(model)``, named parameters, or parameters.
+        lr: the size of each element's step.
+        beta: b.
+        weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
+
+    Keeps one fp32 value a parameter and moves nothing between ranks.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        beta: float = 0.9,
+        weight_decay: float = 0.1,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(
+            params, rule="signum", lr=lr, weight_decay=weight_decay, hyper={"beta": check_beta("beta", beta)},
+            options=dict(options),
+        )
+
+
+class SignSGD(ZeroOptimizer):
+    """SignSGD, for every parameter: theta <- theta (1 - lr wd) - lr sign(g).
+
+    Args:
+        params: ``ds_optim.param_groups(model)``, named parameters, or parameters.
+        lr: the size of each element's step.
+        weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
+
+    Keeps no state but a step count, and moves nothing between ranks.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-4, weight_decay: float = 0.1, **options: Unpack[CommonOptions]
+    ) -> None:
+        super().__init__(params, rule="sign_sgd", lr=lr, weight_decay=weight_decay, hyper={}, options=dict(options))

@@ -1,0 +1,133 @@
+"""What ties an optimizer to the memory it steps: the layout, the ranks, and this rank's tensors.
+
+An optimizer is built from a model's parameters and later finds other tensors in its groups: ZeRO puts flat
+partitions there. A binding says which unit of the layout each of them is. How it is found under DeepSpeed
+is the business of ``ds_optim.zero``, which registers its binder here; this room knows only the case in
+which nothing is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.matrix.views import MatrixView
+from ds_optim.sharding.comm import Comm
+from ds_optim.sharding.layout import Layout, ParamSpec, build_layout
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model's parameter, as it was handed to the optimizer, and what was decided about it."""
+
+    spec: ParamSpec
+    parameter: torch.nn.Parameter
+    view: MatrixView | None = None
+
+
+@dataclass
+class Binding:
+    """This rank's tensors, by unit of the layout.
+
+    ``tensors[u]`` are the tensors of unit u: one flat partition under ZeRO, the parameters themselves where
+    nothing is sharded. ``members[u]`` are its parameters in the order of ``layout.units[u].params``.
+    ``device`` is where matrices are worked on.
+    """
+
+    layout: Layout
+    comm: Comm
+    device: torch.device
+    tensors: list[list[Tensor]]
+    members: list[list[Member]]
+    unit_by_tensor: dict[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # By identity, not by address: a swapped-out partition changes its storage and stays the same tensor.
+        self.unit_by_tensor = {id(t): unit for unit, tensors in enumerate(self.tensors) for t in tensors}
+
+    @property
+    def sharded(self) -> bool:
+        return self.layout.stage > 0
+
+    def unit_of(self, tensor: Tensor) -> int | None:
+        """The number of the unit that ``tensor`` belongs to; None for a tensor never seen."""
+        return self.unit_by_tensor.get(id(tensor))
+
+
+Groups = Sequence[dict[str, Any]]
+Binder = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], "Binding | None"]
+
+_binders: list[Binder] = []
+
+
+class NotYet(Exception):
+    """The call is not a step of training: whoever wraps the optimizer is still setting it up."""
+
+
+def register_binder(binder: Binder) -> None:
+    """Ask ``binder`` before assuming that nothing is sharded.
+
+    It returns None where it does not recognize the parameters, and raises :class:`NotYet` for a call that
+    must move nothing.
+    """
+    _binders.append(binder)
+
+
+def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
+    """Find the layout behind the tensors in ``groups``.
+
+    Args:
+        members: for each of ``groups`` the parameters that the optimizer was built with.
+        groups: all parameter groups as they are now.
+    """
+    for binder in _binders:
+        binding = binder(optimizer, members, groups)
+        if binding is not None:
+            return binding
+    return bind_unsharded(members, groups)
+
+
+def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
+    """Every tensor in the groups is a whole parameter, or DeepSpeed's fp32 copy of one (stage 0, 16-bit)."""
+    chosen: list[list[Member]] = []
+    for group, candidates in zip(groups, members, strict=True):
+        tensors = group["params"]
+        if len(tensors) != len(candidates):
+            candidates = [m for m in candidates if is_optimized(m.parameter)]
+        shapes = [tuple(t.shape) for t in tensors]
+        if shapes != [m.spec.shape for m in candidates]:
+            raise RuntimeError(
+                f"the tensors of parameter group {group.get('name')!r} are neither the model's parameters nor "
+                "copies of them nor partitions that DeepSpeed's ZeRO made: ds_optim cannot tell where its "
+                "matrices lie. Build the optimizer from ds_optim.param_groups(model) and hand it to "
+                "deepspeed.initialize, or step it directly."
+            )
+        chosen.append(list(candidates))
+    layout = build_layout([[m.spec for m in group] for group in chosen], stage=0, world_size=1)
+    tensors_by_unit = [list(group["params"]) for group, members_ in zip(groups, chosen, strict=True) if members_]
+    device = tensors_by_unit[0][0].device if tensors_by_unit else torch.device("cpu")
+    return Binding(
+        layout=layout,
+        comm=Comm(),
+        device=device,
+        tensors=tensors_by_unit,
+        members=[group for group in chosen if group],
+    )
+
+
+def is_optimized(parameter: torch.nn.Parameter) -> bool:
+    """Whether DeepSpeed gives a parameter to an optimizer: trainable, with at least one element."""
+    return parameter.requires_grad and full_numel(parameter) > 0
+
+
+def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The parameter's whole shape, also where ``zero.Init`` has left an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

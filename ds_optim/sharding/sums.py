@@ -1,0 +1,48 @@
+"""Sums, minima and maxima over whole parameters, wherever their slices lie.
+
+A flat partition knows no parameters: a norm taken over it is that of a random slice. Here each rank adds
+up its own slices in fp64 and one small all-reduce joins the ranks, so that the result, rounded once to
+fp32, does not depend on where a border cuts a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_optim.sharding.comm import Comm
+from ds_optim.sharding.layout import Slice, Unit
+
+_IDENTITY = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
+_CHUNK = 1 << 20  # elements converted to fp64 at a time: 8 MB of scratch, whatever the size of the slice
+
+Partial = Callable[[Slice], Sequence[Tensor | float]]
+
+
+def reduce_parameters(unit: Unit, comm: Comm, partial: Partial, *, columns: int, op: str = "sum",
+                      device: torch.device | None = None) -> Tensor:
+    """Reduce ``columns`` numbers per parameter of ``unit`` over all ranks.
+
+    Args:
+        partial: what this rank's slice contributes: ``columns`` numbers, tensors or floats.
+        op: "sum", "min" or "max"; a parameter of which no rank holds anything keeps the identity.
+        device: where the collective runs (the accelerator under NCCL); default the CPU.
+
+    Returns:
+        (parameters, columns) in fp64 on ``device``: 8 bytes a column and parameter on the wire.
+    """
+    rows = torch.full((len(unit.params), columns), _IDENTITY[op], dtype=torch.float64, device=device)
+    for held in unit.slices(comm.rank):
+        values = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in partial(held)]
+        rows[held.param] = torch.stack(values)
+    return comm.all_reduce(rows, op)
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """The sum of squares of a 1-D tensor in fp64, with bounded scratch."""
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for chunk in values.split(_CHUNK):
+        total += chunk.double().square_().sum()
+    return total
