@@ -15,7 +15,7 @@ from ds_optim.elementwise.chunks import Scratch, chunks
 
 @dataclass(frozen=True)
 class Blend:
-    """direction = direction[0] * m + direction[1] * g; m <- momentum[0] * m + momentum[1] * g (m: the old one)."""
+    """direction[0] * m + direction[1] * g is the direction; m <- momentum[0] * m + momentum[1] * g."""
 
     direction: tuple[float, float]
     momentum: tuple[float, float]
@@ -24,9 +24,9 @@ class Blend:
 def blend_into(out: Tensor, m: Tensor | None, g: Tensor, blend: Blend, scratch: Scratch | None = None) -> None:
     """Write the direction to ``out`` and move ``m`` on, in one pass over memory; g is never written.
 
-    out: (n,) of any float dtype, on any device; it may be g itself where the caller owns g. m: (n,) in g's dtype and
-    device, or None for rules without momentum: the direction is then direction[1] * g. Roundings: see ``advance``,
-    and one more where ``out`` has another dtype.
+    out: (n,) of any float dtype, on any device; it may be g itself where the caller owns g. m: (n,) in g's
+    dtype and device, or None for rules without momentum: the direction is then direction[1] * g. Roundings:
+    see ``advance``, and one more where ``out`` has another dtype.
     """
     check_flat(g, out=out, m=m)
     buffers = (scratch or Scratch()).take(2, g)
@@ -38,10 +38,10 @@ def blend_into(out: Tensor, m: Tensor | None, g: Tensor, blend: Blend, scratch: 
 def advance(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> Tensor:
     """The direction of one chunk, in a; m has moved on, b is spent, g is as it was. All of one length and dtype.
 
-    Each product and each sum is rounded by itself: rounded(rounded(d0 m) + rounded(d1 g)), the momentum likewise,
-    scalars rounded to m's dtype first. Operations that round once for two (add with alpha, lerp, addcmul) are kept
-    out: kernels may fuse them in the vectorized body of a tensor and not in its tail, and then the bits of an element
-    would depend on where in the partition it lies.
+    Each product and each sum is rounded by itself: rounded(rounded(d0 m) + rounded(d1 g)), the momentum
+    likewise, scalars rounded to m's dtype first. Operations that round once for two (add with alpha, lerp,
+    addcmul) are kept out: kernels may fuse them in the vectorized body of a tensor and not in its tail, and
+    then the bits of an element would depend on where in the partition it lies.
     """
     torch.mul(g, blend.direction[1], out=a)
     if m is None:

@@ -1,7 +1,7 @@
 """Walk flat tensors chunk by chunk, with scratch that is made once and never grows beyond a few chunks.
 
-An elementwise step is some ten passes; done over whole tensors each would go to main memory, and scratch would be as
-large as the tensors. Done over a chunk that stays in cache, memory is read and written once.
+An elementwise step is some ten passes; done over whole tensors each would go to main memory, and scratch
+would be as large as the tensors. Done over a chunk that stays in cache, memory is read and written once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# CPU, one thread: small chunks pay for dispatch, large ones for memory. Lion's step over 10M elements took 53, 43, 29,
-# 28, 31, 32 and 50 ms with chunks of 2^14 ... 2^20 (1 MiB L2, 32 MiB L3).
+# CPU, one thread: small chunks pay for dispatch, large ones for memory. Lion's step over 10M elements took
+# 53, 43, 29, 28, 31, 32 and 50 ms with chunks of 2^14 ... 2^20 (1 MiB L2, 32 MiB L3).
 CPU_CHUNK = 1 << 17
 # ATen gives a thread at least so many elements: with many threads a chunk must be larger for all to work.
 CPU_GRAIN = 1 << 15
@@ -59,7 +59,7 @@ class Scratch:
 
 
 def chunks(first: Tensor, *others: Tensor | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
-    """Views of equally long flat tensors, chunk by chunk in step, None for None, and ``buffers`` as long as they.
+    """Views of equally long flat tensors, chunk by chunk in step, None for None, and ``buffers`` cut to their length.
 
     ``first``'s device decides the size. The views come from ``split``: slicing one by one costs a dispatch each.
     """

@@ -1,8 +1,9 @@
 """Steps of flat tensors, in place: sign rules, AdamW, and the application of an update made elsewhere.
 
-All are decoupled: p <- p * (1 - lr * decay) first, then the update. Scalars are computed in Python's float64 and
-rounded once to p's dtype. Every operation rounds once (see ``blend.advance``), so an element's bits depend on its
-values alone: not on its offset, on chunk borders or on the tensor's length. Finite gradients are the caller's job.
+All are decoupled: p <- p * (1 - lr * decay) first, then the update. Scalars are computed in Python's
+float64 and rounded once to p's dtype. Every operation rounds once (see ``blend.advance``), so an element's
+bits depend on its values alone: not on its offset, on chunk borders or on the tensor's length. Finite
+gradients are the caller's job.
 """
 
 from __future__ import annotations
@@ -79,13 +80,13 @@ def apply_update(
 ) -> None:
     """p <- p (1 - lr decay) - lr scale update; update (n,) of any float dtype, on any device, is not written.
 
-    A bfloat16 update is brought to p's dtype before it meets lr scale.
+    A bfloat16 update is brought to p's dtype first; lr times scale is rounded to p's dtype once.
     """
     check_flat(p, update=update)
     buffers = (scratch or Scratch()).take(1, p)
     with torch.no_grad():
         for weights, change, a in chunks(p, update, buffers=buffers):
-            a.copy_(change).mul_(lr)
+            a.copy_(change).mul_(lr * scale)
             _decayed(weights, lr, decay).sub_(a)
 
 

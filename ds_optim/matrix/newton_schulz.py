@@ -1,8 +1,9 @@
 """Newton-Schulz iterations on wide matrices: X <- aX + (bA + cAA)X with A = XX'.
 
-Both forms take x (s, l) or (B, s, l) with s <= l, in any float dtype, and return a fresh contiguous tensor in the
-compute dtype. Products of two-dimensional tensors never see a batch, and all operands are whole allocations, so that
-a CPU's kernels, which choose their path by shape, stride and alignment, give one matrix always the same bits.
+Both forms take x (s, l) or (B, s, l) with s <= l, in any float dtype, and return a fresh contiguous tensor
+in the compute dtype. Products of two-dimensional tensors never see a batch, and all operands are whole
+allocations, so that a CPU's kernels, which choose their path by shape, stride and alignment, give one
+matrix always the same bits.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from torch import Tensor
 from ds_optim.matrix.normalize import normalized, schatten4_rescale, unit_norm
 from ds_optim.matrix.schedules import Schedule
 
-# Steps between restarts of the Gram form. The Gram matrix squares the condition number, and rounding in it grows
-# with each step that the true X is not looked at: the first steps move singular values most, so they come in twos.
+# Steps between restarts of the Gram form. The Gram matrix squares the condition number, and rounding in it
+# grows with each step that the true X is not looked at: the first steps move singular values most, so they
+# come in twos.
 _FIRST_SEGMENT = 2
 _SEGMENT = 3
 
 
 def standard(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool) -> Tensor:
-    """The textbook form: 4 s^2 l + 2 s^3 flops a step; X, its ping-pong partner, A and B are all it allocates."""
+    """The textbook form: 4 s^2 l + 2 s^3 flops a step; allocates X, its ping-pong partner, A and B."""
     x, a_matrix = _start(x, table, dtype=dtype, schatten4=schatten4)
     b_matrix = torch.empty_like(a_matrix)
     spare = torch.empty_like(x)
@@ -68,6 +70,11 @@ def gram_segments(steps: int) -> tuple[int, ...]:
     while sum(segments) < steps:
         segments.append(min(steps - sum(segments), _SEGMENT))
     return tuple(segments)
+
+
+def gram_products(length: int) -> int:
+    """s x s x s products of a segment: four a step, less one in the first step and two in the last."""
+    return max(1, 4 * length - 3)
 
 
 def _start(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool) -> tuple[Tensor, Tensor]:

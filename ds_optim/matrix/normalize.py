@@ -15,9 +15,10 @@ _TINY = torch.finfo(torch.float32).tiny
 def prescaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """(s * x, s): a fresh contiguous float32 tensor (..., m, n) and a power of two for each matrix, (..., 1, 1).
 
-    s brings the largest entry into [1, 4). Squares of entries above 1e19 overflow float32 and those below 1e-23 are
-    lost, so norms are taken of s * x. A power of two moves exponents only: sx / (||sx|| + s eps) has the bits of
-    x / (||x|| + eps) wherever the latter neither over- nor underflows, so ordinary input is rounded no differently.
+    s brings the largest entry into [1, 4). Squares of entries above 1e19 overflow float32 and those below
+    1e-23 are lost, so norms are taken of s * x. A power of two moves exponents only: sx / (||sx|| + s eps)
+    has the bits of x / (||x|| + eps) wherever the latter neither over- nor underflows, so ordinary input is
+    rounded no differently.
     """
     scaled = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
     scale = _power_of_two(_norm(scaled, float("inf")))
@@ -32,7 +33,7 @@ def normalized(x: Tensor, *, dtype: torch.dtype, safety: float) -> Tensor:
 
 
 def unit_norm(x: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x / ||x||_F in ``dtype``, eps / ||x||_F in float32): eps is left for a later norm to count in. Zero stays 0."""
+    """(x / ||x||_F in ``dtype``, eps / ||x||_F in float32): eps is left for a later norm. Zero stays 0."""
     scaled, scale = prescaled(x)
     norm = _norm(scaled, 2).clamp_min_(_TINY)
     return scaled.div_(norm).to(dtype), EPS * scale / norm

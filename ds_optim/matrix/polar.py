@@ -21,6 +21,7 @@ from ds_optim.matrix.schedules import SCHEDULES, schedule
 
 METHODS = ("auto", "standard", "gram", "svd")
 NORMALIZATIONS = ("frobenius", "schatten4")
+DEFAULT_STEPS = 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Long side / short side above which ``auto`` takes the Gram form. CPU: time of gram / standard, keller x5, one thread:
@@ -44,11 +45,11 @@ class PolarSpec:
     normalize: ``frobenius`` or ``schatten4``: the norm that brings singular values into [0, 1].
     dtype: what the iteration computes in; norms are float32 always. ``auto`` asks the hardware.
 
-    ``gram_from`` is set by ``resolve`` and is no JSON key: the aspect from which ``auto`` means ``gram``.
+    ``gram_from`` is set by ``resolve`` and is no JSON key: the aspect above which ``auto`` means ``gram``.
     """
 
     schedule: str = "keller"
-    steps: int | None = 5
+    steps: int | None = DEFAULT_STEPS
     method: str = "auto"
     normalize: str = "frobenius"
     dtype: str = "auto"
@@ -60,7 +61,7 @@ class PolarSpec:
         _one_of("normalize", self.normalize, NORMALIZATIONS)
         _one_of("dtype", self.dtype, ("auto", *DTYPES))
         if self.steps is None:
-            object.__setattr__(self, "steps", 5)
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
         if not isinstance(self.steps, int) or isinstance(self.steps, bool):
             raise UserError(f"polar.steps: {self.steps!r} is not a step count; write a whole number such as 5")
         schedule(self.schedule, self.steps)
@@ -69,7 +70,7 @@ class PolarSpec:
 
     @staticmethod
     def from_json(options: Mapping[str, Any]) -> PolarSpec:
-        """The spec that the JSON object says; a UserError with the nearest name for an unknown key or value."""
+        """The spec that the JSON object says; UserError, with the nearest name, for what is unknown."""
         if not isinstance(options, Mapping):
             raise UserError(f'polar: {options!r} is no JSON object; write e.g. {{"schedule": "keller", "steps": 5}}')
         keys = [field.name for field in fields(PolarSpec) if field.name != "gram_from"]
@@ -104,8 +105,8 @@ class PolarSpec:
     def message_dtype(self) -> torch.dtype:
         """The dtype of ``polar``'s input and output, and so of what travels between ranks.
 
-        float32 where the polar factor is computed in float32, else bfloat16: raw directions near 1e-8 vanish in
-        float16, so a float16 iteration, too, is fed bfloat16 and casts after normalizing.
+        float32 where the polar factor is computed in float32, else bfloat16: raw directions near 1e-8
+        vanish in float16, so a float16 iteration, too, is fed bfloat16 and casts after normalizing.
         """
         return torch.float32 if self.compute_dtype == torch.float32 else torch.bfloat16
 
@@ -121,10 +122,9 @@ class PolarSpec:
 def polar(x: Tensor, spec: PolarSpec) -> Tensor:
     """The polar factors of a batch: x (B, m, n) -> (B, m, n), a new contiguous tensor in x's dtype.
 
-    x is in ``spec.message_dtype``, any strides, and is not written. Zero gives zero, and finite input gives finite
-    output. On CPU each matrix is worked alone on fresh tensors, so that its bits depend on its values alone: not on
-    the batch, nor on where or how x lies in memory, nor on which side is the long one. On CUDA the batch is one
-    batched product.
+    x is in ``spec.message_dtype``, any strides, and is not written. Zero gives zero, and finite input gives
+    finite output. On CPU each matrix is worked alone on fresh tensors, so that its bits depend on its values
+    alone: not on the batch, nor on where or how x lies in memory. On CUDA the batch is one batched product.
     """
     if x.dim() != 3:
         raise ValueError(f"polar takes a batch (B, m, n), not a tensor of shape {tuple(x.shape)}")
@@ -158,8 +158,8 @@ def _polar_wide(x: Tensor, spec: PolarSpec) -> Tensor:
 
 
 def _polar_svd(x: Tensor) -> Tensor:
-    """UV' by float32 SVD, x (..., s, l). Singular values within rounding of zero have no direction: they give 0."""
-    scaled, _ = prescaled(x.to(torch.float32).contiguous())
+    """UV' by float32 SVD, x (..., s, l). Singular values within rounding of zero give 0."""
+    scaled, _ = prescaled(x)
     u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
     cutoff = sigma[..., :1] * (x.shape[-1] * torch.finfo(torch.float32).eps)
     return (u * (sigma > cutoff).unsqueeze(-2)) @ vh
@@ -168,36 +168,37 @@ def _polar_svd(x: Tensor) -> Tensor:
 def cost(m: int, n: int, spec: PolarSpec) -> float:
     """Modelled floating-point operations of one (m, n) matrix, s the short and l the long side.
 
-    standard: 4 s^2 l + 2 s^3 a step. gram: 4 s^2 l a restart and 8 s^3 a step, less what a segment's first and last
-    step save. svd: thin Golub-Reinsch, 6 s^2 l + 20 s^3, and the product UV'. ``spec`` is a resolved one.
+    standard: 4 s^2 l + 2 s^3 a step. gram: 4 s^2 l a segment and 8 s^3 a step, less what a segment's first
+    and last step save. svd: thin, 6 s^2 l + 20 s^3, and the product UV'. ``spec`` is a resolved one.
     """
-    s, l = float(min(m, n)), float(max(m, n))
-    steps = spec.steps or 5
+    short, long = float(min(m, n)), float(max(m, n))
+    product, cube = 2 * short * short * long, 2 * short**3
+    steps = spec.steps or DEFAULT_STEPS
     method = spec.method_for(m, n)
     if method == "svd":
-        return 8 * s * s * l + 20 * s**3
+        return 4 * product + 10 * cube
     if method == "standard":
-        return steps * (4 * s * s * l + 2 * s**3)
+        return steps * (2 * product + cube)
     segments = newton_schulz.gram_segments(steps)
-    return len(segments) * 4 * s * s * l + sum(8 * k - 6 if k > 1 else 2 for k in segments) * s**3
+    return len(segments) * 2 * product + sum(newton_schulz.gram_products(k) for k in segments) * cube
 
 
 def scratch_elements(m: int, n: int, spec: PolarSpec) -> int:
     """Peak temporaries of one (m, n) matrix in ``polar``, input and output not counted.
 
-    In elements of ``spec.compute_dtype``: a float32 element beside a 16-bit iteration counts as two. Scalars a
-    matrix and a library's own workspace are left out. s short, l long side; on CPU this is the scratch of the whole
-    batch, on CUDA it is that of each matrix in it.
+    In elements of ``spec.compute_dtype``: a float32 element beside a 16-bit iteration counts as two. Scalars
+    and what a library packs inside one product (oneDNN: up to one operand) are left out. s short, l long side;
+    on CPU this is the scratch of the whole batch, on CUDA that of each matrix in it. ``spec`` is a resolved one.
 
     standard: 2 s l + 2 s^2 (X and its ping-pong partner; A, B).
     gram: 2 s l + 4 s^2 (X and its partner; R, Z, Q and one product).
     svd: 3 s l + 2 s^2 (X, V', the product; U and U cut to the rank).
     All: at least the float32 copy that is normalized, and in 16 bits the cast X beside it.
     """
-    s, l = min(m, n), max(m, n)
+    area, square = m * n, min(m, n) ** 2
     method = spec.method_for(m, n)
-    normalizing = s * l if spec.compute_dtype == torch.float32 else 3 * s * l
-    iterating = {"standard": 2 * s * l + 2 * s * s, "gram": 2 * s * l + 4 * s * s, "svd": 3 * s * l + 2 * s * s}
+    normalizing = area if spec.compute_dtype == torch.float32 else 3 * area
+    iterating = {"standard": 2 * area + 2 * square, "gram": 2 * area + 4 * square, "svd": 3 * area + 2 * square}
     return max(normalizing, iterating[method])
 
 

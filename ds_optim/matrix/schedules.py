@@ -1,8 +1,9 @@
 """Coefficient tables of the quintic Newton-Schulz iteration, X <- aX + (bA + cAA)X with A = XX'.
 
-A schedule is a table of triples (a, b, c), one per step. ``keller`` repeats one triple (Jordan, Muon), ``you``
-has five tuned ones (You), ``polar_express`` has the tables of Amsel et al. (2505.16932), made for a fixed number
-of steps each: a prefix or a continuation of them is another method, so other step counts are refused.
+A schedule is a table of triples (a, b, c), one per step. ``keller`` repeats one triple (Jordan, Muon),
+``you`` has five tuned ones (You), ``polar_express`` has the tables of Amsel et al. (2505.16932), made for a
+fixed number of steps each: a prefix or a continuation of them is another method, so other step counts are
+refused.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SCHEDULES = ("keller", "you", "polar_express")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The triples of all steps, and the factor ``safety`` that the norm is multiplied by before the first one."""
+    """The triples of all steps, and the factor ``safety`` on the norm that X is first divided by."""
 
     triples: tuple[Triple, ...]
     safety: float = 1.0

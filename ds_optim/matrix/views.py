@@ -3,8 +3,8 @@
 A view cuts in four steps, each optional, always in this order:
 
 1. ``batch_dims``: leading dimensions that stack matrices (experts) are set aside;
-2. what is left becomes two-dimensional: (out, in, ...) is flattened to out x (in * ...), as for a convolution;
-   with ``transpose`` an (in, out) weight, GPT-2's Conv1D, is turned;
+2. what is left becomes two-dimensional: (out, in, ...) is flattened to out x (in * ...), as for a
+   convolution; with ``transpose`` an (in, out) weight, GPT-2's Conv1D, is turned;
 3. ``split``: fused matrices are cut apart along the rows (a fused QKV);
 4. ``heads``: each part is cut into equal blocks along its rows, every block a matrix of its own.
 """
@@ -58,7 +58,8 @@ class MatrixView:
         if self.split and sum(self.split) != self.rows:
             raise UserError(
                 f"split {list(self.split)} sums to {sum(self.split)}, the matrix has {self.rows} rows (fan-out); "
-                f"write sizes that sum to {self.rows}" + ("" if self.transpose else ", or transpose an (in, out) weight")
+                f"write sizes that sum to {self.rows}"
+                + ("" if self.transpose else ", or transpose an (in, out) weight")
             )
         parts = self.split or (self.rows,)
         if self.heads and len(self.heads) != len(parts):
@@ -107,7 +108,7 @@ class MatrixView:
         return [part.reshape(-1, *part.shape[2:]) for part in self._cut(flat)]
 
     def pack_into(self, blocks: Sequence[Tensor], flat: Tensor) -> None:
-        """The inverse of ``unpack``: write each element of ``flat`` (numel,) once, from ``blocks`` in any dtype."""
+        """The inverse of ``unpack``: write each element of ``flat`` (numel,) once, ``blocks`` in any dtype."""
         for part, block in zip(self._cut(flat), blocks, strict=True):
             part.copy_(block.reshape(part.shape))
 

@@ -12,6 +12,4 @@ EPS = 1e-8
 
 @rule("adamw", buffers=(MOMENTUM, SECOND_MOMENT))
 def adamw(group: Group, step: int) -> AdamWUpdate:
-    return AdamWUpdate(
-        lr=rate(group), decay=group["weight_decay"], betas=tuple(group["betas"]), eps=EPS, step=step + 1
-    )
+    return AdamWUpdate(lr=rate(group), decay=group["weight_decay"], betas=tuple(group["betas"]), eps=EPS, step=step + 1)

@@ -89,7 +89,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return self._members
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on whatever tensors stand in ``param_groups`` now.
 
         Raises:

@@ -42,6 +42,10 @@ class Lion(ZeroOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
-            params, rule="lion", lr=lr, weight_decay=weight_decay, hyper={"betas": check_betas("betas", betas)},
+            params,
+            rule="lion",
+            lr=lr,
+            weight_decay=weight_decay,
+            hyper={"betas": check_betas("betas", betas)},
             options=dict(options),
         )

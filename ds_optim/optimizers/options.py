@@ -142,7 +142,9 @@ def _named_groups(params: Any, *, needs_names: bool) -> list[dict[str, Any]]:
     if all(isinstance(item, dict) for item in items):
         for group in items:
             if MEMBERS not in group:
-                raise UserError("parameter groups must come from ds_optim.param_groups(model), which names their members")
+                raise UserError(
+                    "parameter groups must come from ds_optim.param_groups(model), which names their members"
+                )
         return items
     if needs_names:
         raise UserError("this optimizer routes parameters by name and shape: pass ds_optim.param_groups(model)")

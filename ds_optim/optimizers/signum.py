@@ -45,7 +45,11 @@ class Signum(ZeroOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
-            params, rule="signum", lr=lr, weight_decay=weight_decay, hyper={"beta": check_beta("beta", beta)},
+            params,
+            rule="signum",
+            lr=lr,
+            weight_decay=weight_decay,
+            hyper={"beta": check_beta("beta", beta)},
             options=dict(options),
         )
 

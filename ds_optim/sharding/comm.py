@@ -55,8 +55,11 @@ class Comm:
         """Reduce ``values`` in place over the ranks: "sum", "min" or "max"."""
         if self.world_size > 1:
             self.sent_bytes += values.numel() * values.element_size()
-            dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op],
-                            group=self.group)
+            dist.all_reduce(
+                values,
+                {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op],
+                group=self.group,
+            )
         return values
 
     def gather_objects(self, value: Any) -> list[Any]:

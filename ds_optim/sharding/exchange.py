@@ -28,6 +28,9 @@ Solve = Callable[[MatrixView, Tensor], Tensor]
 Apply = Callable[[Slice, Tensor], None]
 """Take a slice's part of the result, 1-D."""
 
+Stacked = tuple[Sequence[int], Tensor]
+"""Parameters of one view, and their elements: (B, numel)."""
+
 
 @dataclass
 class _Flight:
@@ -36,7 +39,7 @@ class _Flight:
     bucket: Bucket
     outgoing: Tensor
     incoming: Tensor
-    stacks: list[tuple[Sequence[int], Tensor]]
+    stacks: list[Stacked]
     pending: Pending
     sent: list[int] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
@@ -115,7 +118,7 @@ class Exchange:
         incoming = torch.empty(sum(received), dtype=self.dtype, device=self.device)
         for piece, message in self._outgoing_pieces(bucket, outgoing):
             fill(piece, message)
-        stacks = [(params, self._stack(params)) for params in _runs(bucket.owned[rank], plan.views)]
+        stacks: list[Stacked] = [(params, self._stack(params)) for params in _runs(bucket.owned[rank], plan.views)]
         for piece, row in self._own_pieces(stacks):
             fill(piece, row)
         pending = self.comm.all_to_all(incoming, received, outgoing, sent)
@@ -150,7 +153,7 @@ class Exchange:
                     yield held, message[position : position + held.numel]
                     position += held.numel
 
-    def _own_pieces(self, stacks: list[tuple[Sequence[int], Tensor]]) -> Iterator[tuple[Slice, Tensor]]:
+    def _own_pieces(self, stacks: list[Stacked]) -> Iterator[tuple[Slice, Tensor]]:
         """This rank's slices of the matrices that it owns, each with its place in the stack."""
         for params, stack in stacks:
             for row, param in enumerate(params):

@@ -178,9 +178,7 @@ def build_layout(
     return Layout(stage=stage, world_size=world_size if stage else 1, units=tuple(units))
 
 
-def _sub_groups(
-    specs: Sequence[ParamSpec], world_size: int, sub_group_size: int | None
-) -> list[tuple[ParamSpec, ...]]:
+def _sub_groups(specs: Sequence[ParamSpec], world_size: int, sub_group_size: int | None) -> list[tuple[ParamSpec, ...]]:
     """Stage 3 fills a sub-group until it holds ``sub_group_size`` elements a rank, then opens the next."""
     shards = [math.ceil(spec.numel / world_size) for spec in specs]
     if sub_group_size is None or sub_group_size >= sum(shards):

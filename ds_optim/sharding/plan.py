@@ -79,9 +79,7 @@ class ExchangePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_exchange(
-    unit: Unit, views: Mapping[int, MatrixView], *, cost: Cost, bucket_elements: int
-) -> ExchangePlan:
+def plan_exchange(unit: Unit, views: Mapping[int, MatrixView], *, cost: Cost, bucket_elements: int) -> ExchangePlan:
     """Plan the exchange of the matrices of ``unit``.
 
     Args:

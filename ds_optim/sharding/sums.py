@@ -21,8 +21,9 @@ _CHUNK = 1 << 20  # elements converted to fp64 at a time: 8 MB of scratch, whate
 Partial = Callable[[Slice], Sequence[Tensor | float]]
 
 
-def reduce_parameters(unit: Unit, comm: Comm, partial: Partial, *, columns: int, op: str = "sum",
-                      device: torch.device | None = None) -> Tensor:
+def reduce_parameters(
+    unit: Unit, comm: Comm, partial: Partial, *, columns: int, op: str = "sum", device: torch.device | None = None
+) -> Tensor:
     """Reduce ``columns`` numbers per parameter of ``unit`` over all ranks.
 
     Args:

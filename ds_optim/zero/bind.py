@@ -14,52 +14,130 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.errors import UserError
 from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, is_optimized
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, ParamSpec, Slice, Unit, build_layout
-from ds_optim.zero.caller import find_caller
-from ds_optim.zero.support import check_parameters, check_wrapper
+from ds_optim.zero.caller import Caller, find_caller
+from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 
 _SYNC_HINT = (
     "if weights were changed in place after deepspeed.initialize, call engine.optimizer.refresh_fp32_params() first"
 )
+_FREEZE_HINT = "freeze and unfreeze parameters before deepspeed.initialize"
 
 Address = tuple[int, int, int]
 """(start in the parameter, elements, offset in the flat partition) of what this rank holds."""
 
 
-def bind_zero(
-    optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups
-) -> Binding | None:
+def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding | None:
     """Bind to what ZeRO-1/2, ``BF16_Optimizer`` or ZeRO-3 made; None where the parameters are not sharded.
 
     Raises:
         NotYet: DeepSpeed is still initializing (stage 0 with 16-bit weights steps once, on zeros).
-        UserError: a setting that is not supported, with what to write instead.
+        UserError: a setting that is not supported, with what to write instead, on every rank.
         RuntimeError: the memory is not what the layout says, on every rank.
     """
     caller = find_caller(optimizer)
     if caller is not None and caller.method == "initialize_optimizer_states":
         raise NotYet
     trained = [[m for m in group if is_optimized(m.parameter)] for group in members]
-    parameters = [m.parameter for group in trained for m in group]
-    check_parameters([(m.spec.name, m.parameter) for group in trained for m in group])
-    if caller is not None:
-        check_wrapper(caller.wrapper)
+    stage = _stage_of([m.parameter for group in trained for m in group], caller)
+    first = _first(trained) if stage else None
+    comm = _comm(stage, first, caller)
+    _raise_everywhere(_settings_problem(caller, trained) or _groups_problem(stage, trained, groups), comm)
+    if first is None:
+        _raise_everywhere(_copies_problem(trained, groups), comm)
+        return None
+    binding = _bind_stage3(trained, first, comm) if stage == 3 else _bind_stages_1_2(trained, first, comm, groups, stage)
+    strangers = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
+    _raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
+    return binding
+
+
+_FOREIGN = (
+    "the parameter groups hold tensors that DeepSpeed's ZeRO did not make: ds_optim cannot tell where their matrices "
+    "lie. Leave optimizer.param_groups[...]['params'] alone after deepspeed.initialize"
+)
+
+
+def _stage_of(parameters: Sequence[torch.nn.Parameter], caller: Caller | None) -> int:
+    """The stage by what DeepSpeed left on the parameters; 0 where it left nothing."""
     if any(hasattr(p, "_z3_optimizer") for p in parameters):
-        return _bind_stage3(trained)
+        return 3
     if any(hasattr(p, "_hp_mapping") for p in parameters):
-        return _bind_stages_1_2(trained, groups, 2 if getattr(caller.wrapper, "partition_gradients", False) else 1
-                                if caller else 1)
+        return 2 if caller is not None and getattr(caller.wrapper, "partition_gradients", False) else 1
+    return 0
+
+
+def _first(trained: Sequence[Sequence[Member]]) -> torch.nn.Parameter:
+    return next(m.parameter for group in trained for m in group)
+
+
+def _comm(stage: int, first: torch.nn.Parameter | None, caller: Caller | None) -> Comm:
+    """The data-parallel group of the parameters; without shards, the engine's, if there is one."""
+    if first is not None:
+        return Comm.of_group(first.ds_process_group if stage == 3 else first._dp_group)  # type: ignore[attr-defined]
+    engine = caller.engine if caller is not None else None
+    return Comm.of_group(getattr(engine, "seq_data_parallel_group", None))
+
+
+def _settings_problem(caller: Caller | None, trained: Sequence[Sequence[Member]]) -> UserError | None:
+    try:
+        check_parameters([(m.spec.name, m.parameter) for group in trained for m in group])
+        if caller is not None:
+            check_wrapper(caller.wrapper)
+            if caller.engine is not None:
+                check_engine(caller.engine)
+    except UserError as error:
+        return error
     return None
 
 
-def _bind_stages_1_2(trained: Sequence[Sequence[Member]], groups: Groups, stage: int) -> Binding:
-    occupied = [(number, group) for number, group in enumerate(trained) if group]
-    first = occupied[0][1][0].parameter
-    comm = Comm.of_group(first._dp_group)  # type: ignore[attr-defined]
-    flats = [group["params"][0] for group in groups]
+def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:
+    if len(groups) != len(trained):
+        return RuntimeError(
+            f"the optimizer was built with {len(trained)} parameter groups and has {len(groups)}: build it from "
+            "ds_optim.param_groups(model) over all that it is to train, and add no group later"
+        )
+    if stage in (1, 2) and any(len(g["params"]) != 1 for g, m in zip(groups, trained, strict=True) if m):
+        return RuntimeError(_FOREIGN)
+    return None
 
+
+def _copies_problem(trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:
+    """Where nothing is sharded, a tensor that is not the parameter must be a copy of it.
+
+    Shapes are compared by the caller of this binder, who assumes that nothing is sharded.
+    """
+    for group, members in zip(groups, trained, strict=True):
+        tensors = [t for t in group["params"] if t.requires_grad and t.numel()]
+        for tensor, member in zip(tensors, members, strict=False):
+            own = member.parameter.detach()
+            same = tensor is member.parameter or tensor.shape != own.shape or _same(tensor, own)
+            if not same:
+                return RuntimeError(f"the fp32 weights of {member.spec.name} are not the model's; {_SYNC_HINT}")
+    return None
+
+
+def _same(master: Tensor, own: Tensor) -> bool:
+    """Whether a master slice, cast down, is the model's; a NaN equals a NaN."""
+    cast = master.detach().to(own.device, own.dtype)
+    return torch.equal(cast.nan_to_num(), own.nan_to_num())
+
+
+def _raise_everywhere(problem: Exception | None, comm: Comm) -> None:
+    """Raise on every rank what the first of them found: the others would wait for it for ever."""
+    mine = None if problem is None else (isinstance(problem, UserError), str(problem))
+    for rank, found in enumerate(comm.gather_objects(mine)):
+        if found is not None:
+            is_users, text = found
+            raise UserError(text) if is_users else RuntimeError(f"ds_optim cannot step this layout (rank {rank}): {text}")
+
+
+def _bind_stages_1_2(
+    trained: Sequence[Sequence[Member]], first: torch.nn.Parameter, comm: Comm, groups: Groups, stage: int
+) -> Binding:
     def local_address(unit: Unit, param: int, member: Member) -> Address | None:
         mapping = member.parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
@@ -70,10 +148,8 @@ def _bind_stages_1_2(trained: Sequence[Sequence[Member]], groups: Groups, stage:
     # DeepSpeed aligns parameters to 16 bytes if asked to; the addresses tell which of the two it was.
     alignments = sorted({1, 16 // math.gcd(16, first.element_size())})
     specs = [[m.spec for m in group] for group in trained]
-    layouts = [
-        build_layout(specs, stage=stage, world_size=comm.world_size, param_alignment=a) for a in alignments
-    ]
-    tensors = [[flats[unit.group]] for unit in layouts[0].units]
+    layouts = [build_layout(specs, stage=stage, world_size=comm.world_size, param_alignment=a) for a in alignments]
+    tensors = [[groups[unit.group]["params"][0]] for unit in layouts[0].units]
     members = [list(trained[unit.group]) for unit in layouts[0].units]
     problems = [_find_problem(layout, members, tensors, comm, local_address) for layout in layouts]
     layout = _agree(layouts, problems, comm)
@@ -81,10 +157,8 @@ def _bind_stages_1_2(trained: Sequence[Sequence[Member]], groups: Groups, stage:
     return Binding(layout, comm, _work_device(comm, tensors[0][0], first), tensors, members)
 
 
-def _bind_stage3(trained: Sequence[Sequence[Member]]) -> Binding:
-    first = next(m.parameter for group in trained for m in group)
+def _bind_stage3(trained: Sequence[Sequence[Member]], first: torch.nn.Parameter, comm: Comm) -> Binding:
     zero: Any = first._z3_optimizer  # type: ignore[attr-defined]
-    comm = Comm.of_group(first.ds_process_group)  # type: ignore[attr-defined]
     flats: list[Tensor] = _attribute(zero, "fp32_partitioned_groups_flat")
     positions = _attribute(zero, "grad_position")
     layout = build_layout(
@@ -100,7 +174,10 @@ def _bind_stage3(trained: Sequence[Sequence[Member]]) -> Binding:
         queue = queue[len(unit.params) :]
 
     def local_address(unit: Unit, param: int, member: Member) -> Address | None:
-        number, offset, shard = positions[zero.get_param_id(member.parameter)]
+        try:
+            number, offset, shard = positions[zero.get_param_id(member.parameter)]
+        except KeyError:
+            return None
         start = min(comm.rank * shard, member.spec.numel)
         held = min(shard, member.spec.numel - start)
         if layout.units[number] is not unit:
@@ -112,7 +189,9 @@ def _bind_stage3(trained: Sequence[Sequence[Member]]) -> Binding:
         problem = _find_problem(layout, members, tensors, comm, local_address)
     else:
         tensors = []
-        problem = f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)}"
+        problem = (
+            f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({_FREEZE_HINT})"
+        )
     _agree([layout], [problem], comm)
     _check_values(layout, members, tensors, comm, lambda m: m.parameter.ds_tensor.detach().reshape(-1))  # type: ignore[attr-defined]
     return Binding(layout, comm, _work_device(comm, flats[0], first), tensors, members)
@@ -137,10 +216,13 @@ def _find_problem(
     """The first disagreement between the closed form and the addresses on this rank."""
     for unit, unit_members, (flat,) in zip(layout.units, members, tensors, strict=True):
         if flat.numel() != unit.partition_numel:
-            return f"a flat partition holds {flat.numel()} elements where the closed form has {unit.partition_numel}"
+            return (
+                f"a flat partition holds {flat.numel()} elements where the closed form has {unit.partition_numel} "
+                f"({_FREEZE_HINT})"
+            )
         for param, member in enumerate(unit_members):
             if not hasattr(member.parameter, "_hp_mapping") and unit.cut == "flat":
-                return f"{member.spec.name} has no address in ZeRO's partitions"
+                return f"{member.spec.name} has no address in ZeRO's partitions ({_FREEZE_HINT})"
             there, here = address(unit, param, member), _address(unit.slice_of(param, comm.rank))
             if there != here:
                 return (
@@ -185,12 +267,10 @@ def _check_values(
             own = weights(member)
             start = 0 if unit.cut == "each" else piece.start
             own = own[start : start + piece.numel]
-            master = flat.detach()[piece.offset : piece.offset + piece.numel].to(own.dtype)
-            if problem is None and not torch.equal(master.to(own.device).nan_to_num(), own.nan_to_num()):
+            master = flat[piece.offset : piece.offset + piece.numel]
+            if problem is None and not _same(master, own):
                 problem = f"the master weights of {member.spec.name} are not the model's; {_SYNC_HINT}"
-    for rank, found in enumerate(comm.gather_objects(problem)):
-        if found is not None:
-            raise RuntimeError(f"ds_optim cannot step this layout (rank {rank}): {found}")
+    _raise_everywhere(None if problem is None else RuntimeError(problem), comm)
 
 
 def _work_device(comm: Comm, flat: Tensor, parameter: torch.nn.Parameter) -> torch.device:

@@ -1,7 +1,8 @@
-"""Who calls ``optimizer.step()``: the DeepSpeed wrapper that holds it, found on the call stack.
+"""Who calls ``optimizer.step()``: the DeepSpeed objects that hold it, found on the call stack.
 
-A client optimizer is handed no engine and no config. The wrapper that steps it is the one thing that knows
-whether the settings are ones that this package supports, and whether the call belongs to set-up.
+A client optimizer is handed no engine and no config. The wrapper that steps it, and the engine that steps
+the wrapper, are what knows whether the settings are ones that this package supports, and whether the call
+belongs to set-up.
 """
 
 from __future__ import annotations
@@ -10,25 +11,47 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-_DEPTH = 12  # hooks of torch and of schedulers stand between the wrapper and the optimizer
+_DEPTH = 24  # hooks of torch and of schedulers stand between the engine, the wrapper and the optimizer
 
 
 @dataclass(frozen=True)
 class Caller:
-    """The object whose ``optimizer`` is being stepped, and the name of its method that does so."""
+    """The object whose ``optimizer`` is being stepped, and the name of its method that does so.
+
+    ``engine`` is the DeepSpeed engine above it (the object itself where no wrapper stands between); None
+    during set-up, or where the user's code steps the wrapper.
+    """
 
     wrapper: Any
     method: str
+    engine: Any = None
 
 
 def find_caller(optimizer: object) -> Caller | None:
-    """The nearest frame whose ``self`` holds ``optimizer``; None where the user's own code steps it."""
+    """The nearest holders of ``optimizer`` on the stack; None where the user's own code steps it."""
+    held: object = optimizer
+    wrapper, method = None, ""
     frame = inspect.currentframe()
     for _ in range(_DEPTH):
         if frame is None:
-            return None
+            break
         owner = frame.f_locals.get("self")
-        if owner is not None and owner is not optimizer and getattr(owner, "optimizer", None) is optimizer:
-            return Caller(owner, frame.f_code.co_name)
+        if owner is not None and owner is not held and owner is not optimizer and _holds(owner, held):
+            if wrapper is None:
+                wrapper, method = owner, frame.f_code.co_name
+            if _is_engine(owner):
+                return Caller(wrapper, method, owner)
+            held = owner
         frame = frame.f_back
-    return None
+    return None if wrapper is None else Caller(wrapper, method)
+
+
+def _holds(owner: object, held: object) -> bool:
+    try:
+        return getattr(owner, "optimizer", None) is held
+    except Exception:  # somebody's property that is not ready: whoever it is, it does not hold us
+        return False
+
+
+def _is_engine(owner: object) -> bool:
+    return any(cls.__name__ == "DeepSpeedEngine" for cls in type(owner).__mro__)

@@ -71,9 +71,7 @@ def initialize(
     if section is not None:
         name = _type_of(section)
         if optimizer is not None:
-            raise UserError(
-                f"an optimizer is given in code and in the config ({name!r}): remove one of them"
-            )
+            raise UserError(f"an optimizer is given in code and in the config ({name!r}): remove one of them")
         if is_ours(name):
             _init_distributed(deepspeed, dist_init_required, distributed_port)
             built = _build_everywhere(model, loaded, name, model_parameters, mpu, mesh_param)

@@ -1,12 +1,12 @@
 """What is supported, and what to write instead of what is not.
 
-Two looks at the same list: at a DeepSpeed config before the engine exists, and at the wrapper that steps a
-client optimizer, whose config this package never saw.
+Three looks: at a DeepSpeed config and a model before the engine exists, and, for a client optimizer whose
+config this package never saw, at the engine and the wrapper that step it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,27 +14,20 @@ import torch
 from ds_optim.errors import UserError
 
 _ZERO = "zero_optimization"
+_OFFLOAD = f"{_ZERO}.offload_optimizer"
 
-
-def _at(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-def _above(limit: float) -> Any:
-    return lambda value: isinstance(value, (int, float)) and value > limit
+Test = Callable[[Any], bool]
 
 
 def _is_true(value: Any) -> bool:
-    return value is True
+    """True as DeepSpeed's pydantic models read it: they take strings and numbers too."""
+    return value is True or value == 1 or str(value).lower() in ("true", "1", "yes", "y", "on", "t")
 
 
 def _is_false(value: Any) -> bool:
-    return value is False
+    return value is not None and (
+        value is False or value == 0 or str(value).lower() in ("false", "0", "no", "n", "off", "f")
+    )
 
 
 def _is_nvme(value: Any) -> bool:
@@ -42,56 +35,88 @@ def _is_nvme(value: Any) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    return value is not None
+    # "auto" is how transformers writes "not set"; DeepSpeed drops it
+    return value is not None and value != "auto"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _above(limit: float) -> Test:
+    return lambda value: (number := _number(value)) is not None and number > limit
 
 
 def _below_one(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value < 1
+    return (number := _number(value)) is not None and number < 1
 
 
 # (path in the config, when it is refused, why and what to write instead)
-_REFUSED_SETTINGS: list[tuple[str, Any, str]] = [
+REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"{_ZERO}.round_robin_gradients", _is_true, "it hides where a parameter lies; set it to false"),
     (f"{_ZERO}.compute_grad_norm", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bf16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bfloat16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
-    (f"{_ZERO}.offload_optimizer.device", _is_nvme, 'use "cpu"'),
+    (f"{_OFFLOAD}.device", _is_nvme, 'use "cpu"'),
     (f"{_ZERO}.offload_param.device", _is_nvme, 'use "cpu"'),
-    (f"{_ZERO}.offload_optimizer.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
-    (f"{_ZERO}.offload_optimizer.super_offload", _is_true, "it steps with its own Adam; set it to false"),
+    (f"{_OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
+    (f"{_OFFLOAD}.super_offload", _is_true, "it steps with its own Adam; set it to false"),
     (f"{_ZERO}.zenflow", _is_given, "it steps with its own Adam; leave it out"),
     (f"{_ZERO}.zero_hpz_partition_size", _above(1), "ZeRO++ groups are not supported; set it to 1"),
     (f"{_ZERO}.zero_quantized_weights", _is_true, "ZeRO++ is not supported; set it to false"),
     (f"{_ZERO}.zero_quantized_nontrainable_weights", _is_true, "ZeRO++ is not supported; set it to false"),
     (f"{_ZERO}.zero_quantized_gradients", _is_true, "ZeRO++ is not supported; set it to false"),
-    (f"{_ZERO}.mics_shard_size", _above(0), "MiCS groups are not supported; leave it out"),
+    (f"{_ZERO}.zeropp_loco_param", _is_given, "ZeRO++ is not supported; leave it out"),
+    (f"{_ZERO}.mics_shard_size", _is_given, "MiCS groups are not supported; leave it out"),
+    (f"{_ZERO}.mics_hierarchical_params_gather", _is_given, "MiCS groups are not supported; leave it out"),
+    (f"{_ZERO}.elastic_checkpoint", _is_true, "it cuts optimizer state at other borders; set it to false"),
     ("fp16.fp16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
     ("bf16.bf16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
     ("bfloat16.bf16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
+    ("bf16.bf16_optimizer_states", _is_true, "momentum is fp32; set it to false"),
+    ("bfloat16.bf16_optimizer_states", _is_true, "momentum is fp32; set it to false"),
     ("torch_autocast.enabled", _is_true, 'use "bf16": {"enabled": true}'),
     ("amp.enabled", _is_true, 'use "bf16": {"enabled": true}'),
-    ("compile.deepcompile", _is_true, "its graph passes own the optimizer step; set it to false"),
-    ("sparse_gradients", _is_true, "set it to false"),
-    ("tensor_parallel.autotp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
-    ("sequence_parallel_size", _above(1), "it is not supported; set it to 1"),
+    ("fp8.enabled", _is_true, 'use "bf16": {"enabled": true}'),
+    ("compile.deepcompile", _is_true, "its graph passes own the optimizer's memory; set it to false"),
+    ("sparse_gradients", _is_true, "leave it out"),
+    ("elasticity.enabled", _is_true, "the layout is fixed at start; leave elasticity out"),
+    ("tensor_parallel.autotp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 0"),
+    ("tensor_parallel.tp.tp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
+    ("tensor_parallel.tensor_parallel.tp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
+    ("expert_parallel.enabled", _is_true, "experts in groups of their own are not supported; set it to false"),
+    ("sequence_parallel_size", _above(1), "sequence parallelism is not supported; set it to 1"),
+    ("hybrid_engine.enabled", _is_true, "the hybrid engine is not supported; set it to false"),
     ("data_efficiency.data_routing.random_ltd.enabled", _is_true, "it is not supported; set it to false"),
-    ("pipeline.stages", _above(1), "the pipeline engine is not supported"),
-]
+    ("pipeline.stages", _above(1), "the pipeline engine is not supported; leave it out"),
+)
 
-# The same, as attributes of DeepSpeed's wrappers.
-_REFUSED_ATTRIBUTES: list[tuple[str, Any, str]] = [
-    ("round_robin_gradients", _is_true, "set zero_optimization.round_robin_gradients to false"),
-    ("compute_grad_norm", _is_false, "leave zero_optimization.compute_grad_norm true"),
-    ("zenflow", _is_true, "leave zero_optimization.zenflow out"),
-    ("swap_optimizer", _is_true, 'set zero_optimization.offload_optimizer.device to "cpu"'),
-    ("params_in_nvme_and_cpu", _is_true, 'set zero_optimization.offload_param.device to "cpu"'),
-    ("partial_offload", _below_one, "set zero_optimization.offload_optimizer.ratio to 1.0"),
-    ("zero_hpz_partition_size", _above(1), "set zero_optimization.zero_hpz_partition_size to 1"),
-    ("zero_quantized_gradients", _is_true, "set zero_optimization.zero_quantized_gradients to false"),
+# The same, as attributes of DeepSpeed's wrappers: for who steps a wrapper without its engine.
+REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
+    ("round_robin_gradients", _is_true, f"set {_ZERO}.round_robin_gradients to false"),
+    ("compute_grad_norm", _is_false, f"leave {_ZERO}.compute_grad_norm true"),
+    ("zenflow", _is_true, f"leave {_ZERO}.zenflow out"),
+    ("swap_optimizer", _is_true, f'set {_OFFLOAD}.device to "cpu"'),
+    ("params_in_nvme_and_cpu", _is_true, f'set {_ZERO}.offload_param.device to "cpu"'),
+    ("partial_offload", _below_one, f"set {_OFFLOAD}.ratio to 1.0"),
+    ("zero_hpz_partition_size", _above(1), f"set {_ZERO}.zero_hpz_partition_size to 1"),
+    ("zero_quantized_nontrainable_weights", _is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
+    ("all2all_process_group", _is_given, f"set {_ZERO}.zero_quantized_gradients to false"),
+    ("sequence_parallel_size", _above(1), "sequence parallelism is not supported"),
+    ("model_parallel_group", _is_given, "tensor parallelism is not supported: a shard is no whole matrix"),
     ("has_moe_layers", _is_true, "DeepSpeed's MoE groups are not supported"),
     ("torch_autocast_gradscaler", _is_given, 'use "bf16": {"enabled": true} instead of torch_autocast'),
     ("low_precision_master_weights_and_grads", _is_true, "master weights must be fp32"),
-]
+    ("elastic_checkpoint", _is_true, f"set {_ZERO}.elastic_checkpoint to false"),
+)
+_REFUSED_WRAPPERS = {
+    "SuperOffloadOptimizer_Stage3": f"set {_OFFLOAD}.super_offload to false",
+    "ZenFlowZeroOptimizer": f"leave {_ZERO}.zenflow out",
+}
+_PIPELINE = "the pipeline engine is not supported: pass the model as a plain module"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -100,23 +125,46 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the setting and what to write instead.
     """
-    for path, refused, remedy in _REFUSED_SETTINGS:
-        if refused(_at(config, path)):
-            raise UserError(f"{path} = {_at(config, path)!r} is not supported with ds_optim's optimizers: {remedy}")
+    if isinstance(config.get(_ZERO), bool):
+        raise UserError(f'{_ZERO} is {config[_ZERO]!r}: write {{"stage": 1}}')
+    for path, refused, remedy in REFUSED_SETTINGS:
+        value = _at(config, path)
+        if refused(value):
+            raise UserError(f"{path} = {value!r} is not supported with ds_optim's optimizers: {remedy}")
     stage = _at(config, f"{_ZERO}.stage")
-    if stage not in (None, 0, 1, 2, 3):
+    if stage not in (None, "auto", 0, 1, 2, 3):
         raise UserError(f"{_ZERO}.stage is {stage!r}: write 0, 1, 2 or 3")
 
 
+def check_engine(engine: Any) -> None:
+    """Refuse the same in the engine that steps a client optimizer."""
+    if any(cls.__name__ == "PipelineEngine" for cls in type(engine).__mro__):
+        raise UserError(_PIPELINE)
+    config = engine.config
+    if not isinstance(config, Mapping):
+        return
+    check_config(config)
+    section = config.get("optimizer")
+    if isinstance(section, Mapping) and section.get("type") is not None:
+        raise UserError(
+            f"an optimizer is given in code and in the config ({section['type']!r}): remove one of them, or hand "
+            "deepspeed.initialize the config that ds_optim.from_config returns"
+        )
+
+
 def check_wrapper(wrapper: Any) -> None:
-    """Refuse the same settings, seen from the wrapper that steps a client optimizer."""
-    for name, refused, remedy in _REFUSED_ATTRIBUTES:
-        if refused(getattr(wrapper, name, None)):
-            raise UserError(
-                f"DeepSpeed's {name} = {getattr(wrapper, name)!r} is not supported with ds_optim's optimizers: {remedy}"
-            )
+    """Refuse the same in the wrapper that steps a client optimizer."""
+    for cls in type(wrapper).__mro__:
+        if cls.__name__ in _REFUSED_WRAPPERS:
+            raise UserError(f"{cls.__name__} is not supported with ds_optim's optimizers: "
+                            f"{_REFUSED_WRAPPERS[cls.__name__]}")
+    for name, refused, remedy in REFUSED_ATTRIBUTES:
+        value = getattr(wrapper, name, None)
+        if refused(value):
+            shown = f" = {value!r}" if isinstance(value, (bool, int, float)) else ""
+            raise UserError(f"DeepSpeed's {name}{shown} is not supported with ds_optim's optimizers: {remedy}")
     if getattr(wrapper, "check_grad_overflow", True) is False and getattr(wrapper, "dtype", None) == torch.bfloat16:
-        raise UserError("bf16.check_grad_overflow = false is not supported with ds_optim's optimizers: leave it true")
+        raise UserError("bf16.check_grad_overflow = False is not supported with ds_optim's optimizers: leave it true")
 
 
 def check_parameters(named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
@@ -140,4 +188,16 @@ def check_parameters(named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
 def check_model(model: torch.nn.Module) -> None:
     """Refuse models that bring their own parallelism along."""
     if any(cls.__name__ == "PipelineModule" for cls in type(model).__mro__):
-        raise UserError("the pipeline engine is not supported: pass the model as a plain module")
+        raise UserError(_PIPELINE)
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "MoE" and cls.__module__.startswith("deepspeed.") for cls in type(module).__mro__):
+            raise UserError(f"{name or 'the model'} is a DeepSpeed MoE layer: MoE groups are not supported")
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
