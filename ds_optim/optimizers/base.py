@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import blend_into
 from ds_optim.elementwise.steps import adamw_step, apply_update, sign_step
+from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.options import (
@@ -79,14 +80,31 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._binding: Binding | None = None
         self._workers: dict[int, MatrixWorker] = {}
         self.skipped_steps = 0
+        self._sealed = False
         super().__init__(groups, {})
+        self._sealed = True
         # DeepSpeed hides groups by swapping the list; this one keeps seeing them all.
         self._all_groups = self.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are fixed once the optimizer is built: their layout and exchange are.
+
+        Raises:
+            UserError: for every call by a user.
+        """
+        if getattr(self, "_sealed", False):
+            raise UserError("parameter groups cannot be added later: build a new optimizer from ds_optim.param_groups")
+        super().add_param_group(param_group)
 
     @property
     def members(self) -> list[list[Member]]:
         """For each parameter group the parameters that the optimizer was built with."""
         return self._members
+
+    @property
+    def matrix_workers(self) -> Mapping[int, MatrixWorker]:
+        """By unit of the layout, what works on its matrices; empty before the first step."""
+        return self._workers
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ds_optim.elementwise.blend import Blend
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_betas, check_choice, check_period, check_positive
+from ds_optim.optimizers.checks import check_at_least_zero, check_betas, check_choice, check_period, check_positive
 from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, rate, rule
 
 
@@ -63,7 +63,7 @@ class LionMuon(ZeroOptimizer):
             "period": check_period(period),
             "sign_lr_ratio": ratio,
         }
-        options.setdefault("aux_lr", lr / ratio)
+        options.setdefault("aux_lr", check_at_least_zero("lr", lr) / ratio)
         super().__init__(params, rule="lion_muon", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))
 
 

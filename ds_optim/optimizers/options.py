@@ -128,9 +128,11 @@ def build_groups(
             name, own_lr, decay, own = aux
         if group["role"] == VECTOR and not decay_1d:
             decay = 0.0
+        if own_lr and not lr:
+            raise UserError("lr is 0 and aux_lr is not: write the peak lr and let a scheduler start it at 0")
         # One "lr" for all groups: a scheduler may set or scale it for all of them alike (see rules.rate).
-        base, scale = (lr, own_lr / lr) if lr else (own_lr, 1.0)
-        filled.append({**group, "rule": name, "lr": base, "lr_scale": scale, "weight_decay": decay, **own})
+        scale = own_lr / lr if lr else 1.0
+        filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, **own})
     _check_disjoint(filled)
     return filled
 

@@ -95,9 +95,13 @@ def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:
         name, parameter = item if isinstance(item, tuple) else (f"parameter {number}", item)
         if not isinstance(parameter, torch.Tensor):
             raise UserError("parameter groups must come from ds_optim.param_groups(model), which names their members")
+        if not is_optimized(parameter):  # type: ignore[arg-type]  # DeepSpeed refuses groups without any other
+            continue
         spec = ParamSpec(name=name, shape=full_shape(parameter))  # type: ignore[arg-type]
         role = AUX if len(spec.shape) >= 2 else VECTOR
         by_role[role].append(Member(spec, parameter))  # type: ignore[arg-type]
+    if not any(by_role.values()):
+        raise UserError("none of the parameters is trainable: unfreeze some before the optimizer is built")
     return [
         {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
         for role, members in by_role.items()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, ParamSpec, build_layout
@@ -106,6 +107,8 @@ def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Bindi
                 "matrices lie. Build the optimizer from ds_optim.param_groups(model) and hand it to "
                 "deepspeed.initialize, or step it directly."
             )
+        for tensor, member in zip(tensors, candidates, strict=True):
+            _check_steppable(tensor, member.spec.name)
         chosen.append(list(candidates))
     layout = build_layout([[m.spec for m in group] for group in chosen], stage=0, world_size=1)
     tensors_by_unit = [list(group["params"]) for group, members_ in zip(groups, chosen, strict=True) if members_]
@@ -117,6 +120,16 @@ def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Bindi
         tensors=tensors_by_unit,
         members=[group for group in chosen if group],
     )
+
+
+def _check_steppable(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"{name} is {tensor.dtype} and nothing keeps fp32 master weights for it: train through DeepSpeed with "
+            '"bf16" or "fp16", or keep the parameters in fp32 and use autocast'
+        )
+    if not tensor.is_contiguous():
+        raise UserError(f"{name} is not contiguous in memory: use parameters in the default memory format")
 
 
 def is_optimized(parameter: torch.nn.Parameter) -> bool:
