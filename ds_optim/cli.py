@@ -1,0 +1,242 @@
+"""The command line: ``ds-optim train | compare | version``.
+
+Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
+stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ds_optim.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_optim.train.settings import TrainSettings
+
+app = typer.Typer(
+    name="ds-optim",
+    help="One-momentum, matrix-aware optimizers for DeepSpeed ZeRO.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status: 0, or 2 for a user's mistake."""
+    arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)
+    except UserError as error:
+        fail(str(error))
+    except Exception as error:
+        # Typer's own complaints (an unknown flag, a missing value) are a base class that it keeps private;
+        # they alone format themselves.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        fail(message() or str(error))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def fail(line: str) -> None:
+    """Print one line on stderr and exit with status 2."""
+    print(f"ds-optim: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def take_local_rank(arguments: list[str]) -> list[str]:
+    """Take the ``--local_rank N`` out that the ``deepspeed`` launcher puts before the command."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value or next(rest, "0"))
+        else:
+            kept.append(argument)
+    return kept
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of ds-optim and of what it runs on."""
+    from importlib.metadata import version as installed
+
+    for package in ("ds-optim", "torch", "deepspeed", "transformers", "datasets"):
+        typer.echo(f"{package} {installed(package)}")
+
+
+@app.command()
+def train(
+    preset: Annotated[str | None, typer.Option(help="qwen3-tiny (default) or qwen3-134m.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="In place of a preset: a folder, config.json or hub name of a causal LM."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="shakespeare (shipped, default); a file, folder or glob of text, JSONL or parquet;"
+            " or hub:REPO[:CONFIG[:SPLIT]]."
+        ),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bytes, bpe:N (trained on the data), or hf:DIRECTORY.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates; the cosine ends at 0 there. [100]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup. [a tenth]")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="lion_muon (default), lion, muon, adamw, deepspeed:Muon, ...")
+    ] = None,
+    optimizer_params: Annotated[
+        str | None, typer.Option(help='Its parameters as JSON: \'{"lr": 0.001, "period": 2}\'.')
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, over the preset's tuned one.")] = None,
+    stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3. [1]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 (default), fp32 or fp16.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Gradient norm to clip at; 0 is off. [1.0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout. [0]")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between validations; 0: at the end alone. [0]")] = None,
+    eval_batches: Annotated[int | None, typer.Option(help="Global batches a validation. [8]")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints, and one at the end; 0: none. [0]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for log.jsonl, checkpoints, tokenizer, TensorBoard.")] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events through DeepSpeed's monitor.")
+    ] = False,
+    zero_init: Annotated[
+        bool, typer.Option("--zero-init", help="Stage 3: partition the weights while they are made.")
+    ] = False,
+    time_limit_s: Annotated[
+        float | None, typer.Option(help="Stop cleanly after this many seconds of training.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON; flags win over it.")] = None,
+) -> int:
+    """Pretrain a causal language model under DeepSpeed ZeRO.
+
+    One process: python -m ds_optim train --steps 40. Two ranks: deepspeed --num_accelerators 2 --module
+    ds_optim train --stage 3.
+    """
+    flags = {
+        name: value for name, value in locals().items() if value is not None and value is not False and name != "config"
+    }
+    settings = train_settings(flags, config)
+    return run_train(settings)
+
+
+def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
+    """Validated settings of the flags that were given and of a DeepSpeed JSON under them."""
+    from ds_optim.train.deepspeed_json import read_json, settings_from_json
+    from ds_optim.train.settings import make_settings, parse_object
+
+    given = dict(flags)
+    if "optimizer_params" in given:
+        given["optimizer_params"] = parse_object(given["optimizer_params"], "--optimizer-params")
+    if config is not None:
+        given = settings_from_json(read_json(config), given)
+    return make_settings(**given)
+
+
+def run_train(settings: TrainSettings) -> int:
+    """Train and print the outcome on rank 0."""
+    from ds_optim.train import ranks
+    from ds_optim.train.loop import train as train_model
+
+    quiet_deepspeed()
+    try:
+        result = train_model(settings)
+        if ranks.rank() == 0:
+            print_result(result, settings)
+    finally:
+        ranks.leave()
+    return 0
+
+
+def print_result(result: Any, settings: TrainSettings) -> None:
+    """The outcome of a run as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{settings.optimizer}, stage {settings.stage}, {settings.dtype}", show_header=False)
+    rows = {
+        "validation loss (nats/token)": f"{result.val_loss:.4f}",
+        "unigram entropy of the text": f"{result.unigram_entropy:.4f}",
+        "ratio": f"{result.entropy_ratio:.3f}",
+        "steps": f"{result.steps:,} ({result.skipped_steps} skipped)",
+        "ms per step (median)": f"{result.ms_per_step:.1f}",
+        "tokens/s": f"{result.tokens_per_s:,.0f}",
+        "parameters": f"{result.parameters:,}",
+        "peak memory of rank 0": f"{result.peak_memory_bytes / 2**20:,.0f} MiB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    if settings.out is not None:
+        print(f"log: {settings.out / 'log.jsonl'}")
+
+
+def quiet_deepspeed() -> None:
+    """Silence notices that are dozens of lines a rank; DeepSpeed's warnings stay."""
+    import logging
+    import warnings
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Torch tells DeepSpeed, on every rank, that names of its collectives will change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+@app.command()
+def compare(
+    optimizers: Annotated[
+        str, typer.Option(help="Names, comma-separated; deepspeed:Muon is DeepSpeed's own.")
+    ] = "adamw,lion,muon,lion_muon",
+    stages: Annotated[str, typer.Option(help="ZeRO stages, comma-separated.")] = "1,2,3",
+    ranks: Annotated[int, typer.Option(help="Processes a cell.")] = 2,
+    steps: Annotated[int, typer.Option(help="Updates a cell.")] = 40,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and the report.")] = Path("runs/compare"),
+    preset: Annotated[str | None, typer.Option(help="The model, as in train.")] = None,
+    data: Annotated[str | None, typer.Option(help="The text, as in train.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same for every cell.")] = None,
+    optimizer_params: Annotated[
+        str | None, typer.Option(help='By optimizer, as JSON: \'{"lion": {"lr": 0.001}}\'.')
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a cell may take.")] = None,
+    repeat: Annotated[int | None, typer.Option(help="Runs a cell.")] = None,
+) -> int:
+    """Train every optimizer at every ZeRO stage and compare loss, time and memory in one table."""
+    from pydantic import ValidationError
+
+    from ds_optim.train.compare import CompareSettings, run_compare
+    from ds_optim.train.settings import one_line, parse_object
+
+    given = {
+        name: value for name, value in locals().items() if name in CompareSettings.model_fields and value is not None
+    }
+    given["optimizers"] = split_list(optimizers)
+    given["stages"] = split_list(stages)
+    if optimizer_params is not None:
+        given["optimizer_params"] = parse_object(optimizer_params, "--optimizer-params")
+    try:
+        settings = CompareSettings(**given)
+    except ValidationError as error:
+        raise UserError(one_line(error, CompareSettings.model_fields)) from None
+    return int(run_compare(settings))
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,142 @@
+"""The report of ``ds-optim compare``: its columns, its plots, and the sentences above the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from ds_optim.report.plots import Bars, Curves, Plot
+from ds_optim.report.render import Report, render
+from ds_optim.report.schema import Row, RunInfo
+from ds_optim.report.table import Column, TableSpec
+from ds_optim.report.units import fixed, milliseconds, significant, size
+
+BASELINE = "adamw"
+
+
+def _spread(row: Row) -> str:
+    if row.ms_low is None or row.ms_high is None:
+        return ""
+    return f"{significant(row.ms_low)} to {significant(row.ms_high)}"
+
+
+COMPARE_TABLE = TableSpec(
+    columns=(
+        Column(title="Optimizer", value=lambda row: row.optimizer),
+        Column(title="Stage", value=lambda row: row.stage),
+        Column(title="Val loss", value=lambda row: row.val_loss, text=lambda v: fixed(v, 3), compare=True),
+        Column(title="Time/step", value=lambda row: row.ms_per_step, text=milliseconds, compare=True, detail=_spread),
+        Column(
+            title="Tokens/s",
+            value=lambda row: row.tokens_per_s,
+            text=lambda v: significant(v) if v < 100 else f"{v:,.0f}",
+            lower_is_better=False,
+        ),
+        Column(
+            title="State B/param",
+            value=lambda row: row.state_bytes_per_param,
+            text=lambda v: fixed(v, 2),
+            compare=True,
+        ),
+        Column(title="Model states/rank", value=lambda row: row.model_state_bytes, text=size, compare=True),
+        Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, compare=True),
+        Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
+        Column(title="Sent/rank/step", value=lambda row: row.wire_bytes_per_step, text=size, compare=True),
+    ),
+    is_baseline=lambda row: row.optimizer == BASELINE,
+    baseline_name="AdamW",
+)
+
+
+def render_compare(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
+    """Render a comparison: rows by stage, then in the order given; repeats of a cell become one row."""
+    merged = merge_repeats(rows)
+    merged.sort(key=lambda row: -1 if row.stage is None else row.stage)
+    return render(merged, info, out_dir, COMPARE_TABLE, plots=compare_plots(merged), summary=compare_summary(merged))
+
+
+def compare_summary(rows: Sequence[Row]) -> list[str]:
+    """What was run, what the changes are against, and how the loss is to be read."""
+    ran = sum(row.status == "ok" for row in rows)
+    lines = [f"{ran} of {len(rows)} cells ran."]
+    if any(row.optimizer == BASELINE and row.status == "ok" for row in rows):
+        lines[0] += " Percentages are changes against AdamW at the same ZeRO stage."
+    else:
+        lines[0] += " AdamW did not run, so no changes are shown: add adamw to --optimizers."
+    entropy = next((row.unigram_entropy for row in rows if row.unigram_entropy is not None), None)
+    if entropy is not None:
+        lines.append(
+            f"Losses are in nats per token. Knowing the frequency of each token and nothing else costs {entropy:.3f}"
+            " (the unigram entropy of the text)."
+        )
+    lines.append(
+        "State bytes per parameter are summed over the ranks, without padding; at stage 0 every rank holds all of it."
+        if any(row.stage == 0 for row in rows)
+        else "State bytes per parameter are summed over the ranks, without padding."
+    )
+    kinds = sorted({row.peak_kind for row in rows if row.peak_kind})
+    if kinds:
+        lines.append(
+            f"Peak memory is that of {', '.join(kinds)}. Model states are weights, gradients, fp32 master weights"
+            " and optimizer state, as held before the optimizer's step. Both are the largest over the ranks."
+        )
+    return lines
+
+
+def compare_plots(rows: Sequence[Row]) -> list[Plot]:
+    """Loss curves, one plot a stage, then bars of time and memory."""
+    plots: list[Plot] = []
+    for stage in dict.fromkeys(row.stage for row in rows):
+        trained = [row for row in rows if row.stage == stage and row.status == "ok" and row.train_loss]
+        if not trained:
+            continue
+        entropy = trained[0].unigram_entropy
+        plots.append(
+            Curves(
+                name=f"loss_stage{stage}",
+                title=f"Training loss, ZeRO-{stage}",
+                x_label="step",
+                y_label="loss, nats per token",
+                series={r.optimizer: (range(1, len(r.train_loss) + 1), r.train_loss) for r in trained},
+                levels={} if entropy is None else {"unigram entropy": entropy},
+            )
+        )
+    for name, title, value, text in (
+        ("ms_per_step", "Time per step, median", lambda row: row.ms_per_step, milliseconds),
+        ("model_states", "Model states per rank", lambda row: row.model_state_bytes, size),
+        ("peak_memory", "Peak memory per rank", lambda row: row.peak_bytes, size),
+    ):
+        groups = {
+            f"ZeRO-{stage}": [(row.optimizer, value(row)) for row in rows if row.stage == stage]
+            for stage in dict.fromkeys(row.stage for row in rows)
+        }
+        if any(v is not None for bars in groups.values() for _, v in bars):
+            plots.append(Bars(name=name, title=title, groups=groups, text=text))
+    return plots
+
+
+def merge_repeats(rows: Sequence[Row]) -> list[Row]:
+    """One row a cell: of its repeats the median time and tokens/s, least and most time as the spread.
+
+    The rest of a cell does not depend on the repeat (same seed, same data) and is taken from the first that ran. A
+    cell of which a repeat failed is a failed cell.
+    """
+    cells: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row.optimizer, row.stage, row.ranks, row.dtype), []).append(row)
+    return [_merged(repeats) for repeats in cells.values()]
+
+
+def _merged(repeats: Sequence[Row]) -> Row:
+    failed = next((row for row in repeats if row.status != "ok"), None)
+    if failed is not None or len(repeats) == 1:
+        return (failed or repeats[0]).model_copy()
+    times = [row.ms_per_step for row in repeats if row.ms_per_step is not None]
+    rates = [row.tokens_per_s for row in repeats if row.tokens_per_s is not None]
+    merged = repeats[0].model_copy(update={"extra": {**repeats[0].extra, "repeats": len(repeats)}})
+    if times:
+        merged.ms_per_step, merged.ms_low, merged.ms_high = median(times), min(times), max(times)
+    if rates:
+        merged.tokens_per_s = median(rates)
+    return merged

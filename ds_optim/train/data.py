@@ -1,0 +1,123 @@
+"""The text of a run: documents, split, tokenizer and batches, with errors that all ranks share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from ds_optim.errors import UserError
+from ds_optim.train import ranks
+from ds_optim.train.batches import Batches, BatchShape, PackedBatches, StreamBatches, window_count
+from ds_optim.train.settings import TrainSettings
+from ds_optim.train.split import kept, split_documents, training_index
+from ds_optim.train.text_source import is_streamed, load_documents, stream_documents
+from ds_optim.train.tokens import (
+    BpeTokenizer,
+    ByteTokenizer,
+    HubTokenizer,
+    Ids,
+    Tokenizer,
+    cached_bpe,
+    encode_documents,
+    unigram_entropy,
+)
+
+# How many documents of a stream a BPE is trained on.
+_BPE_DOCUMENTS = 5_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Training batches and validation ids; ``unigram_entropy`` of the latter, in nats per token."""
+
+    batches: Batches
+    validation: Ids
+    unigram_entropy: float
+    vocab_size: int
+    eos: int
+    notes: tuple[str, ...]
+
+
+def load_data(settings: TrainSettings, shape: BatchShape) -> TextData:
+    """Text, tokenizer and batches of a run; raises the same ``UserError`` on every rank. Collective."""
+    if is_streamed(settings.data):
+        return _streamed(settings, shape)
+    train, held, note = ranks.together(lambda: split_documents(load_documents(settings.data)))
+    tokenizer = _make_tokenizer(settings, train)
+    ids, validation = ranks.together(lambda: (encode_documents(tokenizer, train), encode_documents(tokenizer, held)))
+    ranks.together(lambda: _check_length(settings, ids, "training"))
+    ranks.together(lambda: _check_length(settings, validation, "validation"))
+    ranks.same_everywhere("the text of --data", _digest(ids, validation))
+    return TextData(
+        batches=PackedBatches(ids, shape, settings.seed),
+        validation=validation,
+        unigram_entropy=unigram_entropy(validation),
+        vocab_size=tokenizer.vocab_size,
+        eos=tokenizer.eos,
+        notes=(note,) if note else (),
+    )
+
+
+def _streamed(settings: TrainSettings, shape: BatchShape) -> TextData:
+    def documents(first: int) -> Iterator[str]:
+        """Training documents of the stream, from the ``first``-th on."""
+        skip = training_index(first)
+        return kept(stream_documents(settings.data, skip), skip, validation=False)
+
+    def sample() -> list[str]:
+        return list(islice(documents(0), _BPE_DOCUMENTS)) if settings.tokenizer.startswith("bpe:") else []
+
+    tokenizer = _make_tokenizer(settings, ranks.together(sample))
+    wanted = settings.eval_batches * shape.tokens + 1
+    validation = ranks.together(lambda: _stream_validation(settings.data, tokenizer, wanted))
+    ranks.together(lambda: _check_length(settings, validation, "validation"))
+    ranks.same_everywhere("the text of --data", _digest(validation))
+    return TextData(
+        batches=StreamBatches(lambda first: (encode_documents(tokenizer, [text]) for text in documents(first)), shape),
+        validation=validation,
+        unigram_entropy=unigram_entropy(validation),
+        vocab_size=tokenizer.vocab_size,
+        eos=tokenizer.eos,
+        notes=(f"validation text: the first {validation.size:,} tokens of held-out documents of the stream",),
+    )
+
+
+def _stream_validation(data: str, tokenizer: Tokenizer, wanted: int) -> Ids:
+    """The first ``wanted`` ids of the held-out documents of a stream, or as many as there are."""
+    pieces: list[Ids] = []
+    found = 0
+    for text in kept(stream_documents(data), 0, validation=True):
+        pieces.append(encode_documents(tokenizer, [text]))
+        found += pieces[-1].size
+        if found >= wanted:
+            break
+    return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32)
+
+
+def _make_tokenizer(settings: TrainSettings, train: list[str]) -> Tokenizer:
+    """The tokenizer of the run; a BPE is trained on rank 0 and sent to the others."""
+    kind, _, rest = settings.tokenizer.partition(":")
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "hf":
+        return ranks.together(lambda: HubTokenizer(rest))
+    return BpeTokenizer(ranks.from_first(lambda: cached_bpe(train, int(rest), settings.out)))
+
+
+def _check_length(settings: TrainSettings, ids: Ids, part: str) -> None:
+    if window_count(ids, settings.seq_len) < 1:
+        raise UserError(
+            f"the {part} part of --data {settings.data!r} has {ids.size} tokens, fewer than one sequence of"
+            f" {settings.seq_len} and its next token; give more text or a smaller --seq-len"
+        )
+
+
+def _digest(*parts: Ids) -> str:
+    digest = hashlib.sha256()
+    for ids in parts:
+        digest.update(ids.tobytes())
+    return digest.hexdigest()

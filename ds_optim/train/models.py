@@ -1,0 +1,111 @@
+"""The model of a run: a preset or any causal language model that ``transformers`` can build from a config."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_optim.errors import UserError
+from ds_optim.train.presets import PRESETS
+
+
+def preset_config(name: str, vocab_size: int, seq_len: int) -> Any:
+    """The ``Qwen3Config`` of a preset; raises ``UserError`` where the tokenizer has more tokens than it."""
+    from transformers import Qwen3Config
+
+    preset = PRESETS[name]
+    _check_vocabulary(f"preset {name}", preset.vocab_size or vocab_size, vocab_size)
+    return Qwen3Config(
+        **preset.shape,
+        vocab_size=preset.vocab_size or vocab_size,
+        max_position_embeddings=max(seq_len, 1024),
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def model_config(name: str, vocab_size: int) -> Any:
+    """The config in a folder, in a ``config.json`` or of a model on the hub, with room for the tokenizer.
+
+    Raises ``UserError`` where there is none, or where the tokenizer has more tokens than it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)
+    except Exception as error:  # transformers raises many types for a wrong name or a broken file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load a model config from {name!r}: {reason}") from None
+    _check_vocabulary(f"model {name}", getattr(config, "vocab_size", vocab_size), vocab_size)
+    config.use_cache = False
+    return config
+
+
+def build_model(config: Any, seed: int, *, zero_config: dict[str, Any] | None = None) -> torch.nn.Module:
+    """A causal language model, its weights drawn in fp32 from ``seed`` alone: alike on all ranks and stages.
+
+    With ``zero_config``, a DeepSpeed config of stage 3, the weights are partitioned while they are made
+    (``deepspeed.zero.Init``): no rank ever holds more of them whole than one module's. Collective then.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with ExitStack() as stack:
+        if zero_config is not None:
+            import deepspeed
+            from transformers.initialization import no_init_weights
+
+            # What is partitioned is empty until it is gathered: the first draw comes below.
+            stack.enter_context(no_init_weights())
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero_config))
+        try:
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=torch.float32
+            )
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"transformers has no causal language model for this config: {reason}") from None
+    _draw_weights(model, seed, partitioned=zero_config is not None)
+    return model
+
+
+def _draw_weights(model: Any, seed: int, *, partitioned: bool) -> None:
+    """Draw the weights again, module by module, by the model's own rule.
+
+    ``from_config`` draws torch's default weights before the model's own, which ``zero.Init`` leaves out: only a
+    draw of its own gives both ways of making a model the same weights.
+    """
+    torch.manual_seed(seed)
+    for module in model.modules():
+        with ExitStack() as stack:
+            if partitioned:
+                import deepspeed
+
+                # A module's rule may also write what its children hold.
+                held = [*module.parameters(recurse=False)]
+                held += [weight for child in module.children() for weight in child.parameters(recurse=False)]
+                stack.enter_context(deepspeed.zero.GatheredParameters(held, modifier_rank=0))
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters of the model, each counted once; partitioned ones at their full size."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+
+
+def next_token_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """The loss of each target, in nats: windows (batch, seq_len + 1) -> (batch * seq_len,), in fp32."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    targets = windows[:, 1:].reshape(-1)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+
+
+def _check_vocabulary(what: str, model_size: int, tokenizer_size: int) -> None:
+    if tokenizer_size > model_size:
+        raise UserError(
+            f"{what} has a vocabulary of {model_size}, the tokenizer one of {tokenizer_size};"
+            f" use --tokenizer bpe:{model_size} or a smaller one"
+        )

@@ -1,0 +1,88 @@
+"""Named models and what trains them well: shapes, data shapes and learning rates, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model by its shape, with the data shapes that suit it.
+
+    ``vocab_size`` None means "as large as the tokenizer's"; a number is kept even where the tokenizer has
+    fewer tokens.
+    """
+
+    vocab_size: int | None
+    tokenizer: str
+    seq_len: int
+    micro_batch: int
+    shape: MappingProxyType[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "qwen3-tiny": Preset(
+        vocab_size=None,
+        tokenizer="bytes",
+        seq_len=128,
+        micro_batch=8,
+        shape=MappingProxyType(
+            {
+                "hidden_size": 128,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "intermediate_size": 512,
+            }
+        ),
+    ),
+    "qwen3-134m": Preset(
+        vocab_size=32_000,
+        tokenizer="bpe:32000",
+        seq_len=1024,
+        micro_batch=8,
+        shape=MappingProxyType(
+            {
+                "hidden_size": 768,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 12,
+                "head_dim": 64,
+                "intermediate_size": 2048,
+            }
+        ),
+    ),
+}
+
+# What a model given by its own config is fed where the command does not say.
+MODEL_DEFAULTS = {"tokenizer": "bytes", "seq_len": 512, "micro_batch": 4}
+
+# Learning rates for short runs of qwen3-tiny, tuned at 200 steps of 2,048 bytes. A rate of a longer run is
+# lower: tune it there.
+TINY_PARAMS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
+    "lion": {"lr": 1e-3, "weight_decay": 0.1},
+    "signsgd": {"lr": 1e-3, "weight_decay": 0.1},
+    "signum": {"lr": 1e-3, "weight_decay": 0.1},
+    "muon": {"lr": 2e-2, "weight_decay": 0.1},
+    "muonlight": {"lr": 1e-2, "weight_decay": 0.1},
+    "lionmuon": {"lr": 1e-2, "weight_decay": 0.1},
+    "signmuon": {"lr": 1e-2, "weight_decay": 0.1},
+    "deepspeed:muon": {"lr": 2e-2, "weight_decay": 0.1},
+    "deepspeed:lion": {"lr": 1e-3, "weight_decay": 0.1},
+}
+
+
+def plain_name(optimizer: str) -> str:
+    """The name with case, dashes and underscores taken out: ``lion_muon`` and ``LionMuon`` are one."""
+    return optimizer.lower().replace("_", "").replace("-", "")
+
+
+def tuned_params(preset: str | None, optimizer: str) -> dict[str, Any]:
+    """The tuned parameters of a preset, or nothing: then the optimizer's own defaults hold."""
+    if preset != "qwen3-tiny":
+        return {}
+    return dict(TINY_PARAMS.get(plain_name(optimizer), {}))

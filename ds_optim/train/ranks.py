@@ -1,0 +1,123 @@
+"""The ranks of a run: joining them, and failing together.
+
+A mistake that one rank meets alone (a file missing on one node, a full disk) must not leave the others
+waiting in a collective: ``together`` runs a step on every rank and raises on all of them if it failed on any.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ds_optim.errors import UserError
+
+T = TypeVar("T")
+
+# Set by the launchers that DeepSpeed can read ranks from without RANK and WORLD_SIZE.
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def join() -> None:
+    """Join the process group through DeepSpeed; a process that no launcher started is a group of one."""
+    import deepspeed
+
+    if dist.is_initialized() and deepspeed.comm.is_initialized():
+        return
+    if "RANK" not in os.environ and not any(name in os.environ for name in _MPI_VARIABLES):
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    accelerator = deepspeed.get_accelerator()
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def together(step: Callable[[], T]) -> T:
+    """``step()`` on every rank; where it fails on any rank, all of them raise."""
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = step()
+    except Exception as error:  # passed on below, once every rank knows
+        failure = error
+    lines = gather(None if failure is None else _line(failure))
+    failed = [(index, line) for index, line in enumerate(lines) if line is not None]
+    if not failed:
+        return result  # type: ignore[return-value]
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    index, (is_user_error, line) = failed[0]
+    if is_user_error:
+        raise UserError(line)
+    raise RuntimeError(f"rank {index} failed: {line}") from failure
+
+
+def gather(value: Any) -> list[Any]:
+    """One small picklable value of every rank, on every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Callable[[], T]) -> T:
+    """What ``value()`` gives on rank 0, on every rank; an error there is an error everywhere."""
+    result: T = gather(together(lambda: value() if rank() == 0 else None))[0]
+    return result
+
+
+def sums(values: list[float]) -> list[float]:
+    """Each value summed over the ranks, in float64."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return [float(value) for value in total]
+
+
+def same_everywhere(what: str, digest: str) -> None:
+    """Raise ``UserError`` on every rank unless ``digest`` is the same on all of them."""
+    digests = gather(digest)
+    for other, value in enumerate(digests):
+        if value != digests[0]:
+            raise UserError(f"rank 0 and rank {other} disagree on {what}; start every rank with the same")
+
+
+def _line(error: Exception) -> tuple[bool, str]:
+    return isinstance(error, UserError), str(error) if isinstance(
+        error, UserError
+    ) else f"{type(error).__name__}: {error}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

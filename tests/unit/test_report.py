@@ -1,0 +1,216 @@
+"""Reports: rows to a file and back, changes against the baseline, and one HTML file that needs no other."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ds_optim.errors import UserError
+from ds_optim.report import (
+    Row,
+    RunInfo,
+    append_row,
+    build_table,
+    describe_machine,
+    failures,
+    read_rows,
+    to_markdown,
+    to_rich,
+    units,
+    write_rows,
+)
+from ds_optim.report.compare import COMPARE_TABLE, compare_plots, merge_repeats, render_compare
+from ds_optim.report.plots import colour_map, draw
+
+
+def row(optimizer: str, stage: int = 1, **fields: object) -> Row:
+    measured = {
+        "val_loss": 2.0,
+        "ms_per_step": 100.0,
+        "state_bytes_per_param": 8.0,
+        "model_state_bytes": 3 << 20,
+        "train_loss": [3.0, 2.5, 2.0],
+        "unigram_entropy": 3.3,
+    }
+    return Row.model_validate({"optimizer": optimizer, "stage": stage, **measured, **fields})
+
+
+def failed(optimizer: str, stage: int, reason: str) -> Row:
+    return Row(optimizer=optimizer, stage=stage, status="failed", reason=reason)
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    rows = [row("adamw", extra={"bits": 8}, notes=["a note"]), failed("lion", 2, "rank 1: out of memory")]
+    path = tmp_path / "results.jsonl"
+    write_rows(path, rows[:1])
+    append_row(path, rows[1])
+    assert read_rows(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"optimizer": "lion", "speed": 3}', "line 2 is no results row (speed: Extra inputs"),
+        ("{", "line 2 is no results row"),
+        ("[]", "line 2 is no results row"),
+        ('{"optimizer": "lion", "version": 99}', "line 2 has schema version 99; this reads 1"),
+    ],
+)
+def test_a_broken_results_file_says_where(tmp_path: Path, line: str, told: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(row("adamw").model_dump_json() + "\n" + line + "\n")
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_results_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give a results\.jsonl"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (units.significant(1234.5), "1,230"),
+        (units.significant(0.012345), "0.0123"),
+        (units.significant(99.96), "100"),
+        (units.significant(float("nan")), "nan"),
+        (units.significant(None), "—"),
+        (units.size(0), "0 B"),
+        (units.size(1536), "1.50 KiB"),
+        (units.size(3 * 2**30), "3.00 GiB"),
+        (units.milliseconds(9_994), "9,990 ms"),
+        (units.milliseconds(12_340), "12.3 s"),
+        (units.percent_change(90, 100), "−10 %"),
+        (units.percent_change(104.2, 100), "+4.2 %"),
+        (units.percent_change(100.01, 100), "0 %"),
+        (units.percent_change(1, 0), "—"),
+    ],
+)
+def test_numbers_as_people_read_them(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_changes_are_against_adamw_of_the_same_stage() -> None:
+    rows = [
+        row("adamw", 1),
+        row("lion", 1, val_loss=1.9, state_bytes_per_param=4.0),
+        row("adamw", 3, val_loss=4.0),
+        row("lion", 3, val_loss=5.0),
+    ]
+    table = build_table(rows, COMPARE_TABLE)
+    loss = table.titles.index("Val loss")
+    state = table.titles.index("State B/param")
+    assert [line.cells[loss].change for line in table.lines] == ["", "−5.0 %", "", "+25 %"]
+    assert [line.cells[loss].verdict for line in table.lines] == ["", "better", "", "worse"]
+    assert table.lines[1].cells[state].change == "−50 %"
+    assert [line.starts_group for line in table.lines] == [False, False, True, False]
+
+
+def test_no_change_is_shown_where_the_baseline_failed() -> None:
+    table = build_table([failed("adamw", 1, "no"), row("lion", 1)], COMPARE_TABLE)
+    assert all(not cell.change for cell in table.lines[1].cells)
+
+
+def test_unmeasured_columns_are_named_and_left_out() -> None:
+    table = build_table([row("adamw")], COMPARE_TABLE)
+    assert "Sent/rank/step" in table.unmeasured
+    assert "Sent/rank/step" not in table.titles
+    assert all(len(line.cells) == len(table.titles) for line in table.lines)
+
+
+def test_failed_rows_say_why_in_every_format(tmp_path: Path) -> None:
+    reason = "rank 1: RuntimeError: a <b> | c"
+    rows = [row("adamw"), failed("lion", 1, reason)]
+    table = build_table(rows, COMPARE_TABLE)
+    assert failures(table) == [f"lion, 1: {reason}"]
+    markdown = to_markdown(table)
+    assert reason in markdown
+    widths = {line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("| ")}
+    assert widths == {len(table.titles) + 1}, "every line of the table has every column"
+    report = render_compare(rows, RunInfo(title="t"), tmp_path)
+    assert "a &lt;b&gt; | c" in report.html.read_text()
+    assert to_rich(table).row_count == 2
+
+
+class _Assets(HTMLParser):
+    """What a page would load, and which of its tags never close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "srcset", "data")]
+        if tag in ("link", "script", "iframe", "img"):
+            self.loaded.append(tag)
+        if tag not in ("meta", "link", "img", "br", "use", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+
+def test_the_html_needs_no_other_file(tmp_path: Path) -> None:
+    rows = [
+        row("adamw", 1, notes=["special"]),
+        row("lion", 1, state_bytes_per_param=4.0),
+        row("adamw", 3),
+        failed("lion", 3, "no"),
+    ]
+    info = RunInfo(title="A & B", command="ds-optim compare", machine={"CPU": "x"}, settings={"Model": "y"})
+    report = render_compare(rows, info, tmp_path)
+    html = report.html.read_text()
+    page = _Assets()
+    page.feed(html)
+    assert page.loaded == []
+    assert page.open == []
+    assert html.count("<svg") == 4, "loss at two stages, time, model states"
+    assert "currentColor" in html
+    assert not re.search(r"url\((?!#)|@import", html), "nothing is fetched by the style sheet"
+    assert "prefers-color-scheme: dark" in html
+    for expected in ("A &amp; B", "ds-optim compare", "special", "unigram entropy", "−50 %"):
+        assert expected in html
+    for plot in re.findall(r"\]\((plots/[^)]+)\)", report.markdown.read_text()):
+        assert (tmp_path / plot).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plots_are_the_same_twice(tmp_path: Path) -> None:
+    plots = compare_plots([row("adamw"), row("lion")])
+    colours = colour_map(["adamw", "lion"])
+    assert draw(plots[0], tmp_path, colours) == draw(plots[0], tmp_path, colours)
+    assert len(set(colours.values())) == 2
+
+
+def test_repeats_become_one_row() -> None:
+    repeats = [
+        row("lion", repeat=i, ms_per_step=ms, tokens_per_s=1e5 / ms) for i, ms in enumerate((100.0, 90.0, 140.0))
+    ]
+    (merged,) = merge_repeats(repeats)
+    assert (merged.ms_per_step, merged.ms_low, merged.ms_high) == (100.0, 90.0, 140.0)
+    assert merged.tokens_per_s == 1000.0
+    assert merged.extra["repeats"] == 3
+    (broken,) = merge_repeats([*repeats, failed("lion", 1, "no").model_copy(update={"repeat": 3})])
+    assert broken.status == "failed"
+
+
+def test_machine_description_names_no_host_and_no_path() -> None:
+    import os
+    import socket
+
+    described = describe_machine()
+    assert {"CPU", "Cores", "GPU", "Python", "torch", "deepspeed"} <= set(described)
+    text = " ".join(described.values())
+    assert socket.gethostname() not in text
+    assert os.path.expanduser("~") not in text
