@@ -1,9 +1,9 @@
-"""Newton-Schulz iterations on wide matrices: X <- aX + (bA + cAA)X with A = XX'.
+"""Newton-Schulz iterations: X <- aX + (bA + cAA)X with A = XX', or X <- aX + X(bA + cAA) with A = X'X.
 
-Both forms take x (s, l) or (B, s, l) with s <= l, in any float dtype, and return a fresh contiguous tensor
-in the compute dtype. Products of two-dimensional tensors never see a batch, and all operands are whole
-allocations, so that a CPU's kernels, which choose their path by shape, stride and alignment, give one
-matrix always the same bits.
+Both forms take x (m, n) or (B, m, n), in any float dtype, and return a fresh contiguous tensor in the compute dtype.
+A stands on the short side s: a tall matrix is multiplied from the right, which saves two transposed copies. Products
+of two-dimensional tensors never see a batch, and all operands are whole allocations, so that a CPU's kernels, which
+choose their path by shape, stride and alignment, give one matrix always the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def standard(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool)
         if step > 0:
             _gram(x, out=a_matrix)
         _addmm(a_matrix, a_matrix, a_matrix, beta=b, alpha=c, out=b_matrix)
-        _addmm(x, b_matrix, x, beta=a, alpha=1.0, out=spare)
+        left, right = _sides(b_matrix, x)
+        _addmm(x, left, right, beta=a, alpha=1.0, out=spare)
         x, spare = spare, x
     return x
 
@@ -58,7 +59,7 @@ def gram(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool) -> 
             if step < length - 1:
                 _addmm(r, z, r, beta=a, alpha=1.0, out=spare)
                 _addmm(spare, spare, z, beta=a, alpha=1.0, out=r)
-        _matmul(q, x, out=x_spare)
+        _matmul(*_sides(q, x), out=x_spare)
         x, x_spare = x_spare, x
         done += length
     return x
@@ -78,12 +79,13 @@ def gram_products(length: int) -> int:
 
 
 def _start(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool) -> tuple[Tensor, Tensor]:
-    """X normalized, and A = XX', which the Schatten-4 norm needs first and the first step then reuses."""
+    """X normalized, and its Gram matrix A, which the Schatten-4 norm needs first and the first step then reuses."""
     if schatten4:
         x, eps = unit_norm(x, dtype=dtype)
     else:
         x = normalized(x, dtype=dtype, safety=table.safety)
-    a_matrix = torch.empty((*x.shape[:-1], x.shape[-2]), dtype=dtype, device=x.device)
+    short = min(x.shape[-2:])
+    a_matrix = torch.empty((*x.shape[:-2], short, short), dtype=dtype, device=x.device)
     _gram(x, out=a_matrix)
     if schatten4:
         schatten4_rescale(x, a_matrix, eps, safety=table.safety)
@@ -91,7 +93,16 @@ def _start(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool) -
 
 
 def _gram(x: Tensor, *, out: Tensor) -> None:
-    _matmul(x, x.mT, out=out)
+    """XX' or X'X, whichever is smaller."""
+    if x.shape[-2] <= x.shape[-1]:
+        _matmul(x, x.mT, out=out)
+    else:
+        _matmul(x.mT, x, out=out)
+
+
+def _sides(symmetric: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of the product of an s x s matrix with X, on the side where it fits."""
+    return (symmetric, x) if x.shape[-2] <= x.shape[-1] else (x, symmetric)
 
 
 def _matmul(left: Tensor, right: Tensor, *, out: Tensor) -> None:

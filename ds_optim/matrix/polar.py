@@ -124,30 +124,30 @@ def polar(x: Tensor, spec: PolarSpec) -> Tensor:
 
     x is in ``spec.message_dtype``, any strides, and is not written. Zero gives zero, and finite input gives
     finite output. On CPU each matrix is worked alone on fresh tensors, so that its bits depend on its values
-    alone: not on the batch, nor on where or how x lies in memory. On CUDA the batch is one batched product.
+    alone: not on the batch, nor on where x lies in memory. On CUDA the batch is one batched product.
     """
     if x.dim() != 3:
         raise ValueError(f"polar takes a batch (B, m, n), not a tensor of shape {tuple(x.shape)}")
     spec = spec.resolve(x.device)
     if x.dtype != spec.message_dtype:
         raise ValueError(f"polar takes messages in {spec.message_dtype} for dtype {spec.dtype}, not {x.dtype}")
-    _, m, n = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    # Wide: the Gram matrix is then on the short side.
-    wide_x, wide_out = (x.mT, out.mT) if m > n else (x, out)
+    # As it lies in memory: the factor of a transposed matrix is the transposed factor.
+    turned = not x.is_contiguous() and x.mT.is_contiguous()
+    source, target = (x.mT, out.mT) if turned else (x, out)
     with torch.no_grad():
         if x.device.type == "cpu":
-            for matrix, result in zip(wide_x, wide_out, strict=True):
-                result.copy_(_polar_wide(matrix, spec))
+            for matrix, result in zip(source, target, strict=True):
+                result.copy_(_polar(matrix, spec))
         else:
-            wide_out.copy_(_polar_wide(wide_x, spec))
+            target.copy_(_polar(source, spec))
     return out
 
 
-def _polar_wide(x: Tensor, spec: PolarSpec) -> Tensor:
-    """The polar factor of x, (s, l) or (B, s, l) with s <= l, in the compute dtype."""
+def _polar(x: Tensor, spec: PolarSpec) -> Tensor:
+    """The polar factor of x, (m, n) or (B, m, n), in the compute dtype."""
     method = spec.method_for(x.shape[-2], x.shape[-1])
     if method == "svd":
         return _polar_svd(x)
@@ -158,10 +158,10 @@ def _polar_wide(x: Tensor, spec: PolarSpec) -> Tensor:
 
 
 def _polar_svd(x: Tensor) -> Tensor:
-    """UV' by float32 SVD, x (..., s, l). Singular values within rounding of zero give 0."""
+    """UV' by float32 SVD, x (..., m, n). Singular values within rounding of zero give 0."""
     scaled, _ = prescaled(x)
     u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
-    cutoff = sigma[..., :1] * (x.shape[-1] * torch.finfo(torch.float32).eps)
+    cutoff = sigma[..., :1] * (max(x.shape[-2:]) * torch.finfo(torch.float32).eps)
     return (u * (sigma > cutoff).unsqueeze(-2)) @ vh
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.blend import blend_into
+from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.steps import adamw_step, apply_update, sign_step
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
@@ -125,9 +126,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not binding.sharded and not _finite(self.param_groups):
             self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
             return loss
+        scratch = Scratch()  # for this call only: nothing but state outlives a step
         for group in self.param_groups:
             if group["params"]:
-                self._step_unit(binding, group)
+                self._step_unit(binding, group, scratch)
         return loss
 
     def _bound(self) -> Binding:
@@ -184,7 +186,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(tensor, memory_format=torch.contiguous_format).detach()
         state.setdefault(STEP, 0)
 
-    def _step_unit(self, binding: Binding, group: Group) -> None:
+    def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> None:
         """What one flat partition (or, unsharded, one group of parameters) is due."""
         tensors: list[Tensor] = group["params"]
         live = [t for t in tensors if t.grad is not None]
@@ -197,19 +199,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if isinstance(update, MatrixUpdate):
             unit = binding.unit_of(tensors[0])
             assert unit is not None
-            self._matrix_step(self._workers[unit], tensors, update)
+            self._matrix_step(self._workers[unit], tensors, update, scratch)
         else:
             for tensor in live:
-                self._elementwise_step(tensor, update)
+                self._elementwise_step(tensor, update, scratch)
         for tensor in live:
             self.state[tensor][STEP] = step + 1
 
-    def _elementwise_step(self, tensor: Tensor, update: SignUpdate | AdamWUpdate) -> None:
+    def _elementwise_step(self, tensor: Tensor, update: SignUpdate | AdamWUpdate, scratch: Scratch) -> None:
         p, g = _flat(tensor), _gradient(tensor)
         state = self.state[tensor]
         m = _flat(state[MOMENTUM]) if MOMENTUM in state else None
         if isinstance(update, SignUpdate):
-            sign_step(p, m, g, blend=update.blend, lr=update.lr, decay=update.decay)
+            sign_step(p, m, g, blend=update.blend, lr=update.lr, decay=update.decay, scratch=scratch)
         else:
             assert m is not None
             adamw_step(
@@ -222,9 +224,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 eps=update.eps,
                 decay=update.decay,
                 step=update.step,
+                scratch=scratch,
             )
 
-    def _matrix_step(self, worker: MatrixWorker, tensors: Sequence[Tensor], update: MatrixUpdate) -> None:
+    def _matrix_step(
+        self, worker: MatrixWorker, tensors: Sequence[Tensor], update: MatrixUpdate, scratch: Scratch
+    ) -> None:
         """Blend straight into the messages and apply straight from them: g is never written."""
         parameters = [_flat(t) for t in tensors]
         gradients = [_gradient(t) if t.grad is not None else None for t in tensors]
@@ -233,7 +238,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         def fill(piece: Slice, message: Tensor) -> None:
             gradient = gradients[piece.tensor]
             assert gradient is not None
-            blend_into(message, _run(momenta[piece.tensor], piece), _run(gradient, piece), update.blend)
+            blend_into(message, _run(momenta[piece.tensor], piece), _run(gradient, piece), update.blend, scratch)
 
         def apply(piece: Slice, result: Tensor) -> None:
             apply_update(
@@ -242,6 +247,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 lr=update.lr,
                 decay=update.decay,
                 scale=worker.scale(piece.param, update.scale),
+                scratch=scratch,
             )
 
         absent = frozenset(i for i, gradient in enumerate(gradients) if gradient is None)

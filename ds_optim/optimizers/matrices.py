@@ -73,6 +73,9 @@ class MatrixWorker:
     def _solve(self, view: MatrixView, stack: Tensor, scale: str) -> Tensor:
         """(B, numel) parameters of one view -> (B, numel) polar factors of their matrices."""
         blocks = view.matrices()
+        if len(blocks) == 1 and not view.transpose:  # whole parameters, or stacks of heads or experts: nothing to cut
+            count, m, n = blocks[0]
+            return polar(stack.view(-1, m, n), self._polar).view(stack.shape)
         first = SCALES[scale](*blocks[0][1:])
         unpacked = [view.unpack(row) for row in stack]
         results: list[list[Tensor]] = [[] for _ in unpacked]

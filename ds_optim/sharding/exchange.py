@@ -11,7 +11,7 @@ stack of the matrices that this rank owns in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,21 +28,31 @@ Solve = Callable[[MatrixView, Tensor], Tensor]
 Apply = Callable[[Slice, Tensor], None]
 """Take a slice's part of the result, 1-D."""
 
-Stacked = tuple[Sequence[int], Tensor]
-"""Parameters of one view, and their elements: (B, numel)."""
+
+@dataclass(frozen=True)
+class _Route:
+    """What one bucket means for one rank, worked out once.
+
+    ``outgoing`` are this rank's slices of other owners' matrices with their ends in the message; ``incoming`` the
+    places (parameter, first and last element) that the pieces of the incoming message belong to, in its order.
+    """
+
+    sent: list[int]
+    received: list[int]
+    outgoing: list[tuple[Slice, int, int]]
+    incoming: list[tuple[int, int, int]]
+    own: list[list[tuple[int, Slice | None]]]
 
 
 @dataclass
 class _Flight:
     """A bucket under way: its messages, and the matrices that this rank puts together from them."""
 
-    bucket: Bucket
-    outgoing: Tensor
-    incoming: Tensor
-    stacks: list[Stacked]
+    route: _Route
+    message: Tensor
+    arrived: Tensor
+    stacks: list[Tensor]
     pending: Pending
-    sent: list[int] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
 
 
 class Exchange:
@@ -62,6 +72,34 @@ class Exchange:
         self.device = device
         self.dtype = dtype
         self.overlap = overlap
+        self._routes = [self._route(bucket) for bucket in plan.buckets]
+        self._whole = [self._pieces(batch) for batch in plan.whole[comm.rank]]
+
+    def _pieces(self, params: Sequence[int]) -> list[tuple[int, Slice | None]]:
+        return [(param, self.plan.unit.slice_of(param, self.comm.rank)) for param in params]
+
+    def _route(self, bucket: Bucket) -> _Route:
+        plan, unit, rank = self.plan, self.plan.unit, self.comm.rank
+        outgoing: list[tuple[Slice, int, int]] = []
+        position = 0
+        for owner, params in enumerate(bucket.owned):
+            for _, held in self._pieces(params) if owner != rank else ():
+                if held is not None:
+                    outgoing.append((held, position, position + held.numel))
+                    position += held.numel
+        incoming = []
+        for source in range(unit.world_size):
+            for param in bucket.owned[rank] if source != rank else ():
+                there = unit.slice_of(param, source)
+                if there is not None:
+                    incoming.append((param, there.start, there.start + there.numel))
+        return _Route(
+            sent=plan.sent_counts(bucket, rank),
+            received=plan.received_counts(bucket, rank),
+            outgoing=outgoing,
+            incoming=incoming,
+            own=[self._pieces(run) for run in _runs(bucket.owned[rank], plan.views)],
+        )
 
     def run(self, fill: Fill, solve: Solve, apply: Apply, absent: frozenset[int] = frozenset()) -> None:
         """Give every matrix of the plan its update.
@@ -72,11 +110,11 @@ class Exchange:
         """
         if absent and self.plan.buckets:
             raise ValueError("only parameters that no other rank shares can be left out of an exchange")
-        buckets = self.plan.buckets
-        flying = self._depart(buckets[0], fill) if buckets else None
-        self._whole_matrices(fill, solve, apply, absent)
+        flying = self._depart(self._routes[0], fill) if self._routes else None
+        for pieces in self._whole:
+            self._work_whole([(p, held) for p, held in pieces if p not in absent], fill, solve, apply)
         landing: _Flight | None = None
-        for following in [*buckets[1:], None]:
+        for following in [*self._routes[1:], None]:
             if flying is None:
                 break
             current = flying
@@ -92,87 +130,75 @@ class Exchange:
         if landing is not None:
             self._land(landing, apply)
 
-    def _whole_matrices(self, fill: Fill, solve: Solve, apply: Apply, absent: frozenset[int]) -> None:
-        unit, rank = self.plan.unit, self.comm.rank
-        for batch in self.plan.whole[rank]:
-            params = [p for p in batch if p not in absent]
-            if not params:
-                continue
-            held = [s for s in (unit.slice_of(p, rank) for p in params) if s is not None]
-            stack = self._stack(params)
-            for row, piece in enumerate(held):
-                fill(piece, stack[row])
-            stack = solve(self.plan.views[params[0]], stack)
-            for row, piece in enumerate(held):
-                apply(piece, stack[row])
+    def _work_whole(self, pieces: Sequence[tuple[int, Slice | None]], fill: Fill, solve: Solve, apply: Apply) -> None:
+        """Matrices of one view that lie whole on this rank."""
+        if not pieces:
+            return
+        stack = self._stack(pieces)
+        for row, (_, held) in zip(stack, pieces, strict=True):
+            assert held is not None
+            fill(held, row)
+        result = solve(self.plan.views[pieces[0][0]], stack)
+        for row, (_, held) in zip(result, pieces, strict=True):
+            assert held is not None
+            apply(held, row)
 
-    def _stack(self, params: Sequence[int]) -> Tensor:
-        numel = self.plan.unit.params[params[0]].numel
-        return torch.empty(len(params), numel, dtype=self.dtype, device=self.device)
+    def _stack(self, pieces: Sequence[tuple[int, Slice | None]]) -> Tensor:
+        numel = self.plan.unit.params[pieces[0][0]].numel
+        return torch.empty(len(pieces), numel, dtype=self.dtype, device=self.device)
 
-    def _depart(self, bucket: Bucket, fill: Fill) -> _Flight:
+    def _depart(self, route: _Route, fill: Fill) -> _Flight:
         """Post the messages that bring a bucket's matrices to their owners."""
-        plan, rank = self.plan, self.comm.rank
-        sent, received = plan.sent_counts(bucket, rank), plan.received_counts(bucket, rank)
-        outgoing = torch.empty(sum(sent), dtype=self.dtype, device=self.device)
-        incoming = torch.empty(sum(received), dtype=self.dtype, device=self.device)
-        for piece, message in self._outgoing_pieces(bucket, outgoing):
-            fill(piece, message)
-        stacks: list[Stacked] = [(params, self._stack(params)) for params in _runs(bucket.owned[rank], plan.views)]
-        for piece, row in self._own_pieces(stacks):
-            fill(piece, row)
-        pending = self.comm.all_to_all(incoming, received, outgoing, sent)
-        return _Flight(bucket, outgoing, incoming, stacks, pending, sent, received)
+        message = torch.empty(sum(route.sent), dtype=self.dtype, device=self.device)
+        arrived = torch.empty(sum(route.received), dtype=self.dtype, device=self.device)
+        for held, begin, end in route.outgoing:
+            fill(held, message[begin:end])
+        pending = self.comm.all_to_all(arrived, route.received, message, route.sent)
+        stacks = [self._stack(pieces) for pieces in route.own]
+        for held, row in _own_rows(route, stacks):
+            fill(held, row)
+        return _Flight(route, message, arrived, stacks, pending)
 
     def _work(self, flight: _Flight, solve: Solve, apply: Apply) -> None:
         """Put the matrices together, work on them, and post the results to the ranks they came from."""
+        route = flight.route
         flight.pending.wait()
-        for row, message in self._incoming_pieces(flight):
-            row.copy_(message)
-        flight.stacks = [(params, solve(self.plan.views[params[0]], stack)) for params, stack in flight.stacks]
-        for row, message in self._incoming_pieces(flight):
-            message.copy_(row)
-        flight.pending = self.comm.all_to_all(flight.outgoing, flight.sent, flight.incoming, flight.received)
-        for piece, row in self._own_pieces(flight.stacks):
-            apply(piece, row)
+        for place, piece in _arrived_pieces(flight):
+            place.copy_(piece)
+        views = [self.plan.views[pieces[0][0]] for pieces in route.own]
+        flight.stacks = [solve(view, stack) for view, stack in zip(views, flight.stacks, strict=True)]
+        for place, piece in _arrived_pieces(flight):
+            piece.copy_(place)
+        flight.pending = self.comm.all_to_all(flight.message, route.sent, flight.arrived, route.received)
+        for held, row in _own_rows(route, flight.stacks):
+            apply(held, row)
         flight.stacks = []
 
     def _land(self, flight: _Flight, apply: Apply) -> None:
         flight.pending.wait()
-        for piece, message in self._outgoing_pieces(flight.bucket, flight.outgoing):
-            apply(piece, message)
+        for held, begin, end in flight.route.outgoing:
+            apply(held, flight.message[begin:end])
 
-    def _outgoing_pieces(self, bucket: Bucket, message: Tensor) -> Iterator[tuple[Slice, Tensor]]:
-        """This rank's slices of other owners' matrices, each with its place in the message."""
-        unit, rank = self.plan.unit, self.comm.rank
-        position = 0
-        for owner, params in enumerate(bucket.owned):
-            for param in params if owner != rank else ():
-                held = unit.slice_of(param, rank)
-                if held is not None:
-                    yield held, message[position : position + held.numel]
-                    position += held.numel
 
-    def _own_pieces(self, stacks: list[Stacked]) -> Iterator[tuple[Slice, Tensor]]:
-        """This rank's slices of the matrices that it owns, each with its place in the stack."""
-        for params, stack in stacks:
-            for row, param in enumerate(params):
-                held = self.plan.unit.slice_of(param, self.comm.rank)
-                if held is not None:
-                    yield held, stack[row, held.start : held.start + held.numel]
+def _own_rows(route: _Route, stacks: Sequence[Tensor]) -> Iterator[tuple[Slice, Tensor]]:
+    """This rank's slices of the matrices that it owns, each with its place in the stacks."""
+    for pieces, stack in zip(route.own, stacks, strict=True):
+        for row, (_, held) in zip(stack, pieces, strict=True):
+            if held is not None:
+                yield held, row[held.start : held.start + held.numel]
 
-    def _incoming_pieces(self, flight: _Flight) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places in this rank's stacks, each with the piece of another rank's message that belongs there."""
-        unit, rank = self.plan.unit, self.comm.rank
-        rows = {p: stack[row] for params, stack in flight.stacks for row, p in enumerate(params)}
-        position = 0
-        for source in range(unit.world_size):
-            for param in flight.bucket.owned[rank] if source != rank else ():
-                held = unit.slice_of(param, source)
-                if held is not None:
-                    piece = flight.incoming[position : position + held.numel]
-                    yield rows[param][held.start : held.start + held.numel], piece
-                    position += held.numel
+
+def _arrived_pieces(flight: _Flight) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places in this rank's stacks, each with the piece of another rank's message that belongs there."""
+    rows = {
+        param: row
+        for pieces, stack in zip(flight.route.own, flight.stacks, strict=True)
+        for (param, _), row in zip(pieces, stack, strict=True)
+    }
+    position = 0
+    for param, begin, end in flight.route.incoming:
+        yield rows[param][begin:end], flight.arrived[position : position + end - begin]
+        position += end - begin
 
 
 def _runs(params: Sequence[int], views: Mapping[int, MatrixView]) -> Iterator[list[int]]:

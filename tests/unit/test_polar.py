@@ -125,7 +125,7 @@ def test_prescaling_keeps_the_bits_of_ordinary_input() -> None:
 
 
 def placements(x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """x (m, n) as a batch of one, in other places: offsets of a flat buffer, strides, transposed storage."""
+    """x (m, n) as a batch of one, in other places: offsets of a flat buffer, strides."""
 
     def at_offset(offset: int) -> Tensor:
         flat = torch.full((x.numel() + offset + 5,), float("nan"), dtype=x.dtype)
@@ -138,7 +138,7 @@ def placements(x: Tensor) -> dict[str, Callable[[], Tensor]]:
         return wide[:, 1::2][None]
 
     places: dict[str, Callable[[], Tensor]] = {f"offset {k}": lambda k=k: at_offset(k) for k in (1, 3, 7, 13)}
-    return places | {"strided": strided, "transposed": lambda: x.mT.contiguous().mT[None]}
+    return places | {"strided": strided}
 
 
 @pytest.mark.parametrize("normalize", ["frobenius", "schatten4"])
@@ -154,8 +154,8 @@ def test_bits_depend_on_the_matrix_alone(dtype: str, method: str, normalize: str
             assert torch.equal(alone, together[index]), (m, n, "batch")
         for place, make in placements(batch[3]).items():
             assert torch.equal(polar(make(), spec)[0], together[3]), (m, n, place)
-        if m != n:
-            assert torch.equal(polar(batch.mT, spec).mT, together), (m, n, "turned")
+        # A transposed parameter is worked on as it is stored; how a single row is stored cannot be told.
+        assert min(m, n) == 1 or torch.equal(polar(batch.mT, spec).mT, together), (m, n, "turned")
 
 
 def test_input_is_not_written() -> None:
