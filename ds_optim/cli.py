@@ -207,8 +207,11 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl and the report.")] = Path("runs/compare"),
     preset: Annotated[str | None, typer.Option(help="The model, as in train.")] = None,
     data: Annotated[str | None, typer.Option(help="The text, as in train.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="As in train.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
+    eval_batches: Annotated[int | None, typer.Option(help="Global batches a validation.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same for every cell.")] = None,
     optimizer_params: Annotated[
@@ -218,14 +221,12 @@ def compare(
     repeat: Annotated[int | None, typer.Option(help="Runs a cell.")] = None,
 ) -> int:
     """Train every optimizer at every ZeRO stage and compare loss, time and memory in one table."""
+    given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
     from pydantic import ValidationError
 
     from ds_optim.train.compare import CompareSettings, run_compare
     from ds_optim.train.settings import one_line, parse_object
 
-    given = {
-        name: value for name, value in locals().items() if name in CompareSettings.model_fields and value is not None
-    }
     given["optimizers"] = split_list(optimizers)
     given["stages"] = split_list(stages)
     if optimizer_params is not None:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Sets up .venv and compares four optimizers under three ZeRO stages on two local ranks.
+#
+#   bash launch/quickstart.sh [options of ds-optim compare that replace the ones below]
+#
+# Two GPUs or more: NCCL. Otherwise: two CPU ranks over gloo. Ends with the table and the report's path.
+set -euo pipefail
+
+# shellcheck source=launch/setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+setup_env ""
+cd -- "$DS_OPTIM_ROOT"
+ranks=2
+if (($(gpu_count) >= ranks)); then
+    export DS_ACCELERATOR=cuda
+else
+    export DS_ACCELERATOR=cpu
+    cores="$(getconf _NPROCESSORS_ONLN)"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
+    build_ops cpu ShareMemCommBuilder FusedAdamBuilder
+fi
+exec ds-optim compare --optimizers adamw,lion,muon,lion_muon --stages 1,2,3 --ranks "$ranks" \
+    --steps 40 --out runs/quickstart "$@"

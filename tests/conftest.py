@@ -1,0 +1,37 @@
+"""The suite's options: `--gpus N` runs the ranks on N GPUs over NCCL and enables tests marked cuda."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.distributed import harness
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run ranks on N GPUs over NCCL (default: CPU over gloo); tests that need more are skipped",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    gpus = config.getoption("--gpus")
+    if gpus < 0:
+        raise pytest.UsageError(f"--gpus {gpus}: write a number of GPUs, 0 for none")
+    # DeepSpeed picks its accelerator at import, in this process too.
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
+    harness.configure(gpus)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpus"):
+        return
+    skip = pytest.mark.skip(reason="needs CUDA: run with --gpus N")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)

@@ -1,0 +1,38 @@
+"""What the parent of all ranks imports once per test session; every rank is forked from it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
+
+PRELOADED_BY = os.getpid()
+"""Process that ran the imports: in a forked rank it differs from `os.getpid()`."""
+
+torch.set_num_threads(1)
+
+# Imported by every `deepspeed.initialize`, and torch's whole compiler with it: 4 seconds a rank.
+with contextlib.suppress(ImportError):
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+# DeepSpeed compiles these where they are first used and checks the build again in each process.
+# Loaded here, the ranks inherit them, and no test's time limit kills a compiler: torch's lock would
+# stay and stop every later build. Without a compiler the rank that needs one shows the error.
+if get_accelerator().device_name() == "cpu":
+    for builder in ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"):
+        with contextlib.suppress(Exception):
+            get_accelerator().create_op_builder(builder).load()
+
+# A package that does not import must fail in the test that needs it, not silently end the server.
+with contextlib.suppress(Exception):
+    import ds_optim.zero  # noqa: F401
+
+# What is here stays: the ranks' collector need not walk it, which takes a second per full collection
+# (DeepSpeed asks for them), nor touch and so copy its pages.
+gc.collect()
+gc.freeze()

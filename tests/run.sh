@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the checks, then the tests.
+#
+#   bash tests/run.sh [--gpus N] [options of pytest]
+#
+# --gpus N runs the ranks on N GPUs over NCCL. Fails if any check or test fails.
+set -euo pipefail
+
+# shellcheck source=launch/setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../launch/setup_env.sh"
+
+setup_env dev
+cd -- "$DS_OPTIM_ROOT"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+failed=()
+check() {
+    say "$*"
+    "$@" || failed+=("$1")
+}
+check ruff check .
+check mypy
+if command -v shellcheck >/dev/null; then
+    check shellcheck --external-sources launch/*.sh tests/run.sh .ci/run
+fi
+((${#failed[@]} == 0)) || fail "not clean: ${failed[*]} (the tests were not run)"
+
+gpus=0
+for ((i = 1; i <= $#; i++)); do
+    case "${!i}" in
+        --gpus=*) gpus="${!i#--gpus=}" ;;
+        --gpus) ((i < $#)) && { next=$((i + 1)) && gpus="${!next}"; } ;;
+    esac
+done
+if [[ $gpus == 0 ]]; then
+    build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
+fi
+
+say "pytest $*"
+exec python -m pytest "$@"

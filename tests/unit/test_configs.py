@@ -1,0 +1,115 @@
+"""Every JSON in configs/ is one that DeepSpeed and ds_optim take, and trains at every stage it is for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ds_optim
+from tests.distributed.harness import device, run_ranks
+from tests.distributed.models import TinyNet, batch, share
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
+YARDSTICKS = {"adamw": "AdamW", "deepspeed_muon": "deepspeed:Muon"}
+OURS = {
+    "lion": ds_optim.Lion,
+    "sign_sgd": ds_optim.SignSGD,
+    "signum": ds_optim.Signum,
+    "muon": ds_optim.Muon,
+    "muonlight": ds_optim.Muonlight,
+    "lion_muon": ds_optim.LionMuon,
+    "sign_muon": ds_optim.SignMuon,
+}
+# DeepSpeed drops a top-level key that it does not know without a word, so the test has to know them.
+TOP_LEVEL = {
+    "optimizer",
+    "zero_optimization",
+    "bf16",
+    "gradient_clipping",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+}
+VARIANTS = [(1, "none"), (2, "none"), (3, "none"), (3, "cpu")]
+
+
+def read(name: str) -> dict[str, Any]:
+    config = json.loads(FILES[name].read_text(encoding="utf-8"))
+    assert isinstance(config, dict)
+    return config
+
+
+def at(config: dict[str, Any], stage: int, offload: str) -> dict[str, Any]:
+    """The config with the two values changed that configs/README.md tells to change."""
+    changed = copy.deepcopy(config)
+    changed["zero_optimization"]["stage"] = stage
+    changed["zero_optimization"]["offload_optimizer"]["device"] = offload
+    return changed
+
+
+def train(rank: int, world_size: int, config: dict[str, Any]) -> list[float]:
+    # DeepSpeed's Muon is compiled, for longer than it runs here.
+    torch.compiler.set_stance("force_eager")
+    model = TinyNet().to(device())
+    engine, _, _, _ = ds_optim.initialize(model=model, config=config)
+    losses = []
+    for step in range(3):
+        tokens, targets = share(*batch(step % 2, 8), rank, world_size)
+        loss = engine(tokens.to(device()), targets.to(device()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_there_is_one_for_each_optimizer() -> None:
+    assert set(FILES) == set(OURS) | set(YARDSTICKS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_keys_are_known_to_deepspeed(name: str) -> None:
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = read(name)
+    assert set(config) == TOP_LEVEL
+    for key in TOP_LEVEL - {"zero_optimization"}:
+        assert key in {value for value in vars(constants).values() if isinstance(value, str)}
+    assert set(config["optimizer"]) == {"type", "params"}
+    # raises on an unknown key inside a section
+    understood = DeepSpeedConfig({**config, "optimizer": {"type": "AdamW", "params": {}}})
+    assert understood.gradient_clipping == config["gradient_clipping"]
+    assert understood.zero_config.stage == config["zero_optimization"]["stage"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_from_config_builds_what_the_file_says(name: str) -> None:
+    config = read(name)
+    optimizer, rest = ds_optim.from_config(TinyNet(), FILES[name])
+    assert type(optimizer) is OURS[name]
+    assert "optimizer" not in rest
+    params = config["optimizer"]["params"]
+    assert [group["lr"] for group in optimizer.param_groups] == [params["lr"]] * len(optimizer.param_groups)
+    assert params["weight_decay"] in [group["weight_decay"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_types_are_the_ones_meant(name: str) -> None:
+    meant = YARDSTICKS.get(name) or OURS[name].__name__
+    assert read(name)["optimizer"]["type"] == meant
+
+
+@pytest.mark.parametrize(("stage", "offload"), VARIANTS)
+@pytest.mark.parametrize("name", FILES)
+def test_trains_at_every_stage(name: str, stage: int, offload: str) -> None:
+    config = at(read(name), stage, offload)
+    config["train_micro_batch_size_per_gpu"] = 4
+    first, second = run_ranks(2, train, config)
+    assert all(math.isfinite(loss) for loss in first + second)
+    assert (first[2], second[2]) != (first[0], second[0]), "the weights did not move"

@@ -1,0 +1,125 @@
+"""The models of the training job, its schedule, and what its settings make of a DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_optim.errors import UserError
+from ds_optim.train.deepspeed_json import deepspeed_config, settings_from_json
+from ds_optim.train.models import build_model, model_config, next_token_losses, parameter_count, preset_config
+from ds_optim.train.schedule import WarmupCosine, lr_factor
+from ds_optim.train.settings import make_settings
+
+
+def test_qwen3_134m_is_the_model_of_the_source_papers() -> None:
+    config = preset_config("qwen3-134m", 32_000, 1024)
+    with torch.device("meta"):
+        model = build_model(config, 0)
+    layer = 4 * 768 * 768 + 3 * 768 * 2048 + 2 * 768 + 2 * 64
+    assert parameter_count(model) == 2 * 32_000 * 768 + 12 * layer + 768 == 134_107_392
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (12, 768, 12)
+    assert (config.intermediate_size, config.vocab_size, config.tie_word_embeddings) == (2048, 32_000, False)
+
+
+def test_qwen3_tiny_takes_the_tokenizers_vocabulary() -> None:
+    model = build_model(preset_config("qwen3-tiny", 257, 128), 0)
+    assert 1_000_000 < parameter_count(model) < 2_000_000
+    assert model.get_parameter("lm_head.weight").shape == (257, 128)
+
+
+def test_weights_follow_from_the_seed_alone() -> None:
+    config = preset_config("qwen3-tiny", 257, 128)
+    first, again, other = (build_model(config, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_loss_is_of_the_next_token() -> None:
+    """A model that always repeats its input scores perfectly on a constant text and badly on a changing one."""
+
+    class Repeats(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            logits = 50.0 * torch.nn.functional.one_hot(input_ids, 5).float()
+            return type("Output", (), {"logits": logits})
+
+    same = next_token_losses(Repeats(), torch.tensor([[3, 3, 3, 3]]))
+    assert same.shape == (3,)
+    assert float(same.max()) < 1e-6
+    assert next_token_losses(Repeats(), torch.tensor([[0, 1, 1, 2]])).tolist() == pytest.approx([50, 0, 50])
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_any_causal_model_is_built_from_its_config(tmp_path: Path, as_file: bool) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=300, n_positions=64).save_pretrained(tmp_path)
+    model = build_model(model_config(str(tmp_path / "config.json" if as_file else tmp_path), 257), 0)
+    assert next_token_losses(model, torch.zeros(2, 9, dtype=torch.long)).shape == (16,)
+    with pytest.raises(UserError, match=r"vocabulary of 300, the tokenizer one of 4096; use --tokenizer bpe:300"):
+        model_config(str(tmp_path), 4096)
+
+
+def test_config_that_is_none_or_no_causal_model_is_one_line(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig
+
+    with pytest.raises(UserError, match="cannot load a model config") as caught:
+        model_config(str(tmp_path), 257)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no causal language model"):
+        build_model(CLIPVisionConfig(), 0)
+
+
+def test_schedule_warms_up_then_falls_to_zero() -> None:
+    factors = [lr_factor(step, 4, 20) for step in range(21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(before > after for before, after in pairwise(factors[4:]))
+    assert factors[12] == pytest.approx(0.5)
+    assert factors[20] == pytest.approx(0.0)
+
+
+def test_schedule_keeps_the_ratio_of_groups() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = WarmupCosine(optimizer, warmup=1, steps=5)
+    for step in (0, 3, 1, 4):
+        first = schedule.set(step)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([first, first / 10])
+        assert first == pytest.approx(lr_factor(step, 1, 5))
+
+
+def test_json_settings_reach_deepspeed_and_flags_win() -> None:
+    written = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 2, "overlap_comm": False},
+        "bf16": {"enabled": True, "immediate_grad_update": False},
+        "optimizer": {"type": "LionMuon", "params": {"lr": 0.5}},
+    }
+    before = json.dumps(written)
+    settings = make_settings(**settings_from_json(written, {"stage": 3, "accumulation": 2}))
+    assert json.dumps(written) == before
+    config = deepspeed_config(settings, world_size=2)
+    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": False}
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 2)
+    assert config["optimizer"] == {"type": "LionMuon", "params": {"lr": 0.5}}
+
+
+def test_json_batch_that_does_not_multiply_out_is_named() -> None:
+    settings = make_settings(**settings_from_json({"train_batch_size": 24}, {"micro_batch": 4}))
+    assert deepspeed_config(settings, world_size=6)["train_micro_batch_size_per_gpu"] == 4
+    with pytest.raises(UserError, match=r"train_batch_size 24 is not micro_batch 4 .* = 8"):
+        deepspeed_config(settings, world_size=2)
+
+
+def test_lr_goes_over_the_presets_tuned_rate() -> None:
+    tuned = make_settings(optimizer="lion_muon").resolved_params()
+    assert tuned["lr"] > 0
+    assert make_settings(optimizer="LionMuon", lr=0.5).resolved_params() == {**tuned, "lr": 0.5}
+    assert make_settings(preset="qwen3-134m", optimizer="lion_muon").resolved_params() == {}
