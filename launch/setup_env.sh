@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the scripts of this repository: makes .venv in the checkout, once, and puts it on PATH.
+# (Where the checkout's path has a space in it, the environment lies in the user's cache instead.)
 #
 #   source launch/setup_env.sh
 #   setup_env [EXTRA]          # EXTRA: an optional dependency of pyproject.toml, such as dev
@@ -10,6 +11,10 @@
 
 DS_OPTIM_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 DS_OPTIM_VENV="$DS_OPTIM_ROOT/.venv"
+# torch cannot link an extension against itself where its own path has a space.
+if [[ $DS_OPTIM_VENV == *[[:space:]]* ]]; then
+    DS_OPTIM_VENV="${XDG_CACHE_HOME:-$HOME/.cache}/ds-optim/venv-$(cksum <<<"$DS_OPTIM_ROOT" | cut -d' ' -f1)"
+fi
 # The newest torch inside the range of pyproject.toml; pinned on CPU so that runs compare.
 DS_OPTIM_CPU_TORCH="torch==2.13.0"
 
@@ -77,6 +82,7 @@ setup_env() {
     if command -v flock >/dev/null; then flock 9; fi
     stamp="$DS_OPTIM_VENV/installed${extra:+-$extra}"
     # The path is part of it: a moved checkout has a .venv whose scripts point to the old place.
+    # What nvidia-smi sees is part of it too: another torch belongs to it.
     wanted="$( (cat "$DS_OPTIM_ROOT/pyproject.toml" && printf '%s %s' "$DS_OPTIM_CPU_TORCH" "$DS_OPTIM_ROOT") |
         cksum) $(gpu_count)"
     if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+
+from ds_optim.optimizers.rules import Group
 
 if TYPE_CHECKING:
     from ds_optim.optimizers.base import ZeroOptimizer
@@ -15,17 +17,17 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def print_routes(optimizer: ZeroOptimizer) -> None:
-    """Print the routes on rank 0 of the job."""
+def print_routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None) -> None:
+    """Print the routes on rank 0 of the job; ``groups`` where DeepSpeed hides some of the optimizer's own."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print("\n".join(routes(optimizer)), flush=True)
+        print("\n".join(routes(optimizer, groups)), flush=True)
 
 
-def routes(optimizer: ZeroOptimizer) -> Iterator[str]:
+def routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None) -> Iterator[str]:
     """One line for each kind of parameter: rule, rate, decay, view, shape, names (layers folded into one)."""
     yield f"ds_optim: {type(optimizer).__name__}"
-    for group, members in zip(optimizer.param_groups, optimizer.members, strict=True):
+    for group, members in zip(groups or optimizer.param_groups, optimizer.members, strict=True):
         lr = group["lr"] * group["lr_scale"]
         total = sum(m.spec.numel for m in members)
         yield f"  {group['name']}: {group['rule']}, lr {lr:g}, decay {group['weight_decay']:g}, {total:,} parameters"

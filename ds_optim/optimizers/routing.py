@@ -42,17 +42,21 @@ def param_groups(
         matrix_exclude: regular expressions, searched in the names, of matrices that take the aux rule.
             Default: embeddings (by module type and name) and output heads.
         views: options of :meth:`MatrixView.from_options`, each with a ``match`` expression; the first that
-            matches a name counts. GPT-2's ``Conv1D`` weights are seen transposed without being asked.
+            matches a name counts. What it leaves with fewer than two dimensions (the bias of a fused QKV) is
+            no matrix and has no view. GPT-2's ``Conv1D`` weights are seen transposed without being asked.
         parameters: keep to these parameters of the model.
 
     Returns:
         Up to three groups, named "matrix", "aux" and "vector", in this order.
 
     Raises:
-        UserError: a pattern that is no regular expression or matches no parameter.
+        UserError: a pattern that is no regular expression or matches no parameter (for a view: none with two
+            dimensions); parameters that the model does not have.
     """
     aliases = _aliases(model)
     kept = None if parameters is None else {id(p) for p in parameters}
+    if kept is not None and not kept <= {id(p) for _, p in aliases}:
+        raise UserError("some of the parameters given are not the model's: pass only parameters of the model")
     exclude = _Patterns("matrix_exclude", DEFAULT_EXCLUDE if matrix_exclude is None else matrix_exclude)
     viewed = _Patterns("views", [_match_of(v) for v in views])
     options = [{k: v for k, v in view.items() if k != "match"} for view in views]
@@ -62,17 +66,19 @@ def param_groups(
         if not is_optimized(parameter) or (kept is not None and id(parameter) not in kept):
             # Patterns may still mean it: a frozen layer must not turn a config into an error.
             exclude.first(names)
-            viewed.first(names)
+            _first_view(viewed, names, parameter)
             continue
         spec = ParamSpec(name=names[0], shape=full_shape(parameter))
         excluded = exclude.first(names) is not None
         if matrix_exclude is None:
             excluded = excluded or id(parameter) in embeddings
-        number = viewed.first(names)
+        number = _first_view(viewed, names, parameter)
         chosen = dict(options[number]) if number is not None else {}
         if id(parameter) in transposed:
             chosen.setdefault("transpose", True)
         is_matrix = len(spec.shape) == 2 or number is not None or id(parameter) in convolutions
+        if _stacks_vectors(chosen, spec.shape):
+            is_matrix = False
         if is_matrix and not excluded:
             view = MatrixView.from_options(spec.name, spec.shape, chosen)
             by_role[MATRIX].append(Member(spec, parameter, view))
@@ -86,6 +92,17 @@ def param_groups(
         for role, members in by_role.items()
         if members
     ]
+
+
+def _first_view(viewed: _Patterns, names: Sequence[str], parameter: nn.Parameter) -> int | None:
+    """The number of the view for a parameter; a pattern for a layer's weight may find its bias, and means none."""
+    return viewed.first(names) if len(full_shape(parameter)) >= 2 else None
+
+
+def _stacks_vectors(options: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """Whether ``batch_dims`` sets so much aside that no matrix is left: the biases of stacked experts."""
+    batch_dims = options.get("batch_dims", 0)
+    return isinstance(batch_dims, int) and len(shape) - batch_dims == 1
 
 
 def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:

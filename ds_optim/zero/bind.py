@@ -17,12 +17,18 @@ from torch import Tensor
 from ds_optim.errors import UserError
 from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, is_optimized
 from ds_optim.sharding.comm import Comm
-from ds_optim.sharding.layout import Layout, ParamSpec, Slice, Unit, build_layout
+from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
+from ds_optim.zero.agree import raise_everywhere
+from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 
 _SYNC_HINT = (
     "if weights were changed in place after deepspeed.initialize, call engine.optimizer.refresh_fp32_params() first"
+)
+_FOREIGN = (
+    "the parameter groups hold tensors that DeepSpeed's ZeRO did not make: ds_optim cannot tell where their matrices "
+    "lie. Leave optimizer.param_groups[...]['params'] alone after deepspeed.initialize"
 )
 _FREEZE_HINT = "freeze and unfreeze parameters before deepspeed.initialize"
 
@@ -45,20 +51,19 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     stage = _stage_of([m.parameter for group in trained for m in group], caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
-    _raise_everywhere(_settings_problem(caller, trained) or _groups_problem(stage, trained, groups), comm)
+    raise_everywhere(_settings_problem(caller, trained) or _groups_problem(stage, trained, groups), comm)
     if first is None:
-        _raise_everywhere(_copies_problem(trained, groups), comm)
+        raise_everywhere(_copies_problem(trained, groups), comm)
+        announce_routes(optimizer, groups)
         return None
-    binding = _bind_stage3(trained, first, comm) if stage == 3 else _bind_stages_1_2(trained, first, comm, groups, stage)
+    if stage == 3:
+        binding = _bind_stage3(trained, first, comm)
+    else:
+        binding = _bind_stages_1_2(trained, first, comm, groups, stage)
     strangers = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
-    _raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
+    raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
+    announce_routes(optimizer, groups)
     return binding
-
-
-_FOREIGN = (
-    "the parameter groups hold tensors that DeepSpeed's ZeRO did not make: ds_optim cannot tell where their matrices "
-    "lie. Leave optimizer.param_groups[...]['params'] alone after deepspeed.initialize"
-)
 
 
 def _stage_of(parameters: Sequence[torch.nn.Parameter], caller: Caller | None) -> int:
@@ -126,15 +131,6 @@ def _same(master: Tensor, own: Tensor) -> bool:
     return torch.equal(cast.nan_to_num(), own.nan_to_num())
 
 
-def _raise_everywhere(problem: Exception | None, comm: Comm) -> None:
-    """Raise on every rank what the first of them found: the others would wait for it for ever."""
-    mine = None if problem is None else (isinstance(problem, UserError), str(problem))
-    for rank, found in enumerate(comm.gather_objects(mine)):
-        if found is not None:
-            is_users, text = found
-            raise UserError(text) if is_users else RuntimeError(f"ds_optim cannot step this layout (rank {rank}): {text}")
-
-
 def _bind_stages_1_2(
     trained: Sequence[Sequence[Member]], first: torch.nn.Parameter, comm: Comm, groups: Groups, stage: int
 ) -> Binding:
@@ -189,9 +185,7 @@ def _bind_stage3(trained: Sequence[Sequence[Member]], first: torch.nn.Parameter,
         problem = _find_problem(layout, members, tensors, comm, local_address)
     else:
         tensors = []
-        problem = (
-            f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({_FREEZE_HINT})"
-        )
+        problem = f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({_FREEZE_HINT})"
     _agree([layout], [problem], comm)
     _check_values(layout, members, tensors, comm, lambda m: m.parameter.ds_tensor.detach().reshape(-1))  # type: ignore[attr-defined]
     return Binding(layout, comm, _work_device(comm, flats[0], first), tensors, members)
@@ -270,14 +264,9 @@ def _check_values(
             master = flat[piece.offset : piece.offset + piece.numel]
             if problem is None and not _same(master, own):
                 problem = f"the master weights of {member.spec.name} are not the model's; {_SYNC_HINT}"
-    _raise_everywhere(None if problem is None else RuntimeError(problem), comm)
+    raise_everywhere(None if problem is None else RuntimeError(problem), comm)
 
 
 def _work_device(comm: Comm, flat: Tensor, parameter: torch.nn.Parameter) -> torch.device:
     """Matrices are worked on where the model lives, which is not where an offloaded partition does."""
     return comm.device(parameter.device if parameter.device.type != "meta" else flat.device)
-
-
-def specs_of(members: Sequence[Sequence[Member]]) -> list[list[ParamSpec]]:
-    """The specs of what DeepSpeed will train, group by group: what a closed form starts from."""
-    return [[m.spec for m in group if is_optimized(m.parameter)] for group in members]

@@ -14,11 +14,14 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer, known_keys, param_groups
 from ds_optim.optimizers.checks import check_keys, nearest
-from ds_optim.optimizers.routes import print_routes
+from ds_optim.zero.agree import agree_on_start
+from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.support import check_config, check_model, check_parameters
+from ds_optim.zero.versions import check_versions
 
 DEEPSPEED_PREFIX = "deepspeed:"
 _ROUTING_KEYS = ("matrix_exclude", "views")
+_SECTION_KEYS = ("type", "params", "legacy_fusion")
 _DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 
 Config = dict[str, Any]
@@ -86,40 +89,70 @@ def from_config(
         The optimizer, and a copy of the config without "optimizer" and with what ZeRO needs for it.
 
     Raises:
-        UserError: unknown types and keys, bad values, unsupported settings.
+        UserError: unknown types and keys, bad values, unsupported settings. Where ``torch.distributed`` is
+            initialized it is raised on every rank, and so is a disagreement between the ranks; all of them
+            must make this call then.
     """
-    loaded = load_config(config)
-    section = loaded.pop("optimizer", None)
-    if not isinstance(section, dict) or "type" not in section:
-        raise UserError('the config names no optimizer: write "optimizer": {"type": "LionMuon", "params": {…}}')
-    name = canonical_type(str(section["type"]))
-    if name not in OPTIMIZERS:
-        raise UserError(f"{section['type']!r} is no optimizer of ds_optim{nearest(str(section['type']), OPTIMIZERS)}")
-    check_config(loaded)
-    check_model(model)
-    optimizer = build_optimizer(model, name, section.get("params", {}), parameters)
+    problem: UserError | None = None
+    optimizer: ZeroOptimizer | None = None
+    loaded: Config = {}
+    try:
+        check_versions()
+        loaded = load_config(config)
+        name = type_of(loaded.get("optimizer"))
+        if name not in OPTIMIZERS:
+            raise UserError(
+                f"{name!r} is no optimizer of ds_optim{nearest(name, OPTIMIZERS)}; hand this config to "
+                "deepspeed.initialize, or to ds_optim.initialize, which takes both kinds"
+            )
+        optimizer = build_optimizer(model, name, loaded, parameters)
+    except UserError as error:
+        problem = error
+    agree_on_start(problem, model, loaded)
+    assert optimizer is not None
+    announce_routes(optimizer)
     return optimizer, prepare_config(loaded)
 
 
+def type_of(section: Any) -> str:
+    """The canonical optimizer type of a config's "optimizer", checked.
+
+    Raises:
+        UserError: no type, an unknown one, or keys that nothing reads.
+    """
+    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
+        raise UserError('the config names no optimizer: write "optimizer": {"type": "LionMuon", "params": {…}}')
+    check_type(section["type"])
+    name = canonical_type(section["type"])
+    if name in OPTIMIZERS:
+        check_keys('"optimizer"', section, _SECTION_KEYS)
+        if not isinstance(section.get("params", {}), Mapping):
+            raise UserError(f'"optimizer": {{"params": …}} is {section["params"]!r}: write an object of parameters')
+    return name
+
+
 def build_optimizer(
-    model: nn.Module, name: str, params: Mapping[str, Any], parameters: Iterable[nn.Parameter] | None = None
+    model: nn.Module, name: str, config: Config, parameters: Iterable[nn.Parameter] | None = None
 ) -> ZeroOptimizer:
-    """One of our optimizers over a model, from the "params" of a JSON."""
+    """One of our optimizers over a model, from a whole config."""
+    check_config(config)
+    check_model(model)
+    params = config["optimizer"].get("params", {})
     cls = OPTIMIZERS[name]
     check_keys(name, params, known_keys(cls) | set(_ROUTING_KEYS))
     check_parameters(list(model.named_parameters()))
     routing = {key: params[key] for key in _ROUTING_KEYS if key in params}
     own = {key: value for key, value in params.items() if key not in _ROUTING_KEYS}
-    optimizer = cls(param_groups(model, parameters=parameters, **routing), **own)
-    print_routes(optimizer)
-    return optimizer
+    return cls(param_groups(model, parameters=parameters, **routing), **own)
 
 
 def prepare_config(config: Config) -> Config:
-    """Set what ZeRO asks for before it steps an optimizer that is not its own."""
+    """Take "optimizer" out and set what ZeRO asks for before it steps an optimizer that is not its own."""
+    config.pop("optimizer", None)
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("stage", 0):
         config["zero_allow_untested_optimizer"] = True
-        if zero.get("offload_optimizer"):
+        # "cpu_offload" is the old name of offload_optimizer, which DeepSpeed still reads.
+        if zero.get("offload_optimizer") or zero.get("cpu_offload"):
             config["zero_force_ds_cpu_optimizer"] = False
     return config

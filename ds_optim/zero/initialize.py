@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.sharding.binding import full_shape
+from ds_optim.zero.agree import agree_on_start
+from ds_optim.zero.announce import announce_choice, announce_routes
 from ds_optim.zero.config import (
     DEEPSPEED_PREFIX,
     Config,
     build_optimizer,
-    canonical_type,
-    check_type,
     is_ours,
     load_config,
     prepare_config,
+    type_of,
 )
 from ds_optim.zero.support import check_config, check_model
 from ds_optim.zero.versions import check_versions
@@ -57,34 +58,34 @@ def initialize(
     """
     import deepspeed
 
-    check_versions()
-    if model is None:
-        raise UserError("ds_optim.initialize needs a model")
-    given = config if config is not None else config_params
-    given = given if given is not None else getattr(args, "deepspeed_config", None)
-    if given is None:
-        raise UserError("ds_optim.initialize needs a config: a dict or the path of a DeepSpeed JSON")
-    loaded = load_config(given)
-    section = loaded.get("optimizer")
+    _init_distributed(deepspeed, dist_init_required, distributed_port)
+    problem: UserError | None = None
+    loaded: Config = {}
     built = optimizer
-    parameters = model_parameters
+    try:
+        check_versions()
+        if model is None:
+            raise UserError("ds_optim.initialize needs a model")
+        loaded = load_config(_given_config(args, config, config_params))
+        if isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded):
+            _check_parallelism(mpu, mesh_param)
+        built = _choose_optimizer(model, optimizer, loaded, model_parameters)
+    except UserError as error:
+        problem = error
+    # A mistake on one rank is raised on all, before DeepSpeed's first collective: the others would hang in it.
+    agree_on_start(problem, model, loaded)
+    assert model is not None
+    section = loaded.get("optimizer")
     if section is not None:
-        name = _type_of(section)
-        if optimizer is not None:
-            raise UserError(f"an optimizer is given in code and in the config ({name!r}): remove one of them")
-        if is_ours(name):
-            _init_distributed(deepspeed, dist_init_required, distributed_port)
-            built = _build_everywhere(model, loaded, name, model_parameters, mpu, mesh_param)
-            del loaded["optimizer"]
-            prepare_config(loaded)
-            parameters = None
-        else:
-            section["type"] = name.removeprefix(DEEPSPEED_PREFIX)
-        _announce(name, ours=is_ours(name))
-    elif isinstance(optimizer, ZeroOptimizer):
-        check_config(loaded)
+        name = type_of(section)
+        announce_choice(name.removeprefix(DEEPSPEED_PREFIX), ours=is_ours(name))
+        section["type"] = name.removeprefix(DEEPSPEED_PREFIX)
+    parameters = model_parameters
+    if isinstance(built, ZeroOptimizer):
+        announce_routes(built)
         prepare_config(loaded)
-    if parameters is None and built is None:
+        parameters = None
+    elif parameters is None and built is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=_without_config(args),
@@ -108,46 +109,55 @@ def initialize(
     return engine, wrapped, loader, scheduler
 
 
-def _type_of(section: Any) -> str:
-    if not isinstance(section, dict) or not isinstance(section.get("type"), str):
-        raise UserError('"optimizer" names no type: write {"type": "LionMuon", "params": {…}}')
-    check_type(section["type"])
-    return canonical_type(section["type"])
+def _given_config(args: Any, config: Any, config_params: Any) -> Any:
+    given = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
+    if not given:
+        raise UserError("ds_optim.initialize needs a config: a dict or the path of a DeepSpeed JSON")
+    if len(given) > 1:
+        raise UserError("the config is given twice: pass it as config=, or in args.deepspeed_config, not both")
+    return given[0]
+
+
+def _names_ours(config: Config) -> bool:
+    return config.get("optimizer") is not None and is_ours(type_of(config["optimizer"]))
+
+
+def _check_parallelism(mpu: Any, mesh_param: Any) -> None:
+    if mpu is not None or mesh_param is not None:
+        raise UserError("model and sequence parallelism are not supported: pass neither mpu nor mesh_param")
+
+
+def _choose_optimizer(model: nn.Module, optimizer: Any, config: Config, parameters: Iterable[Any] | None) -> Any:
+    """The optimizer to hand to DeepSpeed: the caller's, one of ours by the config, or None for DeepSpeed's."""
+    section = config.get("optimizer")
+    if section is not None:
+        name = type_of(section)
+        if optimizer is not None:
+            raise UserError(f"an optimizer is given in code and in the config ({name!r}): remove one of them")
+        return build_optimizer(model, name, config, _plain(parameters)) if is_ours(name) else None
+    if isinstance(optimizer, ZeroOptimizer):
+        check_config(config)
+        check_model(model)
+    return optimizer
 
 
 def _without_config(args: Any) -> Any:
     """DeepSpeed refuses a config in both places, and the one in hand is the one that counts."""
     if getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
         args.deepspeed_config = None
     return args
 
 
 def _init_distributed(deepspeed: Any, required: bool | None, port: int) -> None:
+    accelerator = deepspeed.get_accelerator()
     if not dist.is_initialized():
-        backend = deepspeed.get_accelerator().communication_backend_name()
+        backend = accelerator.communication_backend_name()
         deepspeed.init_distributed(dist_backend=backend, distributed_port=port, dist_init_required=required)
-
-
-def _build_everywhere(
-    model: nn.Module, config: Config, name: str, parameters: Iterable[Any] | None, mpu: Any, mesh_param: Any
-) -> ZeroOptimizer:
-    """Build the optimizer and let the ranks agree that they did, before DeepSpeed's first collective.
-
-    A mistake on one rank is raised on all; a rank that died silently would leave the others hanging.
-    """
-    problem: str | None = None
-    built: ZeroOptimizer | None = None
-    try:
-        if mpu is not None or mesh_param is not None:
-            raise UserError("model and sequence parallelism are not supported: pass neither mpu nor mesh_param")
-        check_config(config)
-        check_model(model)
-        built = build_optimizer(model, name, config["optimizer"].get("params", {}), _plain(parameters))
-    except UserError as error:
-        problem = str(error)
-    _agree(problem, model, config)
-    assert built is not None
-    return built
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    if local_rank.isdigit() and accelerator.device_name() != "cpu":
+        # The engine does the same, later than the ranks' first word to each other.
+        accelerator.set_device(int(local_rank))
 
 
 def _plain(parameters: Iterable[Any] | None) -> list[nn.Parameter] | None:
@@ -160,27 +170,3 @@ def _plain(parameters: Iterable[Any] | None) -> list[nn.Parameter] | None:
             "or build the optimizer in code from ds_optim.param_groups(model)"
         )
     return listed
-
-
-def _agree(problem: str | None, model: nn.Module, config: Config) -> None:
-    described = [(n, full_shape(p), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
-    digest = hashlib.sha256(repr((described, sorted(config.items(), key=str))).encode()).hexdigest()
-    everywhere: list[Any] = [(problem, digest)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, (problem, digest))
-    for found, _ in everywhere:
-        if found is not None:
-            raise UserError(found)
-    different = [rank for rank, (_, other) in enumerate(everywhere) if other != everywhere[0][1]]
-    if different:
-        raise UserError(
-            f"rank {different[0]} has another model or config than rank 0: build the same parameters, in the same "
-            "order, and read the same config on every rank"
-        )
-
-
-def _announce(name: str, *, ours: bool) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        whose = "ds_optim" if ours else "DeepSpeed or torch"
-        print(f"ds_optim: optimizer {name.removeprefix(DEEPSPEED_PREFIX)!r} of {whose}", flush=True)

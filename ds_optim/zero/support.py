@@ -134,6 +134,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     stage = _at(config, f"{_ZERO}.stage")
     if stage not in (None, "auto", 0, 1, 2, 3):
         raise UserError(f"{_ZERO}.stage is {stage!r}: write 0, 1, 2 or 3")
+    if stage in (None, "auto", 0) and _is_true(_at(config, "fp16.enabled")) and _at(config, "fp16.loss_scale") != 1:
+        raise UserError(
+            "fp16 at ZeRO stage 0 is not supported with a loss scale: DeepSpeed 0.19 unscales gradients there whose "
+            "loss it never scaled; use stage 1, bf16, or fp16.loss_scale 1"
+        )
 
 
 def check_engine(engine: Any) -> None:
@@ -156,8 +161,9 @@ def check_wrapper(wrapper: Any) -> None:
     """Refuse the same in the wrapper that steps a client optimizer."""
     for cls in type(wrapper).__mro__:
         if cls.__name__ in _REFUSED_WRAPPERS:
-            raise UserError(f"{cls.__name__} is not supported with ds_optim's optimizers: "
-                            f"{_REFUSED_WRAPPERS[cls.__name__]}")
+            raise UserError(
+                f"{cls.__name__} is not supported with ds_optim's optimizers: {_REFUSED_WRAPPERS[cls.__name__]}"
+            )
     for name, refused, remedy in REFUSED_ATTRIBUTES:
         value = getattr(wrapper, name, None)
         if refused(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -11,6 +12,7 @@ from ds_optim.errors import UserError
 _CHECKED = ("torch", "deepspeed", "transformers", "datasets")
 
 
+@cache
 def check_versions() -> None:
     """Compare what is installed with the range that the package declares.
 

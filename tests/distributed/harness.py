@@ -44,6 +44,8 @@ ECHO_SECONDS = 0.5
 """After a first error the other ranks get this long: the error that came first is then known."""
 LOG_TAIL = 4000
 """Characters of a rank's output that an error shows."""
+DIED = "Died"
+"""Stands for the exception's type in the Outcome of a rank whose process ended without an answer."""
 
 _gpus = 0
 
@@ -203,7 +205,8 @@ class _Ranks:
             if stop_at_error and not failed and any(not o.ok for o in outcomes.values()):
                 failed = True
                 deadline = time.monotonic() + ECHO_SECONDS
-        errors = sorted((o for o in outcomes.values() if not o.ok), key=lambda o: o.when)
+        # The first error is the cause, the others its echoes; a death is heard of later than it happened.
+        errors = sorted((o for o in outcomes.values() if not o.ok), key=lambda o: (o.error_type != DIED, o.when))
         if stop_at_error and errors:
             raise self._error(errors[0])
         if len(outcomes) < len(self.processes):
@@ -222,7 +225,7 @@ class _Ranks:
             when = time.monotonic()
             self.processes[rank].join(timeout=5.0)
             text = f"the process ended without an answer, exit code {self.processes[rank].exitcode}"
-            return Outcome(rank=rank, error_type="Died", message=text, traceback=text, when=when)
+            return Outcome(rank=rank, error_type=DIED, message=text, traceback=text, when=when)
 
     def _error(self, outcome: Outcome) -> RankError:
         text = f"{outcome.traceback}\n--- output of rank {outcome.rank} ---\n{self._log(outcome.rank)}"

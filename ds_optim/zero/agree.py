@@ -1,0 +1,72 @@
+"""What one rank finds wrong is raised on all of them: the others would wait for it for ever."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from ds_optim.errors import UserError
+from ds_optim.sharding.binding import full_shape
+from ds_optim.sharding.comm import Comm
+
+# Where a rank writes its own logs is its own business.
+_LOCAL = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "steps_per_print", "wall_clock_breakdown")
+
+
+def raise_everywhere(problem: Exception | None, comm: Comm) -> None:
+    """Raise the first rank's problem on every rank of ``comm``; a collective that all of them must reach.
+
+    Raises:
+        UserError: where that problem is one.
+        RuntimeError: with the rank that found it, for any other.
+    """
+    mine = None if problem is None else (isinstance(problem, UserError), str(problem))
+    for rank, found in enumerate(comm.gather_objects(mine)):
+        if found is not None:
+            is_users, text = found
+            if is_users:
+                raise UserError(text)
+            raise RuntimeError(f"ds_optim cannot step this layout (rank {rank}): {text}")
+
+
+def world() -> Comm:
+    """All ranks of the job; a single one where nothing is distributed."""
+    return Comm.of_group(dist.group.WORLD if dist.is_initialized() else None)
+
+
+def agree_on_start(problem: UserError | None, model: nn.Module | None, config: Mapping[str, Any] | None) -> None:
+    """Before DeepSpeed's first collective: nobody has a problem, and all mean the same model and config.
+
+    Raises:
+        UserError: on every rank.
+    """
+    comm = world()
+    raise_everywhere(problem, comm)
+    parameters = [] if model is None else list(model.named_parameters())
+    described = [(n, full_shape(p), str(p.dtype), p.requires_grad) for n, p in parameters]
+    for what, value, remedy in (
+        ("model", described, "build the same parameters, in the same order, on every rank"),
+        ("config", _shared(config), "read the same config on every rank"),
+    ):
+        digests = comm.gather_objects(hashlib.sha256(repr(value).encode()).hexdigest())
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            raise UserError(f"rank {different[0]} has another {what} than rank 0: {remedy}")
+
+
+def _shared(config: Mapping[str, Any] | None) -> Any:
+    return _sorted({key: value for key, value in (config or {}).items() if key not in _LOCAL})
+
+
+def _sorted(value: Any) -> Any:
+    """Nested mappings as sorted pairs: the order in which a dict was written means nothing."""
+    if isinstance(value, Mapping):
+        return sorted(((str(k), _sorted(v)) for k, v in value.items()), key=lambda pair: pair[0])
+    if isinstance(value, (list, tuple)):
+        return [_sorted(v) for v in value]
+    # Other objects show their address, which no two ranks share.
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
