@@ -97,6 +97,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise UserError("parameter groups cannot be added later: build a new optimizer from ds_optim.param_groups")
         super().add_param_group(param_group)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._all_groups = self.param_groups  # loading a checkpoint makes new ones
+
     @property
     def members(self) -> list[list[Member]]:
         """For each parameter group the parameters that the optimizer was built with."""
@@ -123,6 +127,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             binding = self._bound()
         except NotYet:
             return loss
+        except Exception:
+            self.param_groups = self._all_groups  # DeepSpeed would leave the others hidden
+            raise
         if not binding.sharded and not _finite(self.param_groups):
             self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
             return loss

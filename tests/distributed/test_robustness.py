@@ -1,19 +1,16 @@
-"""What must move nothing moves nothing, a gradient is what DeepSpeed hands over, and checks come before writes."""
+"""What must move nothing moves nothing, and a gradient is what DeepSpeed hands over."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import ds_optim
-from ds_optim.errors import UserError
 
-from .harness import Outcome, device, run_ranks
+from .harness import device, run_ranks
 from .models import batch, share
 from .small_runs import (
     BATCH,
@@ -21,7 +18,6 @@ from .small_runs import (
     FP32_ACCUMULATION,
     LION,
     LION_MUON,
-    MUON,
     OFFLOAD,
     Cell,
     bits,
@@ -242,192 +238,6 @@ def test_an_unused_parameter_gets_what_deepspeed_gives_it_and_no_gradient_is_wri
         assert {label: what for label, what in found.items() if what} == {}
 
 
-# ------------------------------------------------------------------------------------- checks before any write
-
-
-def foreign_tensor(engine: Any) -> None:
-    """Another tensor of the same shape in the place of the last group's."""
-    group = own_optimizer(engine).param_groups[-1]
-    group["params"][-1] = nn.Parameter(group["params"][-1].detach().clone() + 1)
-
-
-def added_group(engine: Any) -> None:
-    own_optimizer(engine).param_groups.append({"params": [nn.Parameter(torch.zeros(3, device=device()))]})
-
-
-def use_muon(engine: Any) -> None:
-    """As ``deepspeed.initialize`` does for a JSON of type Muon."""
-    for name, p in engine.module.named_parameters():
-        p.use_muon = len(getattr(p, "ds_shape", p.shape)) == 2 and name not in ("embed.weight", "lm_head.weight")
-
-
-def overridden_step(engine: Any) -> None:
-    class Replaced(ds_optim.Muon):
-        def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            return super().step(closure)
-
-    own_optimizer(engine).__class__ = Replaced
-
-
-def changed_weight(engine: Any) -> None:
-    with torch.no_grad():
-        getattr(engine.module.square.weight, "ds_tensor", engine.module.square.weight).add_(0.5)
-
-
-def tensor_shard(engine: Any) -> None:
-    engine.module.square.weight.tensor_model_parallel = True
-
-
-MISTAKES: dict[Callable[[Any], None], tuple[str, str, bool]] = {
-    # mistake: (error, part of the line, whether rank 1 alone may make it)
-    foreign_tensor: ("RuntimeError", "", True),
-    added_group: ("RuntimeError", "built with 3 parameter groups and has 4", True),
-    # DeepSpeed acts on this one by itself, with collectives, before it calls step().
-    use_muon: ("UserError", "tall.weight.use_muon is set", False),
-    overridden_step: ("RuntimeError", "overrides step()", False),
-    changed_weight: ("RuntimeError", "refresh_fp32_params()", True),
-    tensor_shard: ("UserError", "is a tensor-parallel shard", True),
-}
-MISTAKE_CELLS = [
-    Cell(stage=0),
-    Cell(stage=0, dtype="bf16"),
-    Cell(stage=1),
-    Cell(stage=2, dtype="bf16"),
-    Cell(stage=3),
-    Cell(stage=3, dtype="bf16", zero=OFFLOAD),
-    Cell(stage=1, dtype="bf16", config=FP32_ACCUMULATION),
-]
-
-
-def mistakes(rank: int, world_size: int) -> list[tuple[str, str, str, str, list[str]]]:
-    """(mistake, who, error, line, what moved) for every mistake and cell."""
-    found = []
-    for cell, (mistake, (_, _, alone)) in itertools.product(MISTAKE_CELLS, MISTAKES.items()):
-        if cell == Cell(stage=0) and mistake is changed_weight:
-            continue  # the parameters are the masters there: nothing can differ
-        if cell.stage == 3 and mistake is foreign_tensor:
-            continue  # DeepSpeed puts its own tensors into the groups just before it steps them
-        if cell.config == FP32_ACCUMULATION and mistake is added_group:
-            continue  # BF16_Optimizer asserts the number of groups itself
-        for culprits in ("all", "rank 1") if alone else ("all",):
-            engine = start(cell, world_size, MUON)
-            if culprits == "all" or rank == 1:
-                mistake(engine)
-            before = snapshot(engine)
-            error, line = "", ""
-            try:
-                one_step(engine, 0, rank, world_size)
-            except Exception as problem:
-                error, line = type(problem).__name__, str(problem)
-            moved = [key for key in differences(before, snapshot(engine)) if not key.startswith("momentum_buffer")]
-            found.append((f"{mistake.__name__} {cell.label}", culprits, error, line, moved))
-            engine.destroy()
-    return found
-
-
-def test_mistakes_are_found_on_every_rank_before_any_write() -> None:
-    ranks = run_ranks(2, mistakes, timeout=100)
-    for rank, found in enumerate(ranks):
-        for (label, culprits, error, line, moved), reference in zip(found, ranks[0], strict=True):
-            where = f"rank {rank}, {label} by {culprits}: {error}: {line}"
-            expected, part, _ = next(v for m, v in MISTAKES.items() if m.__name__ == label.split()[0])
-            assert error == expected, where
-            assert part in line, where
-            assert "\n" not in line, where
-            assert line == reference[3], where
-            assert moved == [], f"{where}: {moved}"
-
-
-def healed(rank: int, world_size: int) -> dict[str, list[str]]:
-    """Weights changed in place after initialize, then refreshed: what differs from a model that had them before."""
-    found = {}
-    for cell in (Cell(stage=0, dtype="bf16"), Cell(stage=1), Cell(stage=2, dtype="bf16"), Cell(stage=3)):
-        model = new_model(cell.dtype)
-        with torch.no_grad():
-            model.square.weight.add_(0.5)  # type: ignore[union-attr, operator]
-        expected = start(cell, world_size, MUON, model)
-        one_step(expected, 0, rank, world_size)
-        engine = start(cell, world_size, MUON)
-        changed_weight(engine)
-        engine.optimizer.refresh_fp32_params()
-        one_step(engine, 0, rank, world_size)
-        found[cell.label] = differences(snapshot(expected), snapshot(engine))
-    return found
-
-
-def test_refreshed_weights_are_trained() -> None:
-    for found in run_ranks(2, healed):
-        assert found == {label: [] for label in found}
-
-
-def replaced_optimizer(rank: int, world_size: int) -> None:
-    """Something between us and the engine swaps the optimizer, as accelerate does under offload."""
-    import deepspeed
-
-    real = deepspeed.initialize
-
-    def swap(*, optimizer: Any, **options: Any) -> Any:
-        return real(optimizer=torch.optim.SGD(options["model"].parameters(), lr=0.1), **options)
-
-    deepspeed.initialize = swap
-    start(Cell(stage=2), world_size, MUON)
-
-
-def test_a_replaced_optimizer_is_an_error() -> None:
-    outcomes: list[Outcome] = run_ranks(2, replaced_optimizer, expect_error=True)
-    for outcome in outcomes:
-        assert outcome.error_type == "RuntimeError"
-        assert "DeepSpeed steps SGD instead of Muon" in outcome.message
-
-
-# ------------------------------------------------------------------------- settings seen at the first step only
-
-LATE: Mapping[str, Cell] = {
-    "round_robin_gradients": Cell(stage=2, zero={"round_robin_gradients": True}),
-    "check_grad_overflow": Cell(stage=2, dtype="bf16", config={"bf16": {"check_grad_overflow": False}}),
-    "compute_grad_norm": Cell(stage=1, zero={"compute_grad_norm": False}),
-    "zero_hpz_partition_size": Cell(stage=3, zero={"zero_hpz_partition_size": 2}),
-    "torch_autocast": Cell(stage=2, config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-    "nvme": Cell(stage=2, zero={"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere", "pin_memory": False}}),
-    "an optimizer is given in code and in the config": Cell(
-        stage=1, config={"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    ),
-    "use_muon is set": Cell(stage=1, config={"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}),
-}
-
-
-def late_settings(rank: int, world_size: int) -> dict[str, tuple[str, str, list[str]]]:
-    """For a plain client optimizer: (error, line, what moved) of the first step under each setting."""
-    import deepspeed
-
-    quiet()
-    found = {}
-    for part, cell in LATE.items():
-        model = new_model(cell.dtype)
-        optimizer = ds_optim.Muon(ds_optim.param_groups(model))
-        config = {**cell.json(world_size), "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        before = snapshot(engine)
-        error, line = "", ""
-        try:
-            one_step(engine, 0, rank, world_size)
-        except Exception as problem:
-            error, line = type(problem).__name__, str(problem)
-        moved = [key for key in differences(before, snapshot(engine)) if not key.startswith("momentum_buffer")]
-        found[part] = (error, line, moved)  # a momentum_buffer is DeepSpeed's, made before it calls step()
-        engine.destroy()
-    return found
-
-
-def test_a_client_optimizer_refuses_settings_at_its_first_step() -> None:
-    for found in run_ranks(2, late_settings):
-        for part, (error, line, moved) in found.items():
-            assert error == "UserError", f"{part}: {error}: {line}"
-            assert part in line
-            assert "\n" not in line
-            assert moved == []
-
-
 # --------------------------------------------------------------------------------------- no DeepSpeed around
 
 
@@ -450,18 +260,3 @@ def test_plain_training_leaves_gradients_alone_and_skips_bad_ones() -> None:
             assert torch.equal(p, weights[name]) is not moves, f"step {step}: {name}"
     assert optimizer.skipped_steps == 2
     assert {optimizer.state[p]["step"] for p in model.parameters()} == {1, 2}
-
-
-def test_an_overridden_step_is_refused_without_deepspeed() -> None:
-    class Replaced(ds_optim.Lion):
-        def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            return super().step(closure)
-
-    model = new_model()
-    optimizer = Replaced(ds_optim.param_groups(model))
-    model(*share(*batch(0, BATCH), 0, 1)).backward()
-    with pytest.raises(RuntimeError, match="overrides step"):
-        optimizer.step()
-    dict(model.named_parameters())["square.weight"].use_muon = True  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="use_muon"):
-        ds_optim.Lion(ds_optim.param_groups(model)).step()
