@@ -30,6 +30,7 @@ app = typer.Typer(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status: 0, or 2 for a user's mistake."""
+    _prefer_own_scripts()
     arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
     try:
@@ -44,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         fail(message() or str(error))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _prefer_own_scripts() -> None:
+    """DeepSpeed takes ninja from PATH; another than last time's would build all its C++ ops anew."""
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 
 def fail(line: str) -> None:

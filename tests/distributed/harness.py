@@ -21,11 +21,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,12 +32,11 @@ from typing import Any, Literal, TypeVar, overload
 import pytest
 import torch
 
+from .server import warm_up
 from .worker import Job, Outcome, rank_main
 
 T = TypeVar("T")
 
-WARM_UP_SECONDS = 600.0
-"""The first fork server of a machine compiles DeepSpeed's C++ op; no test's own limit pays for it."""
 ECHO_SECONDS = 0.5
 """After a first error the other ranks get this long: the error that came first is then known."""
 LOG_TAIL = 4000
@@ -122,7 +119,7 @@ def run_ranks(
     """
     if _gpus and world_size > _gpus:
         pytest.skip(f"needs {world_size} GPUs, --gpus gave {_gpus}")
-    _warm_up(_gpus)
+    warm_up(_gpus)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _Ranks(Path(folder)) as ranks:
         ranks.start(world_size, function, args, env or {}, init)
         outcomes = ranks.collect(timeout, stop_at_error=not expect_error)
@@ -284,56 +281,6 @@ def _kill_group(process: BaseProcess) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-
-
-@cache
-def _warm_up(gpus: int) -> None:
-    """Start the fork server and wait until its imports are done (once per session)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preload", "pytest"])
-    with _server_environment(gpus):
-        forkserver.ensure_running()
-    process = context.Process(target=_nothing)
-    process.start()
-    process.join(WARM_UP_SECONDS)
-    if process.is_alive():
-        process.kill()
-        raise RuntimeError(
-            f"the parent of the ranks was not ready in {WARM_UP_SECONDS:g} s: if no compiler runs, remove "
-            "the file `lock` that a killed build left in torch's extensions folder"
-        )
-
-
-def _nothing() -> None:
-    """The warm-up's job: done when the server has finished its imports and forks."""
-
-
-@contextlib.contextmanager
-def _server_environment(gpus: int) -> Iterator[None]:
-    """The environment that the fork server, and so every rank, starts with."""
-    # PYTHONPATH, because the server does not take over sys.path before it preloads.
-    settings = {
-        # The ninja that builds DeepSpeed's ops stands beside python, activated or not; another
-        # version of it would not trust the build's log and compile all anew.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cuda" if gpus else "cpu",
-        # CUDA must not be touched before the fork, not even to ask whether it is there.
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    }
-    if not gpus:
-        settings["CUDA_VISIBLE_DEVICES"] = ""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _show(outcomes: list[Outcome]) -> str:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .harness import WARM_UP_SECONDS, RankError, RankTimeout, assert_all_raised, device, run_ranks
+from .harness import RankError, RankTimeout, assert_all_raised, device, run_ranks
+from .server import WARM_UP_SECONDS
 
 ROOT = Path(__file__).parents[2]
 

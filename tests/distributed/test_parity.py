@@ -9,6 +9,7 @@ gradients agree between the two (agreement.py).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,17 +23,20 @@ from .training import Run, Trained, Weights, layout_of, replay, train_plain, tra
 
 FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
 
-# To add an optimizer, add a line: its params, and whether every cell is run with it or a few of each kind. Rules of
-# one kind (signs, matrices, both in turn) take the same path through everything but their own four numbers.
-OPTIMIZERS: dict[str, tuple[dict[str, Any], str]] = {
-    "Lion": ({"lr": 1e-3, "weight_decay": 0.1}, "all"),
-    "Muon": ({"lr": 1e-2, "weight_decay": 0.1, "aux_lr": 1e-3, "polar": FP32}, "all"),
-    "LionMuon": ({"lr": 1e-2, "weight_decay": 0.1, "polar": FP32}, "all"),
-    "SignSGD": ({"lr": 1e-3}, "few"),
-    "Signum": ({"lr": 1e-3}, "few"),
-    "Muonlight": ({"lr": 1e-2, "aux": "signum", "aux_lr": 1e-3, "polar": FP32}, "few"),
-    "SignMuon": ({"lr": 3e-2, "polar": FP32}, "few"),
+# To add an optimizer, add a line.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "Lion": {"lr": 1e-3, "weight_decay": 0.1},
+    "SignSGD": {"lr": 1e-3},
+    "Signum": {"lr": 1e-3},
+    "Muon": {"lr": 1e-2, "weight_decay": 0.1, "aux_lr": 1e-3, "polar": FP32},
+    "Muonlight": {"lr": 1e-2, "aux": "signum", "aux_lr": 1e-3, "polar": FP32},
+    "LionMuon": {"lr": 1e-2, "weight_decay": 0.1, "polar": FP32},
+    "SignMuon": {"lr": 3e-2, "polar": FP32},
 }
+# One optimizer is run in every cell: the one that orthogonalizes, takes signs of matrices and hands the rest to Lion.
+# The others are run at every sharded stage and world size, precision and accumulation dealt as in a Latin square.
+EVERYWHERE = set(OPTIMIZERS) if os.environ.get("DS_OPTIM_ALL_CELLS") else {"LionMuon"}
+_SQUARE = (("fp32", 1), ("bf16", 3), ("fp32", 3), ("bf16", 1))
 
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 _TINY_BUCKETS = {"exchange": {"bucket_mb": 0.001}}
@@ -45,20 +49,20 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], dic
     "sub_groups": (("Lion", "LionMuon"), (3,), (2, 3), {"zero": {"sub_group_size": 300}}, {}),
     "sub_groups-acc3": (("LionMuon",), (3,), (2, 4), {"zero": {"sub_group_size": 300}, "accumulation": 3}, {}),
     "one_parameter_sub_groups": (("Muon",), (3,), (2,), {"zero": {"sub_group_size": 1}}, {}),
-    "bf16_optimizer": (("Lion", "Muon", "LionMuon"), (1,), (2, 3), {"dtype": "bf16", "config": _FP32_SUMS}, {}),
-    "bf16_optimizer-acc3": (("LionMuon",), (1,), (2,), {"dtype": "bf16", "config": _FP32_SUMS, "accumulation": 3}, {}),
-    "offload": (("LionMuon",), (1, 2, 3), (2, 3), {"zero": _OFFLOAD}, {}),
-    "offload-bf16-acc3": (("Muon",), (1, 2, 3), (2,), {"zero": _OFFLOAD, "dtype": "bf16", "accumulation": 3}, {}),
+    "bf16_optimizer": (("Lion", "Muon", "LionMuon"), (1,), (2,), {"dtype": "bf16", "config": _FP32_SUMS}, {}),
+    "bf16_optimizer-acc3": (("LionMuon",), (1,), (3,), {"dtype": "bf16", "config": _FP32_SUMS, "accumulation": 3}, {}),
+    "offload": (("LionMuon",), (1, 2, 3), (2,), {"zero": _OFFLOAD}, {}),
+    "offload-bf16-acc3": (("Muon",), (1, 2, 3), (3,), {"zero": _OFFLOAD, "dtype": "bf16", "accumulation": 3}, {}),
     "overlap_comm": (("LionMuon",), (1, 2, 3), (2,), {"zero": {"overlap_comm": True}}, {}),
     "no_overlap_comm": (("LionMuon",), (3,), (2,), {"zero": {"overlap_comm": False}}, {}),
     "no_reduce_scatter": (("LionMuon",), (1, 2, 3), (2,), {"zero": {"reduce_scatter": False}}, {}),
     "no_contiguous_gradients": (("LionMuon",), (1, 2, 3), (2,), {"zero": {"contiguous_gradients": False}}, {}),
-    "zero_init": (("Lion", "LionMuon"), (3,), (2, 3), {"zero_init": True}, {}),
+    "zero_init": (("LionMuon",), (3,), (2, 3), {"zero_init": True}, {}),
     "zero_init-bf16": (("Muon",), (3,), (2,), {"zero_init": True, "dtype": "bf16"}, {}),
     "all_partitioned": (("Muon",), (3,), (2,), {"zero": {"stage3_param_persistence_threshold": 0}}, {}),
-    "tiny_buckets": (("Muon", "LionMuon"), (1, 2, 3), (3, 4), {}, _TINY_BUCKETS),
+    "tiny_buckets": (("LionMuon",), (1, 2, 3), (3, 4), {}, _TINY_BUCKETS),
     "tiny_buckets-in_turn": (("Muon",), (3,), (3,), {}, {"exchange": {"bucket_mb": 0.001, "overlap": False}}),
-    "clipped": (("Lion", "Muon", "LionMuon"), (1, 2, 3), (2,), _CLIPPED, {}),
+    "clipped": (("Muon",), (1, 2, 3), (2,), _CLIPPED, {}),
     "clipped-bf16": (("LionMuon",), (1, 2, 3), (3,), {**_CLIPPED, "dtype": "bf16"}, {}),
     "polar_bf16": (("Muon",), (1, 3), (2, 4), {}, {"polar": BF16}),
 }
@@ -91,7 +95,7 @@ class Cell:
 def _cell(
     world_size: int, kind: str, stage: int, dtype: str, accumulation: int, variant: str = "", **other: Any
 ) -> Cell:
-    params = dict(OPTIMIZERS[kind][0])
+    params = dict(OPTIMIZERS[kind])
     # 16-bit training computes its polar factors in 16 bits.
     if dtype == "bf16" and "polar" in params:
         params["polar"] = BF16
@@ -101,12 +105,12 @@ def _cell(
 
 
 def _cells() -> Iterator[Cell]:
-    for kind, (_, extent) in OPTIMIZERS.items():
+    for kind in OPTIMIZERS:
         for world_size in (1, 2, 3, 4):
             for stage in (0, 1, 2, 3):
                 for dtype in ("fp32", "bf16"):
                     for accumulation in (1, 3):
-                        if extent == "all" or _is_one_of_few(world_size, stage, dtype, accumulation):
+                        if kind in EVERYWHERE or _is_dealt(kind, world_size, stage, dtype, accumulation):
                             yield _cell(world_size, kind, stage, dtype, accumulation)
     for variant, (kinds, stages, world_sizes, changes, params) in VARIANTS.items():
         for kind in kinds:
@@ -116,9 +120,13 @@ def _cells() -> Iterator[Cell]:
                     yield _cell(world_size, kind, stage, variant=variant, params=params, **settings)
 
 
-def _is_one_of_few(world_size: int, stage: int, dtype: str, accumulation: int) -> bool:
-    """fp32 at 2 ranks, which stages must agree on to the bit; 16 bits and accumulation at 3."""
-    return (world_size, dtype, accumulation) in ((2, "fp32", 1), (3, "bf16", 3)) and stage > 0
+def _is_dealt(kind: str, world_size: int, stage: int, dtype: str, accumulation: int) -> bool:
+    """One precision and accumulation for each stage and world size; and fp32 at 2 ranks, which stages must agree
+    on to the bit."""
+    if stage == 0 or world_size == 1:
+        return False
+    dealt = _SQUARE[(list(OPTIMIZERS).index(kind) + world_size + stage) % len(_SQUARE)]
+    return (dtype, accumulation) == dealt or (world_size, dtype, accumulation) == (2, "fp32", 1)
 
 
 CELLS = {cell.name: cell for cell in _cells()}

@@ -42,7 +42,7 @@ SENDING = {"Muon": STEPS, "Muon-aux_adamw": STEPS, "Muonlight": STEPS, "LionMuon
 # place -> (settings of the run, world sizes).
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z1": ({"stage": 1}, (2, 3, 4)),
-    "z2": ({"stage": 2}, (2, 3, 4)),
+    "z2": ({"stage": 2}, (3,)),
     "z3": ({"stage": 3}, (2, 3, 4)),
     "z3-sub_groups": ({"stage": 3, "zero": SUB_GROUPS}, (3,)),
     "z2-offload": ({"stage": 2, "zero": OFFLOAD}, (2,)),
