@@ -114,7 +114,7 @@ def mistakes(rank: int, world_size: int) -> list[tuple[str, str, str, str, list[
 
 
 def test_mistakes_are_found_on_every_rank_before_any_write() -> None:
-    ranks = run_ranks(2, mistakes, timeout=100)
+    ranks = run_ranks(2, mistakes, timeout=300)
     for rank, found in enumerate(ranks):
         for (label, culprits, error, line, moved), reference in zip(found, ranks[0], strict=True):
             where = f"rank {rank}, {label} by {culprits}: {error}: {line}"
