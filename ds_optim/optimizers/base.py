@@ -127,9 +127,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             binding = self._bound()
         except NotYet:
             return loss
-        except Exception:
-            self.param_groups = self._all_groups  # DeepSpeed would leave the others hidden
-            raise
         if not binding.sharded and not _finite(self.param_groups):
             self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
             return loss
