@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 from ds_optim.errors import UserError
-from ds_optim.optimizers import Lion, LionMuon, Muon, Muonlight, SignMuon, SignSGD, Signum, param_groups
+from ds_optim.optimizers import (
+    LASM,
+    CautiousLion,
+    CLion,
+    Lamb,
+    Lion,
+    LionMuon,
+    MiMuon,
+    Muon,
+    Muonlight,
+    SignMuon,
+    SignSGD,
+    Signum,
+    SpectralLion,
+    StableAdamW,
+    StableLion,
+    StoSignSGD,
+    param_groups,
+)
 from ds_optim.zero import from_config, initialize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LASM",
+    "CLion",
+    "CautiousLion",
+    "Lamb",
     "Lion",
     "LionMuon",
+    "MiMuon",
     "Muon",
     "Muonlight",
     "SignMuon",
     "SignSGD",
     "Signum",
+    "SpectralLion",
+    "StableAdamW",
+    "StableLion",
+    "StoSignSGD",
     "UserError",
     "from_config",
     "initialize",

@@ -165,12 +165,18 @@ def clion(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     return decay(theta, h) - h["eta"] * np.where(is_open, sign_of(c, s), c)
 
 
+def layer_scale(h: Hyper) -> float:
+    """The factor of the first pattern in the parameter's name."""
+    return next((scale for pattern, scale in h["layer_scales"] if re.search(pattern, h["name"])), 1.0)
+
+
 def stable_lion(theta: Array, g: Array, s: State, h: Hyper) -> Array:
-    """Ours: c of Lion in the sign, ratio 1 where a norm is 0, decay without the ratio; eta_l = eta (no patterns)."""
+    """Ours: c of Lion in the sign, ratio 1 where a norm is 0, decay without the ratio but with eta_l."""
+    eta = h["eta"] * layer_scale(h)
     theta_norm, g_norm = float(np.linalg.norm(theta)), float(np.linalg.norm(g))
     ratio = theta_norm / g_norm if theta_norm > 0 and g_norm > 0 else 1.0
-    step = h["eta"] * min(ratio, h["trust_ratio_max"])
-    return decay(theta, h) - step * sign_of(lion_direction(g, s, h), s)
+    step = eta * min(ratio, h["trust_ratio_max"])
+    return decay(theta, h, eta) - step * sign_of(lion_direction(g, s, h), s)
 
 
 def lasm(theta: Array, g: Array, s: State, h: Hyper) -> Array:
@@ -180,8 +186,7 @@ def lasm(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     s["v"] = blend(s.get("v", 0.0), squared if h["variance"] == "element" else squared.mean(), b2)
     sigma = 1 / (1 + np.sqrt(s["v"]))
     s["m"] = b1 * m_prev + (1 - b1) * g * sigma
-    alpha = next((scale for pattern, scale in h["layer_scales"] if re.search(pattern, h["name"])), 1.0)
-    return decay(theta, h) - h["eta"] * alpha * sign_of(s["m"], s)
+    return decay(theta, h) - h["eta"] * layer_scale(h) * sign_of(s["m"], s)
 
 
 def sto_sign_sgd(theta: Array, g: Array, s: State, h: Hyper) -> Array:
@@ -257,13 +262,13 @@ def mimuon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
         is_open = np.min(-np.diff(sigma), initial=np.inf) >= h["tau"]
     if is_open:
         return decay(theta, h) - h["eta"] * shape_scale(h["scale"], *theta.shape) * polar(s["m"], h)
-    eta_raw = h["eta"] * (h["raw_lr"] / h["lr"])
+    eta_raw = h["eta"] * (h.get("raw_lr", h["lr"]) / h["lr"])
     return decay(theta, h, eta_raw) - eta_raw * s["m"]
 
 
 def spectral_lion(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     c = lion_direction(g, s, h)
-    rebuilt = polar(c, h) if h["basis"] == "momentum" else column_normalized(theta, c)
+    rebuilt = exact_polar(c) if h["basis"] == "momentum" else column_normalized(theta, c)
     return decay(theta, h) - h["eta"] * sign_of(rebuilt, s)
 
 
@@ -293,7 +298,7 @@ MUON = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "scale": "spectral", "we
 LION_MUON = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "period": 2, "sign_lr_ratio": 10}
 MIMUON = {"beta": 0.05, "gate": "frobenius", "tau": 1e-3, "scale": "match_rms_adamw"}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
-LAYER_SCALES = (("attn|attention", 1.5), ("mlp", 1.0), ("embed", 0.5))
+LAYER_SCALES = ((r"(attn|attention)\.", 1.5), (r"mlp\.", 1.0), ("embed", 0.5))
 
 RULES = {
     "SignSGD": Rule(sign_sgd, {"lr": 1e-4, "weight_decay": 0.1}),
@@ -301,7 +306,7 @@ RULES = {
     "Lion": Rule(lion, LION),
     "CautiousLion": Rule(cautious_lion, LION | {"betas": (0.95, 0.98)}),
     "CLion": Rule(clion, LION | {"nu": 1e-6, "gate": "coordinate"}),
-    "StableLion": Rule(stable_lion, LION | {"lr": 3e-5, "trust_ratio_max": 3.0}),
+    "StableLion": Rule(stable_lion, LION | {"lr": 3e-5, "trust_ratio_max": 3.0, "layer_scales": ()}),
     "LASM": Rule(
         lasm,
         {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "variance": "tensor"} | {"layer_scales": LAYER_SCALES},
@@ -311,7 +316,7 @@ RULES = {
     "Muonlight": Rule(muon, MUON | {"scale": "match_rms_adamw", "lr": 1e-3, "weight_decay": 0.1}, matrix=True),
     "LionMuon": Rule(lion_muon, LION_MUON, matrix=True),
     "SignMuon": Rule(sign_muon, LION_MUON | {"beta": 0.9, "lr": 3e-3, "sign_lr_ratio": 30}, matrix=True),
-    "MiMuon": Rule(mimuon, MIMUON | {"lr": 1e-3, "raw_lr": 1e-3, "weight_decay": 0.1}, matrix=True),
+    "MiMuon": Rule(mimuon, MIMUON | {"lr": 1e-3, "weight_decay": 0.1}, matrix=True),
     "SpectralLion": Rule(spectral_lion, LION | {"weight_decay": 0.1, "basis": "weight"}, matrix=True),
     "AdamW": Rule(adamw, ADAMW),
     "Lamb": Rule(lamb, ADAMW | {"eps": 1e-6}),

@@ -36,7 +36,17 @@ def blend_into(out: Tensor, m: Tensor | None, g: Tensor, blend: Blend, scratch: 
 
 
 def advance(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> Tensor:
-    """The direction of one chunk, in a; m has moved on, b is spent, g is as it was. All of one length and dtype.
+    """The direction of one chunk, in a; m has moved on, b is spent, g is as it was. All of one length and dtype."""
+    direction(m, g, blend, a, b)
+    if m is not None and blend.momentum == blend.direction:
+        m.copy_(a)
+    elif m is not None:
+        move_on(m, g, blend, b)
+    return a
+
+
+def direction(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> Tensor:
+    """The direction of one chunk, in a; b is spent, m and g are as they were. All of one length and dtype.
 
     Each product and each sum is rounded by itself: rounded(rounded(d0 m) + rounded(d1 g)), the momentum
     likewise, scalars rounded to m's dtype first. Operations that round once for two (add with alpha, lerp,
@@ -44,16 +54,16 @@ def advance(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> 
     then the bits of an element would depend on where in the partition it lies.
     """
     torch.mul(g, blend.direction[1], out=a)
-    if m is None:
-        return a
-    torch.mul(m, blend.direction[0], out=b)
-    a.add_(b)
-    if blend.momentum == blend.direction:
-        m.copy_(a)
-        return a
-    torch.mul(g, blend.momentum[1], out=b)
-    m.mul_(blend.momentum[0]).add_(b)
+    if m is not None:
+        torch.mul(m, blend.direction[0], out=b)
+        a.add_(b)
     return a
+
+
+def move_on(m: Tensor, g: Tensor, blend: Blend, b: Tensor) -> Tensor:
+    """The next momentum of one chunk, in m; b is spent. The bits of the direction where the weights are the same."""
+    torch.mul(g, blend.momentum[1], out=b)
+    return m.mul_(blend.momentum[0]).add_(b)
 
 
 def check_flat(like: Tensor, **others: Tensor | None) -> None:

@@ -38,13 +38,14 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
-    def take(self, count: int, like: Tensor) -> list[Tensor]:
-        """``count`` buffers as long as the first chunk of ``like``, of its dtype, on its device, contents undefined.
+    def take(self, count: int, like: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """``count`` buffers as long as the first chunk of ``like``, on its device, contents undefined.
 
-        They stay valid until the next ``take``.
+        Of its dtype where ``dtype`` is None. They stay valid until the next ``take`` of that dtype.
         """
         size = min(like.numel(), chunk_elements(like.device))
-        return [self._buffer((like.device, like.dtype, index), size) for index in range(count)]
+        dtype = dtype or like.dtype
+        return [self._buffer((like.device, dtype, index), size) for index in range(count)]
 
     def _buffer(self, key: tuple[torch.device, torch.dtype, int], size: int) -> Tensor:
         buffer = self._buffers.get(key)

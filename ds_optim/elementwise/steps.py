@@ -25,9 +25,10 @@ def sign_step(
     blend: Blend,
     lr: float,
     decay: float,
+    scale: float = 1.0,
     scratch: Scratch | None = None,
 ) -> None:
-    """p <- p (1 - lr decay) - lr sign(direction), sign(0) = 0; m moves on; g is not written. All (n,).
+    """p <- p (1 - lr decay) - lr scale sign(direction), sign(0) = 0; m moves on; g is not written. All (n,).
 
     Reads p, m, g and writes p, m once.
     """
@@ -37,7 +38,7 @@ def sign_step(
         for weights, momentum, gradient, a, b in chunks(p, m, g, buffers=buffers):
             direction = advance(momentum, gradient, blend, a, b)
             # lr times -1, 0 or 1 is exact, so a fused multiply-subtract has the same bits as two operations.
-            _decayed(weights, lr, decay).sub_(direction.sign_(), alpha=lr)
+            decayed(weights, lr, decay).sub_(direction.sign_(), alpha=lr * scale)
 
 
 def adamw_step(
@@ -72,7 +73,7 @@ def adamw_step(
             square.mul_(betas[1]).add_(a.mul_(1 - betas[1]))
             torch.sqrt(square, out=a).div_(correction).add_(eps)
             torch.div(mean, a, out=b).mul_(rate)
-            _decayed(weights, lr, decay).sub_(b)
+            decayed(weights, lr, decay).sub_(b)
 
 
 def apply_update(
@@ -87,10 +88,10 @@ def apply_update(
     with torch.no_grad():
         for weights, change, a in chunks(p, update, buffers=buffers):
             a.copy_(change).mul_(lr * scale)
-            _decayed(weights, lr, decay).sub_(a)
+            decayed(weights, lr, decay).sub_(a)
 
 
-def _decayed(p: Tensor, lr: float, decay: float) -> Tensor:
+def decayed(p: Tensor, lr: float, decay: float) -> Tensor:
     """p, after p <- p (1 - lr decay); untouched where the factor is 1."""
     factor = 1 - lr * decay
     return p if factor == 1 else p.mul_(factor)

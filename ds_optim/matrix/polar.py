@@ -43,7 +43,8 @@ class PolarSpec:
     steps: Newton-Schulz steps; None means 5.
     method: ``standard``, ``gram`` (iterates on the Gram matrix), ``svd`` (exact, slow) or ``auto``.
     normalize: ``frobenius`` or ``schatten4``: the norm that brings singular values into [0, 1].
-    dtype: what the iteration computes in; norms are float32 always. ``auto`` asks the hardware.
+    dtype: what the iteration computes in; norms are float32 always. ``auto`` asks the hardware. ``svd`` computes
+        in float32 always; its dtype is that of the messages, and ``auto`` asks the model's weights.
 
     ``gram_from`` is set by ``resolve`` and is no JSON key: the aspect above which ``auto`` means ``gram``.
     """
@@ -65,8 +66,11 @@ class PolarSpec:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool):
             raise UserError(f"polar.steps: {self.steps!r} is not a step count; write a whole number such as 5")
         schedule(self.schedule, self.steps)
-        if self.method == "svd" and self.dtype not in ("auto", "float32"):
-            raise UserError(f"polar.dtype: method 'svd' computes in float32, not {self.dtype}; write \"float32\"")
+        if self.method == "svd" and self.dtype == "float16":
+            raise UserError(
+                "polar.dtype: method 'svd' computes in float32 and raw directions vanish in a float16 message; "
+                'write "float32" or "bfloat16"'
+            )
 
     @staticmethod
     def from_json(options: Mapping[str, Any]) -> PolarSpec:
@@ -79,14 +83,14 @@ class PolarSpec:
                 raise UserError(f"polar: unknown key '{key}'; {_instead(key, keys)}")
         return PolarSpec(**options)
 
-    def resolve(self, device: torch.device) -> PolarSpec:
-        """The same spec with every ``auto`` decided for ``device``'s hardware. Idempotent.
+    def resolve(self, device: torch.device, weights: torch.dtype = torch.float32) -> PolarSpec:
+        """The same spec with every ``auto`` decided for ``device``'s hardware and the model's dtype. Idempotent.
 
         Ranks on unlike hardware resolve unlike: resolve on one rank and send the result where plans must agree.
         """
         dtype = self.dtype
-        if self.method == "svd":
-            dtype = "float32"
+        if dtype == "auto" and self.method == "svd":
+            dtype = "float32" if weights.itemsize >= 4 else "bfloat16"
         elif dtype == "auto":
             dtype = "bfloat16" if device.type != "cpu" or _cpu_has_bf16() else "float32"
         gram_from = self.gram_from
@@ -99,16 +103,18 @@ class PolarSpec:
         """The dtype of the iteration's products; of a resolved spec only."""
         if self.dtype == "auto":
             raise RuntimeError("a PolarSpec with dtype 'auto' has no compute dtype: call resolve(device) first")
-        return DTYPES[self.dtype]
+        return torch.float32 if self.method == "svd" else DTYPES[self.dtype]
 
     @property
     def message_dtype(self) -> torch.dtype:
         """The dtype of ``polar``'s input and output, and so of what travels between ranks.
 
-        float32 where the polar factor is computed in float32, else bfloat16: raw directions near 1e-8
-        vanish in float16, so a float16 iteration, too, is fed bfloat16 and casts after normalizing.
+        float32 where the spec says so, else bfloat16: raw directions near 1e-8 vanish in float16, so a float16
+        iteration, too, is fed bfloat16 and casts after normalizing.
         """
-        return torch.float32 if self.compute_dtype == torch.float32 else torch.bfloat16
+        if self.dtype == "auto":
+            raise RuntimeError("a PolarSpec with dtype 'auto' has no message dtype: call resolve(device) first")
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
     def method_for(self, m: int, n: int) -> str:
         """``standard``, ``gram`` or ``svd``: what an (m, n) matrix gets; of a resolved spec only."""

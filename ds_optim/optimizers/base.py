@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.blend import blend_into
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.steps import adamw_step, apply_update, sign_step
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
+from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
+from ds_optim.optimizers.elements import step_elements
+from ds_optim.optimizers.local import Local
 from ds_optim.optimizers.matrices import MatrixWorker
+from ds_optim.optimizers.matrix_steps import step_matrices
 from ds_optim.optimizers.options import (
     CommonOptions,
     MatrixOptions,
@@ -27,19 +29,10 @@ from ds_optim.optimizers.options import (
     check_exchange,
     check_options,
 )
+from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.routing import MEMBERS
-from ds_optim.optimizers.rules import (
-    MOMENTUM,
-    RULES,
-    SECOND_MOMENT,
-    STEP,
-    AdamWUpdate,
-    Group,
-    MatrixUpdate,
-    SignUpdate,
-)
+from ds_optim.optimizers.rules import RULES, SCALARS, STEP, Group, MatrixUpdate, ParameterUpdate
 from ds_optim.sharding.binding import Binding, Member, NotYet, bind
-from ds_optim.sharding.layout import Slice
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -59,6 +52,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     """
 
     has_aux: ClassVar[bool] = False
+    """Whether parameters that are no matrices take an aux rule."""
+    by_name: ClassVar[bool] = False
+    """Whether the rule asks for parameters' names."""
 
     def __init__(
         self,
@@ -74,12 +70,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._polar = PolarSpec.from_json(dict(options.get("polar", {})))
         self._exchange = check_exchange(options.get("exchange", {}))
         groups = build_groups(
-            params, rule=rule, lr=lr, weight_decay=weight_decay, hyper=hyper, options=options, has_aux=self.has_aux
+            params,
+            rule=rule,
+            lr=lr,
+            weight_decay=weight_decay,
+            hyper=hyper,
+            options=options,
+            has_aux=self.has_aux,
+            by_name=self.by_name,
         )
         # Members hold the model's own parameters and never enter the groups, which are pickled.
         self._members: list[list[Member]] = [group.pop(MEMBERS) for group in groups]
         self._binding: Binding | None = None
         self._workers: dict[int, MatrixWorker] = {}
+        self._diagnostics = Diagnostics() if options.get("diagnostics") else None
         self.skipped_steps = 0
         self._sealed = False
         super().__init__(groups, {})
@@ -110,6 +114,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def matrix_workers(self) -> Mapping[int, MatrixWorker]:
         """By unit of the layout, what works on its matrices; empty before the first step."""
         return self._workers
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """What ``diagnostics: true`` counted in the last step, ``group/name`` -> number; empty without it."""
+        return self._diagnostics.latest if self._diagnostics is not None else {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -161,115 +170,67 @@ class ZeroOptimizer(torch.optim.Optimizer):
             )
         self._binding = binding
         # All units now: DeepSpeed links the state of all groups after the first group's step.
-        for unit, tensors in enumerate(binding.tensors):
-            group = self._all_groups[binding.layout.units[unit].group]
-            for tensor in tensors:
-                self._init_state(group, tensor)
+        for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
+            names = [spec.name for spec in unit.params]
+            for number, tensor in enumerate(tensors):
+                own = names if binding.sharded else names[number : number + 1]
+                self._init_state(self._all_groups[unit.group], tensor, own)
         return binding
 
     def _plan(self, binding: Binding) -> dict[int, MatrixWorker]:
         """A worker for each unit whose rule may ask for matrices."""
         workers = {}
         for number, unit in enumerate(binding.layout.units):
-            if RULES[self._all_groups[unit.group]["rule"]].matrices:
+            shape = RULES[self._all_groups[unit.group]["rule"]].shape
+            if shape is not None:
+                members = binding.members[number]
                 workers[number] = MatrixWorker(
                     unit,
-                    binding.members[number],
+                    members,
                     binding.comm,
-                    polar=self._polar.resolve(binding.device),
+                    shape=shape,
+                    polar=self._polar.resolve(binding.device, members[0].parameter.dtype),
                     device=binding.device,
                     bucket_mb=self._exchange["bucket_mb"],
                     overlap=self._exchange["overlap"],
                 )
         return workers
 
-    def _init_state(self, group: Group, tensor: Tensor) -> None:
-        state = self.state[tensor]
-        for key in RULES[group["rule"]].buffers:
+    def _init_state(self, group: Group, tensor: Tensor, names: Sequence[str]) -> None:
+        state, own = self.state[tensor], RULES[group["rule"]]
+        for key in own.buffers:
             if key not in state:
                 state[key] = torch.zeros_like(tensor, memory_format=torch.contiguous_format).detach()
+        if own.scalar:
+            kept = state.setdefault(SCALARS, {})
+            for name in names:
+                kept.setdefault(name, 0.0)
         state.setdefault(STEP, 0)
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> None:
         """What one flat partition (or, unsharded, one group of parameters) is due."""
-        tensors: list[Tensor] = group["params"]
-        live = [t for t in tensors if t.grad is not None]
-        if not live:
+        number = binding.unit_of(group["params"][0])
+        assert number is not None
+        local = Local(binding.layout.units[number], binding.comm, group["params"], self.state, scratch)
+        if len(local.absent) == len(local.tensors):
             return
-        if binding.sharded and len(live) != len(tensors):
+        if binding.sharded and local.absent:
             raise RuntimeError("ZeRO called step() without a gradient in the flat partition: nothing was changed")
-        step = max(int(self.state[t][STEP]) for t in live)
-        update = RULES[group["rule"]].update(group, step)
+        rule = RULES[group["rule"]]
+        update = rule.update({**group, "diagnostics": self._diagnostics is not None}, local.step)
+        old = self._diagnostics.before(local) if self._diagnostics else None
+        done: Outcome = {}
         if isinstance(update, MatrixUpdate):
-            unit = binding.unit_of(tensors[0])
-            assert unit is not None
-            self._matrix_step(self._workers[unit], tensors, update, scratch)
+            done = step_matrices(local, self._workers[number], update)
+        elif isinstance(update, ParameterUpdate):
+            done = step_parameters(local, rule, update)
         else:
-            for tensor in live:
-                self._elementwise_step(tensor, update, scratch)
-        for tensor in live:
-            self.state[tensor][STEP] = step + 1
-
-    def _elementwise_step(self, tensor: Tensor, update: SignUpdate | AdamWUpdate, scratch: Scratch) -> None:
-        p, g = _flat(tensor), _gradient(tensor)
-        state = self.state[tensor]
-        m = _flat(state[MOMENTUM]) if MOMENTUM in state else None
-        if isinstance(update, SignUpdate):
-            sign_step(p, m, g, blend=update.blend, lr=update.lr, decay=update.decay, scratch=scratch)
-        else:
-            assert m is not None
-            adamw_step(
-                p,
-                m,
-                _flat(state[SECOND_MOMENT]),
-                g,
-                lr=update.lr,
-                betas=update.betas,
-                eps=update.eps,
-                decay=update.decay,
-                step=update.step,
-                scratch=scratch,
-            )
-
-    def _matrix_step(
-        self, worker: MatrixWorker, tensors: Sequence[Tensor], update: MatrixUpdate, scratch: Scratch
-    ) -> None:
-        """Blend straight into the messages and apply straight from them: g is never written."""
-        parameters = [_flat(t) for t in tensors]
-        gradients = [_gradient(t) if t.grad is not None else None for t in tensors]
-        momenta = [_flat(self.state[t][MOMENTUM]) for t in tensors]
-
-        def fill(piece: Slice, message: Tensor) -> None:
-            gradient = gradients[piece.tensor]
-            assert gradient is not None
-            blend_into(message, _run(momenta[piece.tensor], piece), _run(gradient, piece), update.blend, scratch)
-
-        def apply(piece: Slice, result: Tensor) -> None:
-            apply_update(
-                _run(parameters[piece.tensor], piece),
-                result,
-                lr=update.lr,
-                decay=update.decay,
-                scale=worker.scale(piece.param, update.scale),
-                scratch=scratch,
-            )
-
-        absent = frozenset(i for i, gradient in enumerate(gradients) if gradient is None)
-        worker.run(fill, apply, update.scale, absent)
-
-
-def _run(flat: Tensor, piece: Slice) -> Tensor:
-    return flat[piece.offset : piece.offset + piece.numel]
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """A tensor as a vector over the same memory."""
-    return tensor.detach().view(-1)
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad.detach().reshape(-1)
+            step_elements(local, update)
+        local.count_step()
+        if self._diagnostics and old is not None:
+            self._diagnostics.after(number, group["name"], local, old, update, done)
+            if number == len(binding.layout.units) - 1:
+                self._diagnostics.log(binding.comm.rank, local.step)
 
 
 def _finite(groups: Sequence[Group]) -> bool:

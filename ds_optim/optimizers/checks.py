@@ -58,6 +58,20 @@ def check_betas(key: str, value: Any) -> tuple[float, float]:
     return check_beta(key, value[0]), check_beta(key, value[1])
 
 
+def check_new_weight(key: str, value: Any) -> float:
+    """Of a new gradient: what is left of the old momentum is 1 less this."""
+    number = _number(key, value)
+    if not 0 < number <= 1:
+        raise UserError(f"{key} is {value!r}: write a number in (0, 1], the weight of the new gradient")
+    return number
+
+
+def check_seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise UserError(f"seed is {value!r}: write a whole number from 0 to 4294967295")
+    return value
+
+
 def check_bool(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{key} is {value!r}: write true or false")

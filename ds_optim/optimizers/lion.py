@@ -6,16 +6,14 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ds_optim.elementwise.blend import Blend
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
-from ds_optim.optimizers.rules import Group, SignUpdate, rate, rule
+from ds_optim.optimizers.rules import Group, SignUpdate, lion_blend, rate, rule
 
 
 @rule("lion")
 def lion(group: Group, step: int) -> SignUpdate:
-    b1, b2 = group["betas"]
-    return SignUpdate(blend=Blend((b1, 1 - b1), (b2, 1 - b2)), lr=rate(group), decay=group["weight_decay"])
+    return SignUpdate(blend=lion_blend(group["betas"]), lr=rate(group), decay=group["weight_decay"])
 
 
 class Lion(ZeroOptimizer):

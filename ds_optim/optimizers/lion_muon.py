@@ -7,19 +7,40 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ds_optim.elementwise.blend import Blend
+from ds_optim.elementwise.noise import stream_of, uniform
+from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_at_least_zero, check_betas, check_choice, check_period, check_positive
-from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, rate, rule
+from ds_optim.optimizers.checks import (
+    check_at_least_zero,
+    check_betas,
+    check_choice,
+    check_period,
+    check_positive,
+    check_seed,
+)
+from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, lion_blend, rate, rule
+
+_PERIOD_STREAM = stream_of("LionMuon.period")
 
 
-@rule("lion_muon", matrices=True)
+@rule("lion_muon", shape=POLAR)
 def lion_muon(group: Group, step: int) -> MatrixUpdate | SignUpdate:
-    b1, b2 = group["betas"]
-    blend = Blend((b1, 1 - b1), (b2, 1 - b2))
-    if math.isfinite(group["period"]) and step % int(group["period"]) == 0:
+    blend = lion_blend(group["betas"])
+    if is_spectral(step, group["period"], group["period_mode"], group["seed"]):
         return MatrixUpdate(blend=blend, lr=rate(group), decay=group["weight_decay"], scale="match_rms_adamw")
     return SignUpdate(blend=blend, lr=rate(group) / group["sign_lr_ratio"], decay=group["weight_decay"])
+
+
+def is_spectral(step: int, period: float, mode: str, seed: int) -> bool:
+    """Whether a step orthogonalizes: each ``period``-th, or by a draw with probability 1 / period.
+
+    The draw is a function of (seed, step), so that all ranks and parameters, and a resumed run, agree on it.
+    """
+    if not math.isfinite(period):
+        return False
+    if mode == "random":
+        return uniform(seed=seed, stream=_PERIOD_STREAM, step=step) < 1 / period
+    return step % int(period) == 0
 
 
 class LionMuon(ZeroOptimizer):
@@ -37,7 +58,8 @@ class LionMuon(ZeroOptimizer):
         period: P; 1 orthogonalizes always, "inf" never (Lion at lr / sign_lr_ratio).
         sign_lr_ratio: lr over the rate of the sign steps. It grows with P: published pairs are (2, 10),
             (5, 30) and (20, 100).
-        period_mode: "fixed".
+        period_mode: "fixed", or "random": each step orthogonalizes with probability 1 / P, all matrices at once.
+        seed: of these draws.
 
     The aux rule's rate is lr / sign_lr_ratio unless ``aux_lr`` is given. Keeps one fp32 value a parameter
     and moves a P-th of what Muon moves.
@@ -54,13 +76,15 @@ class LionMuon(ZeroOptimizer):
         period: float | str = 2,
         sign_lr_ratio: float = 10.0,
         period_mode: str = "fixed",
+        seed: int = 0,
         **options: Unpack[MatrixOptions],
     ) -> None:
-        check_choice("period_mode", period_mode, ["fixed"])
         ratio = check_positive("sign_lr_ratio", sign_lr_ratio)
         hyper = {
             "betas": check_betas("betas", betas),
             "period": check_period(period),
+            "period_mode": check_choice("period_mode", period_mode, ["fixed", "random"]),
+            "seed": check_seed(seed),
             "sign_lr_ratio": ratio,
         }
         options.setdefault("aux_lr", check_at_least_zero("lr", lr) / ratio)
@@ -82,6 +106,7 @@ class SignMuon(LionMuon):
         period: float | str = 2,
         sign_lr_ratio: float = 30.0,
         period_mode: str = "fixed",
+        seed: int = 0,
         **options: Unpack[MatrixOptions],
     ) -> None:
-        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, **options)
+        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, seed, **options)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ds_optim.matrix.polar import PolarSpec, cost, polar
+from ds_optim.matrix.polar import PolarSpec
+from ds_optim.matrix.shapes import Shape
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.rules import SCALES
 from ds_optim.sharding.binding import Member
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Apply, Exchange, Fill
-from ds_optim.sharding.layout import Unit
+from ds_optim.sharding.layout import Slice, Unit
 from ds_optim.sharding.plan import plan_exchange
 
 _MIB = 1 << 20
 
 
 class MatrixWorker:
-    """Orthogonalizes the matrices of one unit, each on its owner.
+    """Gives the matrices of one unit their shape, each on its owner.
 
     Args:
         members: the unit's parameters, each with a view.
+        shape: what the rule makes of its directions.
         polar: resolved for the hardware.
         device: where matrices are worked on and messages live.
         bucket_mb: MiB of matrices that a rank owns in one bucket.
@@ -36,56 +38,101 @@ class MatrixWorker:
         members: Sequence[Member],
         comm: Comm,
         *,
+        shape: Shape,
         polar: PolarSpec,
         device: torch.device,
         bucket_mb: float,
         overlap: bool,
     ) -> None:
+        self.shape = shape
         self._polar = polar
         self._views: dict[int, MatrixView] = {}
         for number, member in enumerate(members):
             assert member.view is not None, f"{member.spec.name} takes a matrix rule and has no view"
             self._views[number] = member.view
+        dtypes = [polar.message_dtype, *([torch.float32] if shape.weights else [])]
         self.plan = plan_exchange(
             unit,
             self._views,
             cost=self._cost,
-            bucket_elements=max(1, int(bucket_mb * _MIB) // polar.message_dtype.itemsize),
+            bucket_elements=max(1, int(bucket_mb * _MIB) // sum(dtype.itemsize for dtype in dtypes)),
         )
-        self._exchange = Exchange(self.plan, comm, device=device, dtype=polar.message_dtype, overlap=overlap)
+        self._exchange = Exchange(self.plan, comm, device=device, dtypes=dtypes, result=shape.result, overlap=overlap)
 
     def digest(self) -> str:
         """A hash of all that the ranks must agree on."""
-        return f"{self.plan.digest()} {self._polar}"
+        return f"{self.plan.digest()} {self.shape.name} {self._polar}"
 
-    def scale(self, param: int, name: str) -> float:
+    def sent_bytes(self, rank: int) -> int:
+        """Bytes that ``rank`` sends in one exchange: its slices out, and its results back."""
+        out = sum(dtype.itemsize for dtype in self._exchange.dtypes)
+        return self.plan.slices_sent(rank) * out + self.plan.results_sent(rank) * self._exchange.result.itemsize
+
+    def matrices_of(self, param: int) -> int:
+        """How many matrices a parameter is."""
+        return sum(count for count, _, _ in self._views[param].matrices())
+
+    def scale(self, param: int, name: str | None) -> float:
         """The scale of a parameter's first matrix; :meth:`run` puts the others in proportion to it."""
+        if name is None:
+            return 1.0
         _, rows, columns = self._views[param].matrices()[0]
         return SCALES[name](rows, columns)
 
-    def run(self, fill: Fill, apply: Apply, scale: str, absent: frozenset[int]) -> None:
-        """Hand the polar factor of what ``fill`` writes to ``apply``, for every matrix of the unit."""
-        self._exchange.run(fill, lambda view, stack: self._solve(view, stack, scale), apply, absent)
+    def run(self, fill: Fill, apply: Apply, scale: str | None, absent: frozenset[int]) -> None:
+        """Hand the shape of what ``fill`` writes to ``apply``, for every matrix of the unit."""
+        self._exchange.run(fill, lambda view, stacks: self._solve(view, stacks, scale), apply, absent)
+
+    def flags(self, fill: Fill, test: Callable[[Tensor], Tensor], absent: frozenset[int]) -> dict[int, bool]:
+        """By parameter, for those of which this rank holds a slice, whether all its matrices pass ``test``.
+
+        test: (B, m, n) -> (B,) of bool. The owner's answer travels back as a result does.
+        """
+        found: dict[int, bool] = {}
+
+        def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+            answers = [all(bool(test(block).all()) for block in view.unpack(row)) for row in stacks[0]]
+            result = torch.empty(stacks[0].shape, dtype=self._exchange.result, device=stacks[0].device)
+            for row, answer in zip(result, answers, strict=True):
+                row.fill_(float(answer))
+            return result
+
+        def keep(piece: Slice, result: Tensor) -> None:
+            found[piece.param] = bool(result[0])
+
+        self._exchange.run(fill, solve, keep, absent)
+        return found
 
     def _cost(self, view: MatrixView) -> float:
-        return sum(count * cost(m, n, self._polar) for count, m, n in view.matrices())
+        return sum(count * self.shape.cost(m, n, self._polar) for count, m, n in view.matrices())
 
-    def _solve(self, view: MatrixView, stack: Tensor, scale: str) -> Tensor:
-        """(B, numel) parameters of one view -> (B, numel) polar factors of their matrices."""
+    def _solve(self, view: MatrixView, stacks: Sequence[Tensor], scale: str | None) -> Tensor:
+        """(B, numel) parameters of one view -> (B, numel) results, in proportion to the first matrix's scale."""
         blocks = view.matrices()
+        directions, weights = stacks[0], stacks[1] if self.shape.weights else None
         if len(blocks) == 1 and not view.transpose:  # whole parameters, or stacks of heads or experts: nothing to cut
             count, m, n = blocks[0]
-            return polar(stack.view(-1, m, n), self._polar).view(stack.shape)
-        first = SCALES[scale](*blocks[0][1:])
-        unpacked = [view.unpack(row) for row in stack]
+            seen = None if weights is None else weights.view(-1, m, n)
+            return self.shape.solve(directions.view(-1, m, n), seen, self._polar).view(directions.shape)
+        first = self._relative(scale, blocks[0])
+        unpacked = [view.unpack(row) for row in directions]
+        beside = None if weights is None else [view.unpack(row) for row in weights]
         results: list[list[Tensor]] = [[] for _ in unpacked]
         for number, (count, m, n) in enumerate(blocks):
-            factor = polar(torch.cat([row[number] for row in unpacked]), self._polar)
-            relative = SCALES[scale](m, n) / first
+            seen = None if beside is None else torch.cat([row[number] for row in beside])
+            result = self.shape.solve(torch.cat([row[number] for row in unpacked]), seen, self._polar)
+            relative = self._relative(scale, (count, m, n)) / first
             if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV
-                factor = (factor.float() * relative).to(factor.dtype)
-            for result, piece in zip(results, factor.split(count), strict=True):
-                result.append(piece)
-        for row, pieces in zip(stack, results, strict=True):
+                result = (result.float() * relative).to(result.dtype)
+            for pieces, piece in zip(results, result.split(count), strict=True):
+                pieces.append(piece)
+        out = directions
+        if directions.dtype != self._exchange.result:
+            out = torch.empty(directions.shape, dtype=self._exchange.result, device=directions.device)
+        for row, pieces in zip(out, results, strict=True):
             view.pack_into(pieces, row)
-        return stack
+        return out
+
+    @staticmethod
+    def _relative(scale: str | None, block: tuple[int, int, int]) -> float:
+        return 1.0 if scale is None else SCALES[scale](*block[1:])

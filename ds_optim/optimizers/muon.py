@@ -10,12 +10,13 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ds_optim.elementwise.blend import Blend
+from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_bool, check_choice
 from ds_optim.optimizers.rules import SCALES, Group, MatrixUpdate, average, rate, rule
 
 
-@rule("muon", matrices=True)
+@rule("muon", shape=POLAR)
 def muon(group: Group, step: int) -> MatrixUpdate:
     mu = group["momentum"]
     blend = average(mu)

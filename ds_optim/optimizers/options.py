@@ -16,6 +16,7 @@ from ds_optim.optimizers.checks import (
     check_keys,
     check_positive,
 )
+from ds_optim.optimizers.layer_scales import check_all_match
 from ds_optim.optimizers.routing import MATRIX, MEMBERS, VECTOR, unnamed_group
 
 AUX_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,9 @@ EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 64, "overlap": True}
 class CommonOptions(TypedDict, total=False):
     """Options of every optimizer.
 
-    momentum_dtype: "float32". decay_1d: decay biases and gains too. diagnostics: False.
+    momentum_dtype: "float32". decay_1d: decay biases and gains too. diagnostics: count at every step what the rule
+    does (see ``ZeroOptimizer.diagnostics``) and log it on rank 0; it costs a copy of the partition in work, a pass
+    over it and a small all-reduce.
     """
 
     momentum_dtype: str
@@ -76,8 +79,7 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
     dtype = options.get("momentum_dtype", "float32")
     check_choice("momentum_dtype", dtype, ["float32"])
     check_bool("decay_1d", options.get("decay_1d", False))
-    if check_bool("diagnostics", options.get("diagnostics", False)):
-        raise UserError(f"{cls.__name__} has no diagnostics to log: write diagnostics: false or leave it out")
+    check_bool("diagnostics", options.get("diagnostics", False))
 
 
 def check_exchange(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def build_groups(
     hyper: Mapping[str, Any],
     options: Mapping[str, Any],
     has_aux: bool,
+    by_name: bool = False,
 ) -> list[dict[str, Any]]:
     """Fill in what each group of ``params`` is stepped with; its members stay under ``MEMBERS``.
 
@@ -119,7 +122,7 @@ def build_groups(
     lr = check_at_least_zero("lr", lr)
     weight_decay = check_at_least_zero("weight_decay", weight_decay)
     decay_1d = bool(options.get("decay_1d", False))
-    groups = _named_groups(params, needs_names=has_aux)
+    groups = _named_groups(params, needs_names=has_aux or by_name)
     aux = aux_hyper(options, weight_decay) if has_aux else None
     filled = []
     for group in groups:
@@ -134,6 +137,7 @@ def build_groups(
         scale = own_lr / lr if lr else 1.0
         filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, **own})
     _check_disjoint(filled)
+    check_all_match(hyper.get("layer_scales", ()), [m.spec.name for group in groups for m in group[MEMBERS]])
     return filled
 
 
@@ -149,7 +153,7 @@ def _named_groups(params: Any, *, needs_names: bool) -> list[dict[str, Any]]:
                 )
         return items
     if needs_names:
-        raise UserError("this optimizer routes parameters by name and shape: pass ds_optim.param_groups(model)")
+        raise UserError("this optimizer asks for names and shapes of parameters: pass ds_optim.param_groups(model)")
     return unnamed_group(items)
 
 

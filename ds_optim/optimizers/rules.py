@@ -1,18 +1,23 @@
 """What a step does to the parameters of a group, as data.
 
-A rule reads a group's hyperparameters and the step count and answers with one of three updates; the driver
-in ``base.py`` carries them out on whatever tensors there are. All direction rules of this family are linear
+A rule reads a group's hyperparameters and the step count and answers with one of four updates; the driver
+in ``base.py`` carries them out on whatever tensors there are. Most direction rules of this family are linear
 in momentum and gradient, which is what a :class:`Blend` holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ds_optim.elementwise.blend import Blend
+from ds_optim.elementwise.chunks import Scratch
+from ds_optim.matrix.shapes import Shape
+from ds_optim.sharding.layout import ParamSpec
 
 Group = dict[str, Any]
 
@@ -20,6 +25,8 @@ Group = dict[str, Any]
 MOMENTUM = "exp_avg"
 SECOND_MOMENT = "exp_avg_sq"
 STEP = "step"
+SCALARS = "scalars"
+"""{name of the parameter: its number}, for rules that keep one; the same on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +40,29 @@ class SignUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixUpdate:
-    """W <- W (1 - lr decay) - lr s(m, n) polar(direction), for each matrix of the view."""
+    """W <- W (1 - lr decay) - lr s(m, n) F(direction), for each matrix of the view; F is the rule's shape.
+
+    scale: the name of s in SCALES; None for 1. gate: decides for which parameters this is done.
+    """
 
     blend: Blend
     lr: float
     decay: float
-    scale: str
+    scale: str | None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A parameter steps by its own direction, W <- W (1 - lr decay) - lr direction, unless its gate is open.
+
+    By one of two figures of its new momentum, which must be at least ``threshold``: the root mean square of its
+    matrices' Frobenius norms, or ("singular_gap") the smallest gap between singular values of one of them.
+    """
+
+    figure: str
+    threshold: float
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,32 +76,99 @@ class AdamWUpdate:
     step: int
 
 
-Update = SignUpdate | MatrixUpdate | AdamWUpdate
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """This rank's slice of a parameter: flat views (n,) of weights, gradient and state.
+
+    ``start`` is the place of its first element in the parameter ``spec``; ``m`` and ``v`` are the rule's
+    buffers, where it keeps them; ``scratch`` is for this step.
+    """
+
+    spec: ParamSpec
+    start: int
+    p: Tensor
+    g: Tensor
+    buffers: Mapping[str, Tensor]
+    scratch: Scratch
+
+    @property
+    def m(self) -> Tensor:
+        return self.buffers[MOMENTUM]
+
+    @property
+    def v(self) -> Tensor:
+        return self.buffers[SECOND_MOMENT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Numbers of a whole parameter: ``partial`` gives a slice's, ``op`` ("sum", "min", "max") joins the slices'.
+
+    ``partial`` may move state on. At most two columns: 16 bytes a parameter and step on the wire.
+    """
+
+    op: str
+    columns: int
+    partial: Callable[[Piece], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was concluded for one parameter, by all ranks alike.
+
+    lr: the step size, of decay too. value: for the rule's ``apply``. scalar: to be kept by rules that keep one.
+    shown: diagnostics, by name; "min ..." names are joined over parameters by their minimum, others averaged.
+    """
+
+    lr: float
+    value: float = 0.0
+    scalar: float | None = None
+    shown: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterUpdate:
+    """A step that must know the parameter that an element belongs to: its name, or numbers of all of it.
+
+    measure: what is asked of the whole parameter first; None for nothing. decide: (parameter, its numbers,
+    the scalar kept for it) -> a decision. apply: the step of a slice, under that decision. decay: for the
+    diagnostics, of rules that decay weights before they update them.
+    """
+
+    decide: Callable[[ParamSpec, Sequence[float], float], Decision]
+    apply: Callable[[Piece, Decision], None]
+    measure: Measure | None = None
+    decay: float = 0.0
+
+
+Update = SignUpdate | MatrixUpdate | AdamWUpdate | ParameterUpdate
 
 
 @dataclass(frozen=True)
 class Rule:
     """A named rule: the buffers it keeps (one fp32 value a parameter each) and its update at step t.
 
-    ``matrices`` says that some step of it needs whole matrices.
+    shape: the function of whole matrices that some step of it asks for. scalar: it keeps one number for
+    each parameter tensor.
     """
 
     name: str
     buffers: tuple[str, ...]
     update: Callable[[Group, int], Update]
-    matrices: bool = False
+    shape: Shape | None = None
+    scalar: bool = False
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(
-    name: str, *, buffers: tuple[str, ...] = (MOMENTUM,), matrices: bool = False
+    name: str, *, buffers: tuple[str, ...] = (MOMENTUM,), shape: Shape | None = None, scalar: bool = False
 ) -> Callable[[Callable[[Group, int], Update]], Callable[[Group, int], Update]]:
     """Register a function (group, steps done so far) -> update under ``name``."""
 
     def register(function: Callable[[Group, int], Update]) -> Callable[[Group, int], Update]:
-        RULES[name] = Rule(name, buffers, function, matrices)
+        RULES[name] = Rule(name, buffers, function, shape, scalar)
         return function
 
     return register
@@ -95,6 +186,12 @@ def rate(group: Group) -> float:
 def average(beta: float) -> Blend:
     """m <- beta m + (1 - beta) g, and the direction is the new m."""
     return Blend((beta, 1 - beta), (beta, 1 - beta))
+
+
+def lion_blend(betas: tuple[float, float]) -> Blend:
+    """c = b1 m + (1 - b1) g is the direction; m <- b2 m + (1 - b2) g."""
+    b1, b2 = betas
+    return Blend((b1, 1 - b1), (b2, 1 - b2))
 
 
 SCALES: dict[str, Callable[[int, int], float]] = {

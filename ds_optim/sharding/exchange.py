@@ -21,10 +21,10 @@ from ds_optim.sharding.comm import Comm, Pending
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import Bucket, ExchangePlan
 
-Fill = Callable[[Slice, Tensor], None]
-"""Write what a slice contributes into a 1-D message."""
-Solve = Callable[[MatrixView, Tensor], Tensor]
-"""A stack (B, numel) of equal parameters -> the results, (B, numel) of the same dtype."""
+Fill = Callable[[Slice, Sequence[Tensor]], None]
+"""Write what a slice contributes into 1-D messages, one for each dtype that travels."""
+Solve = Callable[[MatrixView, Sequence[Tensor]], Tensor]
+"""Stacks (B, numel) of equal parameters, one for each dtype that travels -> the results, (B, numel)."""
 Apply = Callable[[Slice, Tensor], None]
 """Take a slice's part of the result, 1-D."""
 
@@ -45,14 +45,25 @@ class _Route:
 
 
 @dataclass
-class _Flight:
-    """A bucket under way: its messages, and the matrices that this rank puts together from them."""
+class _Letter:
+    """What travels of one bucket in one dtype: sent, received, and under way."""
 
-    route: _Route
     message: Tensor
     arrived: Tensor
-    stacks: list[Tensor]
     pending: Pending
+
+
+@dataclass
+class _Flight:
+    """A bucket under way.
+
+    ``letters``: one for each dtype on the way to the owner, one on the way back. ``stacks``: for each letter the
+    matrices that this rank puts together from it, a stack for each run of equal parameters.
+    """
+
+    route: _Route
+    letters: list[_Letter]
+    stacks: list[list[Tensor]]
 
 
 class Exchange:
@@ -60,17 +71,26 @@ class Exchange:
 
     Args:
         device: where messages and matrices live (the accelerator, also when the partitions are offloaded).
-        dtype: of messages and stacks.
+        dtypes: of the messages to the owner and their stacks; most rules send one.
+        result: the dtype of what travels back; that of the first message where None.
         overlap: keep a bucket in flight on either side of the one in work.
     """
 
     def __init__(
-        self, plan: ExchangePlan, comm: Comm, *, device: torch.device, dtype: torch.dtype, overlap: bool = True
+        self,
+        plan: ExchangePlan,
+        comm: Comm,
+        *,
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
+        result: torch.dtype | None = None,
+        overlap: bool = True,
     ) -> None:
         self.plan = plan
         self.comm = comm
         self.device = device
-        self.dtype = dtype
+        self.dtypes = tuple(dtypes)
+        self.result = result or self.dtypes[0]
         self.overlap = overlap
         self._routes = [self._route(bucket) for bucket in plan.buckets]
         self._whole = [self._pieces(batch) for batch in plan.whole[comm.rank]]
@@ -134,50 +154,61 @@ class Exchange:
         """Matrices of one view that lie whole on this rank."""
         if not pieces:
             return
-        stack = self._stack(pieces)
-        for row, (_, held) in zip(stack, pieces, strict=True):
+        stacks = self._stacks(pieces)
+        for number, (_, held) in enumerate(pieces):
             assert held is not None
-            fill(held, row)
-        result = solve(self.plan.views[pieces[0][0]], stack)
+            fill(held, [stack[number] for stack in stacks])
+        result = solve(self.plan.views[pieces[0][0]], stacks)
         for row, (_, held) in zip(result, pieces, strict=True):
             assert held is not None
             apply(held, row)
 
-    def _stack(self, pieces: Sequence[tuple[int, Slice | None]]) -> Tensor:
+    def _stacks(self, pieces: Sequence[tuple[int, Slice | None]]) -> list[Tensor]:
+        """Room for a run of equal parameters, in each dtype that travels."""
         numel = self.plan.unit.params[pieces[0][0]].numel
-        return torch.empty(len(pieces), numel, dtype=self.dtype, device=self.device)
+        return [torch.empty(len(pieces), numel, dtype=dtype, device=self.device) for dtype in self.dtypes]
+
+    def _post(self, message: Tensor, counts: list[int], out_counts: list[int]) -> _Letter:
+        arrived = torch.empty(sum(out_counts), dtype=message.dtype, device=self.device)
+        return _Letter(message, arrived, self.comm.all_to_all(arrived, out_counts, message, counts))
 
     def _depart(self, route: _Route, fill: Fill) -> _Flight:
         """Post the messages that bring a bucket's matrices to their owners."""
-        message = torch.empty(sum(route.sent), dtype=self.dtype, device=self.device)
-        arrived = torch.empty(sum(route.received), dtype=self.dtype, device=self.device)
+        messages = [torch.empty(sum(route.sent), dtype=dtype, device=self.device) for dtype in self.dtypes]
         for held, begin, end in route.outgoing:
-            fill(held, message[begin:end])
-        pending = self.comm.all_to_all(arrived, route.received, message, route.sent)
-        stacks = [self._stack(pieces) for pieces in route.own]
-        for held, row in _own_rows(route, stacks):
-            fill(held, row)
-        return _Flight(route, message, arrived, stacks, pending)
+            fill(held, [message[begin:end] for message in messages])
+        letters = [self._post(message, route.sent, route.received) for message in messages]
+        by_run = [self._stacks(pieces) for pieces in route.own]
+        stacks = [[run[number] for run in by_run] for number in range(len(self.dtypes))]
+        for rows in zip(*(_own_rows(route, stack) for stack in stacks), strict=True):
+            fill(rows[0][0], [row for _, row in rows])
+        return _Flight(route, letters, stacks)
 
     def _work(self, flight: _Flight, solve: Solve, apply: Apply) -> None:
         """Put the matrices together, work on them, and post the results to the ranks they came from."""
         route = flight.route
-        flight.pending.wait()
-        for place, piece in _arrived_pieces(flight):
-            place.copy_(piece)
-        views = [self.plan.views[pieces[0][0]] for pieces in route.own]
-        flight.stacks = [solve(view, stack) for view, stack in zip(views, flight.stacks, strict=True)]
-        for place, piece in _arrived_pieces(flight):
+        for letter, stacks in zip(flight.letters, flight.stacks, strict=True):
+            letter.pending.wait()
+            for place, piece in _arrived_pieces(route, stacks, letter.arrived):
+                place.copy_(piece)
+        results = []
+        for number, pieces in enumerate(route.own):
+            results.append(solve(self.plan.views[pieces[0][0]], [stacks[number] for stacks in flight.stacks]))
+        message = flight.letters[0].arrived
+        flight.letters, flight.stacks = [], []  # what came is worked into the results: let go of it
+        if message.dtype != self.result:
+            message = torch.empty(message.shape, dtype=self.result, device=self.device)
+        for place, piece in _arrived_pieces(route, results, message):
             piece.copy_(place)
-        flight.pending = self.comm.all_to_all(flight.message, route.sent, flight.arrived, route.received)
-        for held, row in _own_rows(route, flight.stacks):
+        flight.letters = [self._post(message, route.received, route.sent)]
+        for held, row in _own_rows(route, results):
             apply(held, row)
-        flight.stacks = []
 
     def _land(self, flight: _Flight, apply: Apply) -> None:
-        flight.pending.wait()
+        (letter,) = flight.letters
+        letter.pending.wait()
         for held, begin, end in flight.route.outgoing:
-            apply(held, flight.message[begin:end])
+            apply(held, letter.arrived[begin:end])
 
 
 def _own_rows(route: _Route, stacks: Sequence[Tensor]) -> Iterator[tuple[Slice, Tensor]]:
@@ -188,16 +219,16 @@ def _own_rows(route: _Route, stacks: Sequence[Tensor]) -> Iterator[tuple[Slice, 
                 yield held, row[held.start : held.start + held.numel]
 
 
-def _arrived_pieces(flight: _Flight) -> Iterator[tuple[Tensor, Tensor]]:
+def _arrived_pieces(route: _Route, stacks: Sequence[Tensor], arrived: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Places in this rank's stacks, each with the piece of another rank's message that belongs there."""
     rows = {
         param: row
-        for pieces, stack in zip(flight.route.own, flight.stacks, strict=True)
+        for pieces, stack in zip(route.own, stacks, strict=True)
         for (param, _), row in zip(pieces, stack, strict=True)
     }
     position = 0
-    for param, begin, end in flight.route.incoming:
-        yield rows[param][begin:end], flight.arrived[position : position + end - begin]
+    for param, begin, end in route.incoming:
+        yield rows[param][begin:end], arrived[position : position + end - begin]
         position += end - begin
 
 

@@ -61,9 +61,15 @@ class ExchangePlan:
 
     def traffic(self, rank: int) -> int:
         """Elements that ``rank`` sends in one exchange: its slices out, and its results back."""
-        out = sum(sum(self.sent_counts(b, rank)) for b in self.buckets)
-        back = sum(sum(self.received_counts(b, rank)) for b in self.buckets)
-        return out + back
+        return self.slices_sent(rank) + self.results_sent(rank)
+
+    def slices_sent(self, rank: int) -> int:
+        """Elements of its slices that ``rank`` sends to their owners."""
+        return sum(sum(self.sent_counts(bucket, rank)) for bucket in self.buckets)
+
+    def results_sent(self, rank: int) -> int:
+        """Elements of results that ``rank``, as an owner, sends back."""
+        return sum(sum(self.received_counts(bucket, rank)) for bucket in self.buckets)
 
     @cached_property
     def makespan(self) -> float:

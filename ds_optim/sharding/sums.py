@@ -7,6 +7,7 @@ fp32, does not depend on where a border cuts a parameter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +28,7 @@ def reduce_parameters(
     """Reduce ``columns`` numbers per parameter of ``unit`` over all ranks.
 
     Args:
-        partial: what this rank's slice contributes: ``columns`` numbers, tensors or floats.
+        partial: what this rank's slice contributes: ``columns`` numbers, tensors or floats, or nothing.
         op: "sum", "min" or "max"; a parameter of which no rank holds anything keeps the identity.
         device: where the collective runs (the accelerator under NCCL); default the CPU.
 
@@ -37,7 +38,8 @@ def reduce_parameters(
     rows = torch.full((len(unit.params), columns), _IDENTITY[op], dtype=torch.float64, device=device)
     for held in unit.slices(comm.rank):
         values = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in partial(held)]
-        rows[held.param] = torch.stack(values)
+        if values:
+            rows[held.param] = torch.stack(values)
     return comm.all_reduce(rows, op)
 
 
@@ -47,3 +49,15 @@ def square_sum(values: Tensor) -> Tensor:
     for chunk in values.split(_CHUNK):
         total += chunk.double().square_().sum()
     return total
+
+
+def rounded_once(value: float) -> float:
+    """``value`` with the 24 bits that fp32 keeps of a number, and fp64's range.
+
+    Slices cut elsewhere add up to a sum whose last bits of fp64 differ; what is computed from it must not. A
+    sum of squares may lie far outside of fp32's range.
+    """
+    if not math.isfinite(value):
+        return value
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)

@@ -20,7 +20,7 @@ DEEPSPEED = "deepspeed:"
 #: DeepSpeed's own optimizers, by the names that its JSON knows.
 _DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon")
 #: Of them, those that a bare name means: DeepSpeed's Lion and Muon are written ``deepspeed:Lion``, ``deepspeed:Muon``.
-_BARE_DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb")
+_BARE_DEEPSPEED_NAMES = ("adagrad", "adam", "adamw")
 
 
 class CompareSettings(BaseModel):

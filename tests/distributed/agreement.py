@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.optimizers.rules import RULES, MatrixUpdate, SignUpdate
+from ds_optim.optimizers.rules import RULES, MatrixUpdate, ParameterUpdate, SignUpdate, rate
 
 from .training import Run, Trained, Weights, initial_weights, replay, total_norm
 
 CHANCE = 3
 """Factor between one draw of noise and what a run may do; and flips that a run may have where a draw has none."""
+
+LARGEST_FACTOR = 3
+"""On a step size, by a trust ratio or a layer's scale."""
 
 
 @dataclass
@@ -117,7 +120,7 @@ def judge(run: Run, sharded: Trained, plain: Trained, shaken: Weights, noise: No
         changed=sum(int((k > 0.5).sum()) for k in multiples.values()),
         disturbed_changed=sum(int(((shaken[n] - plain.weights[n]).abs() > 0.5 * lr).sum()) for n, lr in rates.items()),
         entries=sum(k.numel() for k in multiples.values()),
-        off_multiple=max(float((k - k.round()).abs().max()) for k in multiples.values()),
+        off_multiple=max((float((k - k.round()).abs().max()) for k in multiples.values()), default=0.0),
         apart=_distance(sharded.weights, plain.weights, matrices),
         disturbed_apart=_distance(shaken, plain.weights, matrices),
         moved=_distance(plain.weights, initial_weights(run.dtype), matrices),
@@ -131,7 +134,7 @@ def judge(run: Run, sharded: Trained, plain: Trained, shaken: Weights, noise: No
 
 
 def _sign_rates(optimizer: Any) -> tuple[dict[str, float], float]:
-    """The step size of each parameter that only ever takes signs; and that of matrices when they do, or 0."""
+    """The step size of each parameter that only ever takes signs; and that of the others when they do, or 0."""
     rates: dict[str, float] = {}
     on_matrices = 0.0
     for group, name in _named(optimizer):
@@ -141,6 +144,8 @@ def _sign_rates(optimizer: Any) -> tuple[dict[str, float], float]:
             rates[name] = sign[0]
         elif sign:
             on_matrices = sign[0]
+        elif any(isinstance(update, ParameterUpdate) for update in updates):
+            on_matrices = LARGEST_FACTOR * rate(group)
     return rates, on_matrices
 
 
@@ -153,6 +158,8 @@ def _named(optimizer: Any) -> list[tuple[dict[str, Any], str]]:
 def _flips(sharded: Trained, plain: Trained, noise: Noise) -> tuple[int, int, float]:
     flips, decisions, farthest = 0, 0, 0.0
     for group, name in _named(plain.optimizer):
+        if isinstance(RULES[group["rule"]].update(group, 0), ParameterUpdate):
+            continue  # what it takes signs of, and whether it does, is its own business
         ours, theirs = (_directions(group, name, trained.gradients) for trained in (sharded, plain))
         for c, expected in zip(ours, theirs, strict=True):
             if c is None or expected is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -79,18 +79,20 @@ def _exchange(case: Case, rank: int, world_size: int) -> Seen:
     """Send known numbers to the owners and let them come back, once as they are and once worked on."""
     plan = case.plan()
     comm = Comm.of_group(dist.group.WORLD)
-    exchange = Exchange(plan, comm, device=device(), dtype=case.dtype, overlap=case.overlap)
+    exchange = Exchange(plan, comm, device=device(), dtypes=[case.dtype], overlap=case.overlap)
     flat = torch.full((case.unit.partition_numel,), -1.0, device=device())
     for piece in case.unit.slices(rank):
         flat[piece.offset : piece.offset + piece.numel] = _numbers(piece.param, case)[piece.start :][: piece.numel]
     back = torch.full_like(flat, -1.0)
     seen = Seen([], [], True, True, [], plan.digest(), 0, 0, back)
 
-    def fill(piece: Slice, message: Tensor) -> None:
+    def fill(piece: Slice, messages: Sequence[Tensor]) -> None:
         seen.filled.append(piece)
+        (message,) = messages
         message.copy_(flat[piece.offset : piece.offset + piece.numel])
 
-    def identity(view: MatrixView, stack: Tensor) -> Tensor:
+    def identity(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+        (stack,) = stacks
         for row in stack:
             param = int(row[0]) // 100 if case.dtype == torch.float32 else None
             known = [param] if param is not None else _alike(case, view)
@@ -124,9 +126,9 @@ def _alike(case: Case, view: MatrixView) -> list[int]:
     return [param for param, spec in enumerate(case.unit.params) if spec.shape == view.shape]
 
 
-def _work(view: MatrixView, stack: Tensor) -> Tensor:
+def _work(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
     """Something that every element of a matrix enters, to be had unsharded as well."""
-    return torch.stack([_work_alone(row) for row in stack])
+    return torch.stack([_work_alone(row) for row in stacks[0]])
 
 
 def _work_alone(flat: Tensor) -> Tensor:
@@ -220,14 +222,14 @@ def overlap_both_ways(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]
 
 def _run_once(case: Case, values: Tensor, rank: int, overlap: bool) -> Tensor:
     exchange = Exchange(
-        case.plan(), Comm.of_group(dist.group.WORLD), device=device(), dtype=case.dtype, overlap=overlap
+        case.plan(), Comm.of_group(dist.group.WORLD), device=device(), dtypes=[case.dtype], overlap=overlap
     )
     back = torch.zeros_like(values)
 
     def apply(piece: Slice, result: Tensor) -> None:
         back[piece.offset : piece.offset + piece.numel] = result.float().cpu()
 
-    exchange.run(lambda piece, message: message.copy_(values[piece.offset :][: piece.numel]), _work, apply)
+    exchange.run(lambda piece, messages: messages[0].copy_(values[piece.offset :][: piece.numel]), _work, apply)
     return back
 
 
@@ -237,22 +239,76 @@ def test_overlap_changes_no_bit() -> None:
         assert any(one.any() for one, _ in of_all_ranks)
 
 
+def two_there_one_back(rank: int, world_size: int) -> list[tuple[Tensor, int, int]]:
+    """Directions in 16 bits and weights in 32 go to the owners, signs come back: (signs, bytes sent, bytes planned)."""
+    found = []
+    for number in range(CASES):
+        case = make_case(number, world_size)
+        plan, comm = case.plan(), Comm.of_group(dist.group.WORLD)
+        dtypes = [torch.bfloat16, torch.float32]
+        exchange = Exchange(plan, comm, device=device(), dtypes=dtypes, result=torch.int8, overlap=case.overlap)
+        back = torch.zeros(case.unit.partition_numel)
+
+        def fill(piece: Slice, messages: Sequence[Tensor]) -> None:
+            for message, values in zip(messages, _two(piece.param, device()), strict=True):
+                message.copy_(values[piece.start : piece.start + piece.numel])
+
+        def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+            assert [stack.dtype for stack in stacks] == [torch.bfloat16, torch.float32]
+            return torch.stack([_sign_of_both(*rows) for rows in zip(*stacks, strict=True)])
+
+        def apply(piece: Slice, result: Tensor, back: Tensor = back) -> None:
+            assert result.dtype == torch.int8
+            back[piece.offset : piece.offset + piece.numel] = result.float().cpu()
+
+        exchange.run(fill, solve, apply)
+        found.append((back, comm.sent_bytes, plan.slices_sent(rank) * 6 + plan.results_sent(rank)))
+    return found
+
+
+def _two(param: int, where: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of a parameter, exact in bfloat16, and others that need fp32; longer than any parameter."""
+    generator = torch.Generator().manual_seed(param)
+    return (
+        torch.randint(-100, 100, (100_000,), generator=generator).float().to(where),
+        torch.randn(100_000, generator=generator).to(where),
+    )
+
+
+def _sign_of_both(direction: Tensor, weights: Tensor) -> Tensor:
+    return (direction.float() * weights - weights.mean()).sign().to(torch.int8)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_two_matrices_may_travel_and_a_result_of_another_dtype_come_back(world_size: int) -> None:
+    ranks = run_ranks(world_size, two_there_one_back)
+    for number in range(CASES):
+        unit = make_case(number, world_size).unit
+        for rank, found in enumerate(ranks):
+            back, sent, planned = found[number]
+            assert sent == planned
+            for piece in unit.slices(rank):
+                both = [v[: unit.params[piece.param].numel] for v in _two(piece.param, torch.device("cpu"))]
+                expected = _sign_of_both(*both)[piece.start : piece.start + piece.numel].float()
+                assert torch.equal(back[piece.offset : piece.offset + piece.numel], expected)
+
+
 def test_absent_parameters_are_left_alone_and_refused_where_others_wait() -> None:
     """Unsharded, a parameter without gradient is skipped; where a matrix is cut, no rank may leave."""
     whole = build_layout([[ParamSpec(name=n, shape=(2, 2)) for n in "ab"]], stage=0, world_size=1).units[0]
     views = {param: MatrixView(shape=(2, 2)) for param in range(2)}
     plan = plan_exchange(whole, views, cost=lambda v: 1.0, bucket_elements=100)
-    exchange = Exchange(plan, Comm(), device=torch.device("cpu"), dtype=torch.float32)
+    exchange = Exchange(plan, Comm(), device=torch.device("cpu"), dtypes=[torch.float32])
     called: list[int] = []
     exchange.run(
         lambda piece, message: called.append(piece.param),
-        lambda view, stack: stack,
+        lambda view, stacks: stacks[0],
         lambda piece, result: called.append(piece.param),
         absent=frozenset({0}),
     )
     assert called == [1, 1]
     cut = build_layout([[ParamSpec(name="a", shape=(2, 2))]], stage=3, world_size=2).units[0]
     plan = plan_exchange(cut, {0: views[0]}, cost=lambda v: 1.0, bucket_elements=100)
-    exchange = Exchange(plan, Comm(), device=torch.device("cpu"), dtype=torch.float32)
+    exchange = Exchange(plan, Comm(), device=torch.device("cpu"), dtypes=[torch.float32])
     with pytest.raises(ValueError, match="no other rank"):
-        exchange.run(lambda p, m: None, lambda v, s: s, lambda p, r: None, absent=frozenset({0}))
+        exchange.run(lambda p, m: None, lambda v, s: s[0], lambda p, r: None, absent=frozenset({0}))

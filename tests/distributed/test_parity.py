@@ -32,6 +32,15 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Muonlight": {"lr": 1e-2, "aux": "signum", "aux_lr": 1e-3, "polar": FP32},
     "LionMuon": {"lr": 1e-2, "weight_decay": 0.1, "polar": FP32},
     "SignMuon": {"lr": 3e-2, "polar": FP32},
+    "CautiousLion": {"lr": 1e-3, "weight_decay": 0.1},
+    "CLion": {"lr": 1e-3, "weight_decay": 0.1, "nu": 1e-3},
+    "StableLion": {"lr": 1e-3, "weight_decay": 0.1},
+    "LASM": {"lr": 1e-3},
+    "StoSignSGD": {"lr": 1e-3},
+    "MiMuon": {"lr": 1e-2, "aux_lr": 1e-3, "polar": FP32},
+    "SpectralLion": {"lr": 1e-3, "polar": FP32},
+    "Lamb": {"lr": 1e-2},
+    "StableAdamW": {"lr": 1e-3},
 }
 # One optimizer is run in every cell: the one that orthogonalizes, takes signs of matrices and hands the rest to Lion.
 # The others are run at every sharded stage and world size, precision and accumulation dealt as in a Latin square;

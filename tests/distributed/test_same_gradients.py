@@ -30,6 +30,23 @@ OPTIMIZERS: dict[str, Run] = {
     "Muonlight": Run(type="Muonlight", params={"polar": FP32, "aux": "signum"}),
     "LionMuon": Run(type="LionMuon", params={"polar": FP32}),
     "SignMuon": Run(type="SignMuon", params={"polar": FP32, "period": 3}),
+    "LionMuon-random": Run(type="LionMuon", params={"polar": FP32, "period_mode": "random"}),
+    "CautiousLion": Run(type="CautiousLion", params={"lr": 1e-3}),
+    "CLion": Run(type="CLion", params={"lr": 1e-3, "nu": 0.1}),
+    "CLion-tensor": Run(type="CLion", params={"lr": 1e-3, "nu": 0.001, "gate": "tensor"}),
+    "StableLion": Run(type="StableLion", params={"lr": 1e-3, "trust_ratio_max": 1e3}),
+    "LASM": Run(type="LASM", params={"lr": 1e-3}),
+    "LASM-element": Run(type="LASM", params={"lr": 1e-3, "variance": "element"}),
+    "StoSignSGD": Run(type="StoSignSGD", params={"lr": 1e-3}),
+    "StoSignSGD-element": Run(type="StoSignSGD", params={"lr": 1e-3, "bound": "element", "seed": 5}),
+    "MiMuon": Run(type="MiMuon", params={"polar": FP32}),
+    "MiMuon-some_closed": Run(type="MiMuon", params={"polar": FP32, "tau": 2.0}),
+    "MiMuon-all_closed": Run(type="MiMuon", params={"polar": FP32, "tau": 1e3, "raw_lr": 0.1}),
+    "MiMuon-gap": Run(type="MiMuon", params={"polar": FP32, "tau": 1e-3, "gate": "singular_gap"}),
+    "SpectralLion": Run(type="SpectralLion", params={"lr": 1e-3}),
+    "SpectralLion-momentum": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "momentum", "polar": BF16}),
+    "Lamb": Run(type="Lamb", params={"lr": 1e-2}),
+    "StableAdamW": Run(type="StableAdamW", params={"lr": 1e-3}),
 }
 
 PLACES: dict[str, Run] = {

@@ -36,9 +36,33 @@ OPTIMIZERS: dict[str, tuple[Run, int, int]] = {
     "Muonlight": (Run(type="Muonlight", params={"polar": BF16, "aux": "signum"}), 4, 4),
     "LionMuon": (Run(type="LionMuon", params={"polar": BF16}), 4, 4),
     "SignMuon": (Run(type="SignMuon", params={"polar": BF16}), 4, 4),
+    "CautiousLion": (Run(type="CautiousLion"), 4, 4),
+    "CLion": (Run(type="CLion"), 4, 4),
+    "CLion-tensor": (Run(type="CLion", params={"gate": "tensor"}), 4, 4),
+    "StableLion": (Run(type="StableLion"), 4, 4),
+    "LASM": (Run(type="LASM"), 4, 4),
+    "LASM-element": (Run(type="LASM", params={"variance": "element"}), 8, 8),
+    "StoSignSGD": (Run(type="StoSignSGD"), 4, 4),
+    "StoSignSGD-element": (Run(type="StoSignSGD", params={"bound": "element"}), 8, 8),
+    "MiMuon": (Run(type="MiMuon", params={"polar": BF16}), 4, 4),
+    "SpectralLion": (Run(type="SpectralLion", params={"polar": BF16}), 4, 4),
+    "SpectralLion-momentum": (Run(type="SpectralLion", params={"polar": BF16, "basis": "momentum"}), 4, 4),
+    "Lamb": (Run(type="Lamb"), 8, 8),
+    "StableAdamW": (Run(type="StableAdamW"), 8, 8),
+}
+# Bytes a parameter tensor and step that a rule joins in its one all-reduce; of matrices alone, or of all parameters.
+JOINED = {
+    **dict.fromkeys(["CautiousLion", "CLion-tensor", "LASM", "StoSignSGD", "StableAdamW"], 8),
+    **dict.fromkeys(["StableLion", "Lamb"], 16),
+    "MiMuon": 8,
 }
 # How many of the counted steps of an optimizer send matrices; none of those not named here.
-SENDING = {"Muon": STEPS, "Muon-aux_adamw": STEPS, "Muonlight": STEPS, "LionMuon": STEPS // 2, "SignMuon": STEPS // 2}
+SENDING = {
+    **dict.fromkeys(["Muon", "Muon-aux_adamw", "Muonlight", "MiMuon", "SpectralLion", "SpectralLion-momentum"], STEPS),
+    **dict.fromkeys(["LionMuon", "SignMuon"], STEPS // 2),
+}
+# Bytes of an element on its way to the owner and back, where it is not 2 and 2: a sign is one byte.
+TRAVELLING = {"SpectralLion": (2 + 4, 1), "SpectralLion-momentum": (2, 1)}
 # place -> (settings of the run, world sizes).
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z1": ({"stage": 1}, (2, 3, 4)),
@@ -63,7 +87,7 @@ class Seen:
     strangers: tensors that the optimizer can reach besides parameters, partitions and state. claimed: bytes sent
     as the optimizer counts them in the counted steps; handed: the same seen at ``all_to_all_single``;
     total: all that the rank sent in these steps, DeepSpeed's own included. planned: elements that one
-    exchange of every unit sends, says the plan.
+    exchange of every unit sends to owners, and back, says the plan.
     """
 
     state: int
@@ -72,7 +96,7 @@ class Seen:
     claimed: int = 0
     handed: int = 0
     total: float = 0.0
-    planned: int = 0
+    planned: tuple[int, int] = (0, 0)
     unknown: set[str] = field(default_factory=set)
 
 
@@ -100,11 +124,16 @@ def _count(run: Run, rank: int, world_size: int) -> Seen:
         claimed=comm.sent_bytes - before if comm else 0,
         handed=wire.sent,
         total=counter.sent_bytes,
-        planned=sum(worker.plan.traffic(rank) for worker in getattr(optimizer, "_workers", {}).values()),
+        planned=_planned(optimizer, rank),
         unknown=counter.unknown,
     )
     engine.destroy()
     return seen
+
+
+def _planned(optimizer: torch.optim.Optimizer, rank: int) -> tuple[int, int]:
+    plans = [worker.plan for worker in getattr(optimizer, "_workers", {}).values()]
+    return sum(plan.slices_sent(rank) for plan in plans), sum(plan.results_sent(rank) for plan in plans)
 
 
 class _AllToAll:
@@ -198,7 +227,7 @@ def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_si
     padding = sum(u.padding(r) for u in layout(world_size, place).units for r in range(world_size))
     if on_matrices == elsewhere:
         assert sum(rank.state for rank in seen) - on_matrices * padding == on_matrices * parameters
-    buffers = {0: set(), 4: {"exp_avg"}, 8: {"exp_avg", "exp_avg_sq"}}[elsewhere]
+    buffers: set[str] = {0: set(), 4: {"exp_avg"}, 8: {"exp_avg", "exp_avg_sq"}}[elsewhere]  # type: ignore[assignment]
     assert {key for rank in seen for key in rank.keys} == buffers
     assert [rank.strangers for rank in seen] == [[]] * world_size
 
@@ -208,10 +237,17 @@ def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_si
 def test_bytes_sent_are_those_of_the_plan(name: str, place: str, world_size: int) -> None:
     """As the optimizer claims, as the collective sees, and as the dispatcher sees beside AdamW's run."""
     cells = counted(world_size)
+    there, back = TRAVELLING.get(name, (2, 2))
+    units = layout(world_size, place).units
+    tensors = sum(len(unit.params) for unit in units if name != "MiMuon" or unit.group == 0)
+    joined = JOINED.get(name, 0) * tensors * STEPS
     for rank, beside in zip(cells[f"{name} {place}"], cells[f"AdamW {place}"], strict=True):
-        assert rank.claimed == rank.handed == SENDING.get(name, 0) * rank.planned * 2
+        assert rank.handed == SENDING.get(name, 0) * (rank.planned[0] * there + rank.planned[1] * back)
+        assert rank.claimed == rank.handed + joined
         assert not rank.unknown
-        assert rank.total - beside.total == pytest.approx(rank.handed, abs=1e-3)
+        # An all-reduce hands each byte over 2 (N-1)/N times.
+        expected = rank.handed + joined * 2 * (world_size - 1) / world_size
+        assert rank.total - beside.total == pytest.approx(expected, abs=1e-3)
 
 
 @at_places(3)

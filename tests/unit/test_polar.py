@@ -203,6 +203,8 @@ def test_auto_resolves_by_hardware() -> None:
     assert (cuda.dtype, cuda.method_for(100, 150), cuda.method_for(151, 100)) == ("bfloat16", "standard", "gram")
     assert PolarSpec(dtype="float16").message_dtype == torch.bfloat16
     assert PolarSpec(method="svd").resolve(CPU).message_dtype == torch.float32
+    half = PolarSpec(method="svd").resolve(CPU, torch.float16)
+    assert (half.message_dtype, half.compute_dtype) == (torch.bfloat16, torch.float32)
     with pytest.raises(RuntimeError, match="resolve"):
         _ = PolarSpec().message_dtype
     x = gauss(1, 8, 40).to(spec.message_dtype)
@@ -238,7 +240,7 @@ def test_wrong_dtype_or_shape_is_an_error() -> None:
         ({"steps": True}, "whole number"),
         ({"schedule": "you", "steps": 6}, "write 1 to 5"),
         ({"schedule": "polar_express", "steps": 6}, "write 5 or 8"),
-        ({"method": "svd", "dtype": "bfloat16"}, 'write "float32"'),
+        ({"method": "svd", "dtype": "float16"}, 'write "float32" or "bfloat16"'),
     ],
 )
 def test_bad_options_name_what_to_write(options: dict[str, object], says: str) -> None:

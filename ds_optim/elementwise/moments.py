@@ -1,0 +1,154 @@
+"""Rules with a second moment: LASM by elements, Lamb and StableAdamW.
+
+The second buffer holds the root of the second moment, not the moment: the squares of gradients above 1e19
+overflow fp32 and those below 1e-23 are lost in it, while the root has the gradient's own size. It is moved
+on in fp64, s <- sqrt(b s^2 + (1 - b) x^2), and rounded once. Flat tensors (n,) of one dtype, g never
+written, every operation rounded by itself (see ``blend.direction``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.blend import check_flat
+from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.steps import decayed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Both moments' decay rates, eps, and the bias correction of step ``step``, which counts from 1."""
+
+    betas: tuple[float, float]
+    eps: float
+    step: int
+
+    @property
+    def mean_correction(self) -> float:
+        return 1 - self.betas[0] ** self.step
+
+    @property
+    def root_correction(self) -> float:
+        return math.sqrt(1 - self.betas[1] ** self.step)
+
+
+def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> None:
+    """root <- sqrt(beta root^2 + (1 - beta) x^2); d and e are fp64 scratch."""
+    d.copy_(root)
+    d.mul_(d).mul_(beta)
+    e.copy_(x)
+    e.mul_(e).mul_(1 - beta)
+    root.copy_(d.add_(e).sqrt_())
+
+
+def _walk(scratch: Scratch, count: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Chunks of the tensors, ``count`` buffers of their dtype and two of fp64."""
+    first = tensors[0]
+    buffers = [*scratch.take(count, first), *scratch.take(2, first, torch.float64)]
+    return chunks(*tensors, buffers=buffers)
+
+
+def lasm_difference(m: Tensor, g: Tensor, scratch: Scratch) -> Tensor:
+    """The sum of (g - m)^2 in fp64. Moves nothing."""
+    total = torch.zeros((), dtype=torch.float64, device=g.device)
+    with torch.no_grad():
+        for gradient, momentum, a, d, _ in _walk(scratch, 1, g, m):
+            d.copy_(torch.sub(gradient, momentum, out=a))
+            total += d.mul_(d).sum()
+    return total
+
+
+def lasm_element_step(
+    p: Tensor,
+    m: Tensor,
+    root: Tensor,
+    g: Tensor,
+    *,
+    betas: tuple[float, float],
+    lr: float,
+    decay: float,
+    scale: float,
+    scratch: Scratch,
+) -> None:
+    """v <- b2 v + (1-b2) (g - m)^2; m <- b1 m + (1-b1) g / (1 + sqrt(v)); p <- p (1 - lr decay) - lr scale sign(m)."""
+    check_flat(p, m=m, root=root, g=g)
+    with torch.no_grad():
+        for weights, momentum, deviation, gradient, a, d, e in _walk(scratch, 1, p, m, root, g):
+            torch.sub(gradient, momentum, out=a)
+            _move_root(deviation, a, betas[1], d, e)
+            torch.add(deviation, 1, out=a)
+            torch.div(gradient, a, out=a).mul_(1 - betas[0])
+            momentum.mul_(betas[0]).add_(a)
+            decayed(weights, lr, decay).sub_(torch.sign(momentum, out=a), alpha=lr * scale)
+
+
+def advance_moments(m: Tensor, root: Tensor, g: Tensor, moments: Moments, scratch: Scratch) -> None:
+    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2, kept as its root."""
+    check_flat(m, root=root, g=g)
+    with torch.no_grad():
+        for mean, square, gradient, a, d, e in _walk(scratch, 1, m, root, g):
+            torch.mul(gradient, 1 - moments.betas[0], out=a)
+            mean.mul_(moments.betas[0]).add_(a)
+            _move_root(square, gradient, moments.betas[1], d, e)
+
+
+def _ratio(mean: Tensor, root: Tensor, moments: Moments, a: Tensor, b: Tensor) -> Tensor:
+    """m_hat / (sqrt(v_hat) + eps), in b; a is spent."""
+    torch.div(root, moments.root_correction, out=a).add_(moments.eps)
+    return torch.div(mean, moments.mean_correction, out=b).div_(a)
+
+
+def lamb_norms(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: float, scratch: Scratch) -> list[Tensor]:
+    """The sums of p^2 and r^2 in fp64, r = m_hat / (sqrt(v_hat) + eps) + decay p."""
+    sums = [torch.zeros((), dtype=torch.float64, device=p.device) for _ in range(2)]
+    with torch.no_grad():
+        for weights, mean, square, a, b, d, _ in _walk(scratch, 2, p, m, root):
+            update = _lamb_update(weights, mean, square, moments, decay, a, b)
+            for total, values in zip(sums, (weights, update), strict=True):
+                d.copy_(values)
+                total += d.mul_(d).sum()
+    return sums
+
+
+def lamb_step(
+    p: Tensor, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch
+) -> None:
+    """p <- p - lr r, r as in :func:`lamb_norms`; lr has the trust ratio in it."""
+    check_flat(p, m=m, root=root)
+    buffers = scratch.take(2, p)
+    with torch.no_grad():
+        for weights, mean, square, a, b in chunks(p, m, root, buffers=buffers):
+            weights.sub_(_lamb_update(weights, mean, square, moments, decay, a, b).mul_(lr))
+
+
+def _lamb_update(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: float, a: Tensor, b: Tensor) -> Tensor:
+    update = _ratio(m, root, moments, a, b)
+    return update.add_(torch.mul(p, decay, out=a)) if decay else update
+
+
+def stable_ratio(root: Tensor, g: Tensor, moments: Moments, scratch: Scratch) -> Tensor:
+    """The sum of g^2 / max(v_hat, eps^2) in fp64."""
+    total = torch.zeros((), dtype=torch.float64, device=g.device)
+    with torch.no_grad():
+        for gradient, square, a, d, e in _walk(scratch, 1, g, root):
+            d.copy_(torch.div(square, moments.root_correction, out=a)).clamp_min_(moments.eps)
+            e.copy_(gradient)
+            total += e.div_(d).square_().sum()
+    return total
+
+
+def stable_step(
+    p: Tensor, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch
+) -> None:
+    """p <- p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)."""
+    check_flat(p, m=m, root=root)
+    buffers = scratch.take(2, p)
+    with torch.no_grad():
+        for weights, mean, square, a, b in chunks(p, m, root, buffers=buffers):
+            decayed(weights, lr, decay).sub_(_ratio(mean, square, moments, a, b).mul_(lr))

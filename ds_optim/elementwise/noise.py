@@ -1,0 +1,65 @@
+"""Random numbers that are a function of what they are for: Philox4x32-10 (Salmon et al., SC 2011).
+
+A counter-based generator has no state: the number of an element is the same on any rank, at any stage, in
+any chunk, and after a resume. Integers round nothing, so every device agrees to the bit.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+# Ten rounds are a hundred passes over 8-byte integers: worth staying in a CPU's second-level cache for.
+_CPU_CHUNK = 1 << 14
+
+
+def stream_of(name: str) -> int:
+    """The number of a parameter's stream: 32 bits of its name."""
+    return zlib.crc32(name.encode())
+
+
+def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int) -> Tensor:
+    """Fill ``out`` (n,) with numbers in [-1, 1] for the elements [start, start + n) of a parameter.
+
+    Key (seed, stream), counter (step, element) of 64 bits each, the first of the four words w:
+    (w + 0.5) / 2^31 - 1, computed in fp64 and rounded to ``out``'s dtype.
+    """
+    size = _CPU_CHUNK if out.device.type == "cpu" else max(out.numel(), 1)
+    position = start
+    for part in out.split(size):
+        element = torch.arange(position, position + part.numel(), device=out.device)
+        word = philox_word(element, step, (seed, stream))
+        part.copy_(word.double().add_(0.5).mul_(2.0**-31).sub_(1.0))
+        position += part.numel()
+    return out
+
+
+def uniform(*, seed: int, stream: int, step: int) -> float:
+    """One number in (0, 1) that all ranks agree on without asking."""
+    word = int(philox_word(torch.zeros(1, dtype=torch.int64), step, (seed, stream)))
+    return (word + 0.5) * 2.0**-32
+
+
+def philox_word(element: Tensor, step: int, key: tuple[int, int]) -> Tensor:
+    """The first word of each counter (step, element): int64 (n,) -> int64 (n,) in [0, 2^32)."""
+    key = key[0] & _LOW, key[1] & _LOW
+    counter = [torch.full_like(element, step & _LOW), torch.full_like(element, step >> 32 & _LOW)]
+    counter += [element & _LOW, element >> 32 & _LOW]
+    for round_ in range(_ROUNDS):
+        if round_:
+            key = (key[0] + _WEYL[0]) & _LOW, (key[1] + _WEYL[1]) & _LOW
+        # The product of two 32-bit words fills 64 bits: as int64 it wraps, and its bits are right all the same.
+        first, second = counter[0] * _MULTIPLIERS[0], counter[2] * _MULTIPLIERS[1]
+        counter = [
+            (second >> 32).bitwise_and_(_LOW).bitwise_xor_(counter[1]).bitwise_xor_(key[0]),
+            second.bitwise_and_(_LOW),
+            (first >> 32).bitwise_and_(_LOW).bitwise_xor_(counter[3]).bitwise_xor_(key[1]),
+            first.bitwise_and_(_LOW),
+        ]
+    return counter[0]

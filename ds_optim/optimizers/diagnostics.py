@@ -1,0 +1,93 @@
+"""What tells a user whether a rule is doing anything: counted while ``diagnostics`` is on, and only then.
+
+For every parameter group, as ``group/name``: ``update rms / weight rms``, of the last step; ``zero updates``, the
+fraction of weights that the rule left as decay had made them (sign 0, a closed gate, or an update below the
+weight's last bit); and what the rule itself has to say (saturated trust ratios, smallest sigma, open gates).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ds_optim.optimizers.local import Local, run
+from ds_optim.optimizers.rules import Decision, MatrixUpdate, ParameterUpdate, Update
+
+logger = logging.getLogger("ds_optim.diagnostics")
+
+_SMALLEST = "min "
+
+Outcome = Mapping[int, Decision] | Mapping[int, bool]
+"""By parameter: what was decided, or whether its gate was open."""
+
+
+class Diagnostics:
+    """Collects the units of a step; ``latest`` is the last complete picture."""
+
+    def __init__(self) -> None:
+        if not logger.hasHandlers():  # who asks for diagnostics and sets no logging up wants to see them
+            logger.addHandler(logging.StreamHandler())
+            logger.setLevel(logging.INFO)
+        self._counts: dict[int, tuple[str, list[float]]] = {}
+        self._shown: dict[int, list[Mapping[str, float]]] = {}
+
+    @staticmethod
+    def before(local: Local) -> list[Tensor]:
+        """The weights of a unit: one copy of the partition, for the time of its step."""
+        return [p.clone() for p in local.p]
+
+    def after(self, unit: int, group: str, local: Local, old: list[Tensor], update: Update, own: Outcome) -> None:
+        """Count what a unit's step has done: one all-reduce of four numbers.
+
+        own: the rule's decisions, or its open gates.
+        """
+        counts = torch.zeros(4, dtype=torch.float64)
+        for held in local.slices():
+            was, now = run(old[held.tensor], held), run(local.p[held.tensor], held)
+            still = torch.zeros(was.shape, dtype=torch.bool, device=was.device)
+            for factor in _decay_factors(update, own.get(held.param)):
+                still |= now == was * factor
+            change = (now - was).double()
+            sums = torch.stack([still.sum().double(), change.square().sum(), was.double().square().sum()])
+            counts += torch.cat([sums.cpu(), torch.tensor([float(held.numel)], dtype=torch.float64)])
+        counts = local.comm.all_reduce(counts.to(local.comm.device(counts.device)))
+        self._counts[unit] = group, counts.tolist()
+        self._shown[unit] = [value.shown for value in own.values() if isinstance(value, Decision)]
+        flags = [float(value) for value in own.values() if isinstance(value, bool)]
+        if flags:
+            self._shown[unit].append({"open gates": sum(flags) / len(flags)})
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """``group/name`` -> number."""
+        found: dict[str, float] = {}
+        for group in dict.fromkeys(name for name, _ in self._counts.values()):
+            units = [unit for unit, (name, _) in self._counts.items() if name == group]
+            still, change, weight, elements = (sum(self._counts[u][1][i] for u in units) for i in range(4))
+            found[f"{group}/zero updates"] = still / max(elements, 1.0)
+            found[f"{group}/update rms / weight rms"] = math.sqrt(change / weight) if weight else math.inf
+            shown = [entry for unit in units for entry in self._shown[unit]]
+            for name in dict.fromkeys(name for entry in shown for name in entry):
+                values = [entry[name] for entry in shown if name in entry]
+                joined = min(values) if name.startswith(_SMALLEST) else sum(values) / len(values)
+                found[f"{group}/{name}"] = joined
+        return found
+
+    def log(self, rank: int, step: int) -> None:
+        """One line on rank 0."""
+        if rank == 0:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in self.latest.items())
+            logger.info("step %d: %s", step, text)
+
+
+def _decay_factors(update: Update, own: Decision | bool | None) -> list[float]:
+    """What decay may have multiplied a parameter with."""
+    if isinstance(update, ParameterUpdate):
+        assert isinstance(own, Decision)
+        return [1 - own.lr * update.decay]
+    gated = [update.gate.lr] if isinstance(update, MatrixUpdate) and update.gate is not None else []
+    return [1 - lr * update.decay for lr in (update.lr, *gated)]

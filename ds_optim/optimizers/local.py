@@ -1,0 +1,99 @@
+"""What this rank holds of a unit: flat views of weights, gradients and state, and the slices they are cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ds_optim.elementwise.chunks import Scratch
+from ds_optim.optimizers.rules import SCALARS, STEP, Piece
+from ds_optim.sharding.comm import Comm
+from ds_optim.sharding.layout import Slice, Unit
+
+
+class Local:
+    """One unit in one call of ``step()``.
+
+    Args:
+        tensors: the flat partition, or the parameters themselves where nothing is sharded.
+        state: the optimizer's state of each of them.
+        scratch: of this call.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        comm: Comm,
+        tensors: Sequence[Tensor],
+        state: Mapping[Tensor, dict[str, Any]],
+        scratch: Scratch,
+    ) -> None:
+        self.unit = unit
+        self.comm = comm
+        self.tensors = tensors
+        self.states = [state[tensor] for tensor in tensors]
+        self.scratch = scratch
+        self.absent = frozenset(number for number, tensor in enumerate(tensors) if tensor.grad is None)
+        """Tensors without a gradient: to be left alone. None under ZeRO."""
+
+    @cached_property
+    def p(self) -> list[Tensor]:
+        """Weights, flat, by tensor."""
+        return [flat(tensor) for tensor in self.tensors]
+
+    @cached_property
+    def g(self) -> list[Tensor | None]:
+        """Gradients, flat, by tensor."""
+        return [None if t.grad is None else t.grad.detach().reshape(-1) for t in self.tensors]
+
+    def buffer(self, key: str) -> list[Tensor]:
+        """One of the rule's buffers, flat, by tensor."""
+        return [flat(state[key]) for state in self.states]
+
+    @property
+    def step(self) -> int:
+        """Steps done so far."""
+        return max(int(state[STEP]) for number, state in enumerate(self.states) if number not in self.absent)
+
+    def count_step(self) -> None:
+        done = self.step + 1
+        for number, state in enumerate(self.states):
+            if number not in self.absent:
+                state[STEP] = done
+
+    def slices(self) -> Iterator[Slice]:
+        """The slices that this rank holds and that have a gradient."""
+        return (held for held in self.unit.slices(self.comm.rank) if held.tensor not in self.absent)
+
+    def piece(self, held: Slice, keys: Sequence[str]) -> Piece:
+        """A slice of weights, gradient and the buffers ``keys``."""
+        gradient = self.g[held.tensor]
+        assert gradient is not None
+        state = self.states[held.tensor]
+        return Piece(
+            spec=self.unit.params[held.param],
+            start=held.start,
+            p=run(self.p[held.tensor], held),
+            g=run(gradient, held),
+            buffers={key: run(flat(state[key]), held) for key in keys},
+            scratch=self.scratch,
+        )
+
+    def scalars(self, param: int) -> dict[str, float]:
+        """Where the number of a parameter is kept, by the parameter's name."""
+        state = self.states[param if self.unit.cut == "none" else 0]
+        kept: dict[str, float] = state[SCALARS]
+        return kept
+
+
+def run(tensor: Tensor, held: Slice) -> Tensor:
+    """A slice of a flat tensor."""
+    return tensor[held.offset : held.offset + held.numel]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor as a vector over the same memory."""
+    return tensor.detach().view(-1)

@@ -1,0 +1,44 @@
+"""Steps that know whole parameters: what each of them measures, what is decided, and the step of its slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ds_optim.optimizers.local import Local
+from ds_optim.optimizers.rules import Decision, Measure, ParameterUpdate, Rule
+from ds_optim.sharding.layout import Slice
+from ds_optim.sharding.sums import reduce_parameters, rounded_once
+
+Decisions = Mapping[int, Decision]
+"""By parameter of the unit; none for parameters without a gradient."""
+
+
+def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisions:
+    """Measure, decide and step every parameter of a unit; the scalars that the rule keeps move on."""
+    rows = measured(local, update.measure, rule.buffers) if update.measure else [[] for _ in local.unit.params]
+    decisions: dict[int, Decision] = {}
+    for param, (spec, row) in enumerate(zip(local.unit.params, rows, strict=True)):
+        if local.unit.cut == "none" and param in local.absent:
+            continue
+        kept = local.scalars(param) if rule.scalar else {}
+        decisions[param] = update.decide(spec, row, kept.get(spec.name, 0.0))
+        if rule.scalar:
+            scalar = decisions[param].scalar
+            assert scalar is not None
+            kept[spec.name] = scalar
+    for held in local.slices():
+        update.apply(local.piece(held, rule.buffers), decisions[held.param])
+    return decisions
+
+
+def measured(local: Local, measure: Measure, keys: tuple[str, ...]) -> list[list[float]]:
+    """The numbers of each parameter of the unit, joined over its slices on all ranks and rounded once."""
+
+    def partial(held: Slice) -> Sequence[Tensor]:
+        return () if held.tensor in local.absent else measure.partial(local.piece(held, keys))
+
+    device = local.comm.device(local.tensors[0].device)
+    totals = reduce_parameters(local.unit, local.comm, partial, columns=measure.columns, op=measure.op, device=device)
+    return [[rounded_once(value) for value in row] for row in totals.tolist()]

@@ -1,0 +1,116 @@
+"""StoSignSGD: signs of a momentum with noise, so that their mean is the momentum (arXiv 2604.15416)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ds_optim.elementwise.noise import stream_of
+from ds_optim.elementwise.sign_rules import move_momentum, raise_bounds, stochastic_sign_step
+from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
+from ds_optim.optimizers.checks import check_beta, check_choice, check_seed
+from ds_optim.optimizers.rules import (
+    MOMENTUM,
+    SECOND_MOMENT,
+    Decision,
+    Group,
+    Measure,
+    ParameterUpdate,
+    Piece,
+    average,
+    rate,
+    rule,
+)
+from ds_optim.sharding.layout import ParamSpec
+
+
+@rule("sto_sign_sgd", scalar=True)
+def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
+    blend = average(group["beta"])
+
+    def decide(spec: ParamSpec, largest: Sequence[float], bound: float) -> Decision:
+        bound = max(bound, largest[0])
+        return Decision(lr=rate(group), scalar=bound, value=bound)
+
+    def apply(piece: Piece, chosen: Decision) -> None:
+        _noisy_step(group, step, piece, chosen, chosen.value)
+
+    peak = Measure(op="max", columns=1, partial=lambda p: [move_momentum(p.m, p.g, blend, p.scratch)])
+    return ParameterUpdate(measure=peak, decide=decide, apply=apply, decay=group["weight_decay"])
+
+
+@rule("sto_sign_sgd_element", buffers=(MOMENTUM, SECOND_MOMENT))
+def sto_sign_sgd_element(group: Group, step: int) -> ParameterUpdate:
+    blend = average(group["beta"])
+
+    def apply(piece: Piece, chosen: Decision) -> None:
+        move_momentum(piece.m, piece.g, blend, piece.scratch)
+        raise_bounds(piece.v, piece.m, piece.scratch)
+        _noisy_step(group, step, piece, chosen, piece.v)
+
+    return ParameterUpdate(
+        decide=lambda spec, _, __: Decision(lr=rate(group)), apply=apply, decay=group["weight_decay"]
+    )
+
+
+def _noisy_step(group: Group, step: int, piece: Piece, chosen: Decision, bound: Tensor | float) -> None:
+    stochastic_sign_step(
+        piece.p,
+        piece.m,
+        bound,
+        lr=chosen.lr,
+        decay=group["weight_decay"],
+        seed=group["seed"],
+        stream=stream_of(piece.spec.name),
+        step=step,
+        start=piece.start,
+        scratch=piece.scratch,
+    )
+
+
+class StoSignSGD(ZeroOptimizer):
+    """StoSignSGD, for every parameter.
+
+    m <- b m + (1 - b) g;  B <- max(B, |m|);  theta <- theta (1 - lr wd) - lr sign(m + B n), n ~ U[-1, 1] for each
+    element, and nothing where B = 0: the mean of the sign is m / B.
+
+    Args:
+        params: ``ds_optim.param_groups(model)``, or named parameters.
+        lr: the size of each element's step.
+        beta: b.
+        weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
+        bound: "tensor" keeps one B for each parameter, the largest |m| that it has had; "element" is the literal
+            rule with a second buffer.
+        seed: of the noise, which is a function of (seed, step, parameter's name, element) alone: not of ranks or
+            stage, and a resumed run goes on with it.
+
+    bound="tensor" is ours.
+
+    Keeps one fp32 value a parameter ("element": two) and, with "tensor", one number a parameter tensor, for which a
+    step joins one maximum a tensor (8 bytes) in one all-reduce.
+    """
+
+    by_name = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        beta: float = 0.9,
+        weight_decay: float = 0.1,
+        bound: str = "tensor",
+        seed: int = 0,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        element = check_choice("bound", bound, ["tensor", "element"]) == "element"
+        super().__init__(
+            params,
+            rule="sto_sign_sgd_element" if element else "sto_sign_sgd",
+            lr=lr,
+            weight_decay=weight_decay,
+            hyper={"beta": check_beta("beta", beta), "seed": check_seed(seed)},
+            options=dict(options),
+        )
