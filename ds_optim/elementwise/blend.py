@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.momentum import Stored
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Blend:
     momentum: tuple[float, float]
 
 
-def blend_into(out: Tensor, m: Tensor | None, g: Tensor, blend: Blend, scratch: Scratch | None = None) -> None:
+def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, blend: Blend, scratch: Scratch | None = None) -> None:
     """Write the direction to ``out`` and move ``m`` on, in one pass over memory; g is never written.
 
     out: (n,) of any float dtype, on any device; it may be g itself where the caller owns g. m: (n,) in g's
-    dtype and device, or None for rules without momentum: the direction is then direction[1] * g. Roundings:
-    see ``advance``, and one more where ``out`` has another dtype.
+    dtype and device, or stored in fewer bits, or None for rules without momentum: the direction is then
+    direction[1] * g. Roundings: see ``direction``, and one more where ``out`` has another dtype.
     """
     check_flat(g, out=out, m=m)
     buffers = (scratch or Scratch()).take(2, g)
@@ -66,7 +67,7 @@ def move_on(m: Tensor, g: Tensor, blend: Blend, b: Tensor) -> Tensor:
     return m.mul_(blend.momentum[0]).add_(b)
 
 
-def check_flat(like: Tensor, **others: Tensor | None) -> None:
+def check_flat(like: Tensor, **others: Tensor | Stored | None) -> None:
     """Raise ValueError unless ``like`` and all others are one-dimensional and of one length."""
     for name, tensor in {"": like, **others}.items():
         if tensor is not None and (tensor.dim() != 1 or tensor.shape != like.shape):

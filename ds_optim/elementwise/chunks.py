@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise.momentum import Stored
+
 # CPU, one thread: small chunks pay for dispatch, large ones for memory. Lion's step over 10M elements took
 # 53, 43, 29, 28, 31, 32 and 50 ms with chunks of 2^14 ... 2^20 (1 MiB L2, 32 MiB L3).
 CPU_CHUNK = 1 << 17
@@ -59,14 +61,36 @@ class Scratch:
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
 
-def chunks(first: Tensor, *others: Tensor | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
+def chunks(*tensors: Tensor | Stored | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
     """Views of equally long flat tensors, chunk by chunk in step, None for None, and ``buffers`` cut to their length.
 
-    ``first``'s device decides the size. The views come from ``split``: slicing one by one costs a dispatch each.
+    Of a :class:`Stored` momentum a chunk of values in fp32, which are rounded back to it, unless it is read only, when
+    the caller asks for the next chunk. The views come from ``split``: slicing one by one costs a dispatch each.
     """
-    step = chunk_elements(first.device)
-    views = (repeat(None) if tensor is None else tensor.split(step) for tensor in others)
-    for view, *rest in zip(first.split(step), *views, strict=False):
-        if view.numel() != buffers[0].numel():
-            buffers = [buffer[: view.numel()] for buffer in buffers]
-        yield view, *rest, *buffers
+    stored = [tensor for tensor in tensors if isinstance(tensor, Stored)]
+    like = next(tensor for tensor in tensors if isinstance(tensor, Tensor))
+    step = chunk_elements(like.device)
+    sizes = _sizes(like.numel(), stored[0].first_chunk(step), step) if stored else step
+    loaded = torch.empty(min(like.numel(), step), device=like.device) if stored else None
+    views = (tensor.split(sizes) if isinstance(tensor, Tensor) else repeat(tensor) for tensor in tensors)
+    position = 0
+    for row in zip(*views, strict=False):
+        numel = next(view for view in row if isinstance(view, Tensor)).numel()
+        cut = buffers if not buffers or numel == buffers[0].numel() else [buffer[:numel] for buffer in buffers]
+        if loaded is None:
+            yield *row, *cut
+            continue
+        values = loaded[:numel]
+        stored[0].load(position, values)
+        yield *(values if view is stored[0] else view for view in row), *cut
+        if stored[0].writable:
+            stored[0].store(position, values)
+        position += numel
+
+
+def _sizes(numel: int, first: int, step: int) -> list[int]:
+    """Chunks of ``step`` elements, the first one of ``first``, the last one of what is left."""
+    if numel <= first:
+        return [numel]
+    whole, rest = divmod(numel - first, step)
+    return [first, *([step] * whole), *([rest] if rest else [])]

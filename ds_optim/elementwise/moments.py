@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import check_flat
 from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.momentum import Stored, read_only
 from ds_optim.elementwise.steps import decayed
 
 
@@ -47,18 +48,17 @@ def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> No
     root.copy_(d.add_(e).sqrt_())
 
 
-def _walk(scratch: Scratch, count: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+def _walk(scratch: Scratch, count: int, first: Tensor, *others: Tensor | Stored) -> Iterator[tuple[Any, ...]]:
     """Chunks of the tensors, ``count`` buffers of their dtype and two of fp64."""
-    first = tensors[0]
     buffers = [*scratch.take(count, first), *scratch.take(2, first, torch.float64)]
-    return chunks(*tensors, buffers=buffers)
+    return chunks(first, *others, buffers=buffers)
 
 
-def lasm_difference(m: Tensor, g: Tensor, scratch: Scratch) -> Tensor:
+def lasm_difference(m: Tensor | Stored, g: Tensor, scratch: Scratch) -> Tensor:
     """The sum of (g - m)^2 in fp64. Moves nothing."""
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, d, _ in _walk(scratch, 1, g, m):
+        for gradient, momentum, a, d, _ in _walk(scratch, 1, g, read_only(m)):
             d.copy_(torch.sub(gradient, momentum, out=a))
             total += d.mul_(d).sum()
     return total

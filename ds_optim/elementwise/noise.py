@@ -34,20 +34,39 @@ def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int)
     position = start
     for part in out.split(size):
         element = torch.arange(position, position + part.numel(), device=out.device)
-        word = philox_word(element, step, (seed, stream))
+        word = philox(element, step, (seed, stream))[0]
         part.copy_(word.double().add_(0.5).mul_(2.0**-31).sub_(1.0))
         position += part.numel()
     return out
 
 
+def rounding_bits(like: Tensor, *, seed: int, stream: int, step: int, start: int) -> Tensor:
+    """16 random bits for each of the elements [start, start + n) of a parameter, int32 (n,), for rounding.
+
+    One counter (step, element // 8) serves 8 elements: element % 8 counts the halves of its four words, low ones
+    first. The stream is the parameter's, with every bit turned over, so that it is none of any rule's noise.
+    """
+    end = start + like.numel()
+    key = seed, stream ^ _LOW
+    out = torch.empty(like.numel(), dtype=torch.int32, device=like.device)
+    size = _CPU_CHUNK * 8 if like.device.type == "cpu" else max(like.numel() + 8, 8)
+    for first in range(start // 8 * 8, end, size):
+        last = min(first + size, -(-end // 8) * 8)
+        words = philox(torch.arange(first // 8, last // 8, device=like.device), step, key)
+        halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1).view(-1)
+        begin, stop = max(first, start), min(last, end)
+        out[begin - start : stop - start] = halves[begin - first : stop - first]
+    return out
+
+
 def uniform(*, seed: int, stream: int, step: int) -> float:
     """One number in (0, 1) that all ranks agree on without asking."""
-    word = int(philox_word(torch.zeros(1, dtype=torch.int64), step, (seed, stream)))
+    word = int(philox(torch.zeros(1, dtype=torch.int64), step, (seed, stream))[0])
     return (word + 0.5) * 2.0**-32
 
 
-def philox_word(element: Tensor, step: int, key: tuple[int, int]) -> Tensor:
-    """The first word of each counter (step, element): int64 (n,) -> int64 (n,) in [0, 2^32)."""
+def philox(element: Tensor, step: int, key: tuple[int, int]) -> list[Tensor]:
+    """The four words of each counter (step, element): int64 (n,) -> four int64 (n,) in [0, 2^32)."""
     key = key[0] & _LOW, key[1] & _LOW
     counter = [torch.full_like(element, step & _LOW), torch.full_like(element, step >> 32 & _LOW)]
     counter += [element & _LOW, element >> 32 & _LOW]
@@ -62,4 +81,4 @@ def philox_word(element: Tensor, step: int, key: tuple[int, int]) -> Tensor:
             (first >> 32).bitwise_and_(_LOW).bitwise_xor_(counter[3]).bitwise_xor_(key[1]),
             first.bitwise_and_(_LOW),
         ]
-    return counter[0]
+    return counter

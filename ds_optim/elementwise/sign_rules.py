@@ -12,23 +12,26 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend, advance, check_flat, direction, move_on
 from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.momentum import Stored, read_only
 from ds_optim.elementwise.noise import uniform_noise
 from ds_optim.elementwise.steps import decayed
 
+Momentum = Tensor | Stored
 
-def agreement(m: Tensor, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+
+def agreement(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
     """How many elements' gradients point where the direction does: u g > 0, u = sign(direction). Moves nothing."""
     a, b = scratch.take(2, g)
     count = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, x, y in chunks(g, m, buffers=[a, b]):
+        for gradient, momentum, x, y in chunks(g, read_only(m), buffers=[a, b]):
             _mask_agreeing(direction(momentum, gradient, blend, x, y).sign_(), gradient, y)
             count += y.sum(dtype=torch.float64)
     return count
 
 
 def cautious_step(
-    p: Tensor, m: Tensor, g: Tensor, *, blend: Blend, lr: float, decay: float, scale: float, scratch: Scratch
+    p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, decay: float, scale: float, scratch: Scratch
 ) -> None:
     """p <- p (1 - lr decay) - lr scale u [u g > 0], u = sign(direction); m moves on."""
     check_flat(p, m=m, g=g)
@@ -46,29 +49,29 @@ def _mask_agreeing(u: Tensor, g: Tensor, out: Tensor) -> Tensor:
     return torch.mul(u, g, out=out).gt_(0)
 
 
-def smallest_nonzero(m: Tensor, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+def smallest_nonzero(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
     """The smallest |direction| that is not 0; infinity where all are. Moves nothing."""
     a, b = scratch.take(2, g)
     least = torch.full((), float("inf"), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, x, y in chunks(g, m, buffers=[a, b]):
+        for gradient, momentum, x, y in chunks(g, read_only(m), buffers=[a, b]):
             size = direction(momentum, gradient, blend, x, y).abs_()
             least = torch.minimum(least, size.masked_fill_(size == 0, float("inf")).min().double())
     return least
 
 
-def count_from(m: Tensor, g: Tensor, blend: Blend, nu: float, scratch: Scratch) -> Tensor:
+def count_from(m: Momentum, g: Tensor, blend: Blend, nu: float, scratch: Scratch) -> Tensor:
     """How many elements have |direction| >= nu. Moves nothing."""
     a, b = scratch.take(2, g)
     count = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, x, y in chunks(g, m, buffers=[a, b]):
+        for gradient, momentum, x, y in chunks(g, read_only(m), buffers=[a, b]):
             count += direction(momentum, gradient, blend, x, y).abs_().ge_(nu).sum(dtype=torch.float64)
     return count
 
 
 def gated_step(
-    p: Tensor, m: Tensor, g: Tensor, *, blend: Blend, lr: float, decay: float, nu: float, scratch: Scratch
+    p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, decay: float, nu: float, scratch: Scratch
 ) -> None:
     """p <- p (1 - lr decay) - lr h(c), c the direction: h = sign where |c| >= nu, c itself below; m moves on."""
     check_flat(p, m=m, g=g)
@@ -84,7 +87,7 @@ def gated_step(
             move_on(momentum, gradient, blend, b)
 
 
-def raw_step(p: Tensor, m: Tensor, g: Tensor, *, blend: Blend, lr: float, decay: float, scratch: Scratch) -> None:
+def raw_step(p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, decay: float, scratch: Scratch) -> None:
     """p <- p (1 - lr decay) - lr direction; m moves on."""
     check_flat(p, m=m, g=g)
     buffers = scratch.take(2, p)
@@ -94,7 +97,7 @@ def raw_step(p: Tensor, m: Tensor, g: Tensor, *, blend: Blend, lr: float, decay:
             decayed(weights, lr, decay).sub_(a.mul_(lr))
 
 
-def move_momentum(m: Tensor, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+def move_momentum(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
     """m moves on; the largest |m| of the new ones, 0 for none."""
     (b,) = scratch.take(1, g)
     largest = torch.zeros((), dtype=torch.float64, device=g.device)
@@ -105,16 +108,16 @@ def move_momentum(m: Tensor, g: Tensor, blend: Blend, scratch: Scratch) -> Tenso
     return largest
 
 
-def raise_bounds(bounds: Tensor, m: Tensor, scratch: Scratch) -> None:
+def raise_bounds(bounds: Tensor, m: Momentum, scratch: Scratch) -> None:
     """bounds <- max(bounds, |m|), element by element."""
     with torch.no_grad():
-        for limit, momentum, a in chunks(bounds, m, buffers=scratch.take(1, m)):
+        for limit, momentum, a in chunks(bounds, read_only(m), buffers=scratch.take(1, bounds)):
             torch.maximum(limit, torch.abs(momentum, out=a), out=limit)
 
 
 def stochastic_sign_step(
     p: Tensor,
-    m: Tensor,
+    m: Momentum,
     bound: Tensor | float,
     *,
     lr: float,
@@ -135,7 +138,7 @@ def stochastic_sign_step(
     bounds = bound if isinstance(bound, Tensor) else None
     with torch.no_grad():
         position = start
-        for weights, momentum, limit, noise in chunks(p, m, bounds, buffers=buffers):
+        for weights, momentum, limit, noise in chunks(p, read_only(m), bounds, buffers=buffers):
             uniform_noise(noise, seed=seed, stream=stream, step=step, start=position)
             noise.mul_(bound if limit is None else limit).add_(momentum)
             decayed(weights, lr, decay).sub_(noise.sign_(), alpha=lr)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend, advance, check_flat
 from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.momentum import Stored, read_only
 
 
 def sign_step(
     p: Tensor,
-    m: Tensor | None,
+    m: Tensor | Stored | None,
     g: Tensor,
     *,
     blend: Blend,
@@ -77,7 +78,7 @@ def adamw_step(
 
 
 def apply_update(
-    p: Tensor, update: Tensor, *, lr: float, decay: float, scale: float = 1.0, scratch: Scratch | None = None
+    p: Tensor, update: Tensor | Stored, *, lr: float, decay: float, scale: float = 1.0, scratch: Scratch | None = None
 ) -> None:
     """p <- p (1 - lr decay) - lr scale update; update (n,) of any float dtype, on any device, is not written.
 
@@ -86,7 +87,7 @@ def apply_update(
     check_flat(p, update=update)
     buffers = (scratch or Scratch()).take(1, p)
     with torch.no_grad():
-        for weights, change, a in chunks(p, update, buffers=buffers):
+        for weights, change, a in chunks(p, read_only(update), buffers=buffers):
             a.copy_(change).mul_(lr * scale)
             decayed(weights, lr, decay).sub_(a)
 

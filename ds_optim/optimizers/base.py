@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
+from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
-from ds_optim.optimizers.local import Local
+from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_matrices
 from ds_optim.optimizers.options import (
@@ -31,8 +32,19 @@ from ds_optim.optimizers.options import (
 )
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.routing import MEMBERS
-from ds_optim.optimizers.rules import RULES, SCALARS, STEP, Group, MatrixUpdate, ParameterUpdate
+from ds_optim.optimizers.rules import (
+    MOMENTUM,
+    RULES,
+    SCALARS,
+    SCALES_OF_MOMENTUM,
+    SECOND_MOMENT,
+    STEP,
+    Group,
+    MatrixUpdate,
+    ParameterUpdate,
+)
 from ds_optim.sharding.binding import Binding, Member, NotYet, bind
+from ds_optim.sharding.layout import Unit
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -84,6 +96,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._binding: Binding | None = None
         self._workers: dict[int, MatrixWorker] = {}
         self._diagnostics = Diagnostics() if options.get("diagnostics") else None
+        self._momentum_dtype = DTYPES[options.get("momentum_dtype", "float32")]
+        if self._momentum_dtype != torch.float32 and len(RULES[rule].buffers) > 1:
+            raise UserError(
+                f"{type(self).__name__} keeps two values a parameter here, and momentum_dtype is for optimizers that "
+                'keep one: write momentum_dtype "float32" or leave it out'
+            )
         self.skipped_steps = 0
         self._sealed = False
         super().__init__(groups, {})
@@ -100,6 +118,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if getattr(self, "_sealed", False):
             raise UserError("parameter groups cannot be added later: build a new optimizer from ds_optim.param_groups")
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but that momentum keeps the dtype in which it was saved.
+
+        Raises:
+            UserError: it was saved in another one than this optimizer's.
+        """
+        super().load_state_dict(state_dict)
+        saved = list(state_dict["state"].values())
+        for state, entry in zip(self.state.values(), saved, strict=True):
+            _restore_momentum(state, entry, self._momentum_dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -171,10 +200,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._binding = binding
         # All units now: DeepSpeed links the state of all groups after the first group's step.
         for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
-            names = [spec.name for spec in unit.params]
             for number, tensor in enumerate(tensors):
-                own = names if binding.sharded else names[number : number + 1]
-                self._init_state(self._all_groups[unit.group], tensor, own)
+                params = range(len(unit.params)) if binding.sharded else [number]
+                self._init_state(self._all_groups[unit.group], tensor, unit, binding.comm.rank, params)
         return binding
 
     def _plan(self, binding: Binding) -> dict[int, MatrixWorker]:
@@ -196,22 +224,30 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 )
         return workers
 
-    def _init_state(self, group: Group, tensor: Tensor, names: Sequence[str]) -> None:
+    def _init_state(self, group: Group, tensor: Tensor, unit: Unit, rank: int, params: Sequence[int]) -> None:
+        """State of a tensor that holds (slices of) the parameters ``params`` of its unit."""
         state, own = self.state[tensor], RULES[group["rule"]]
         for key in own.buffers:
             if key not in state:
-                state[key] = torch.zeros_like(tensor, memory_format=torch.contiguous_format).detach()
+                dtype = self._momentum_dtype if own.keeps_one else tensor.dtype
+                state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
+        if own.keeps_one and self._momentum_dtype == torch.int8 and SCALES_OF_MOMENTUM not in state:
+            blocks = blocks_of(unit, rank)
+            count = sum(blocks[param][1] for param in params if param in blocks)
+            state[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
         if own.scalar:
             kept = state.setdefault(SCALARS, {})
-            for name in names:
-                kept.setdefault(name, 0.0)
+            for param in params:
+                kept.setdefault(unit.params[param].name, 0.0)
         state.setdefault(STEP, 0)
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> None:
         """What one flat partition (or, unsharded, one group of parameters) is due."""
         number = binding.unit_of(group["params"][0])
         assert number is not None
-        local = Local(binding.layout.units[number], binding.comm, group["params"], self.state, scratch)
+        local = Local(
+            binding.layout.units[number], binding.comm, group["params"], self.state, scratch, group.get("seed", 0)
+        )
         if len(local.absent) == len(local.tensors):
             return
         if binding.sharded and local.absent:
@@ -221,7 +257,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         old = self._diagnostics.before(local) if self._diagnostics else None
         done: Outcome = {}
         if isinstance(update, MatrixUpdate):
-            done = step_matrices(local, self._workers[number], update)
+            opened = step_matrices(local, self._workers[number], update)
+            done = opened if update.gate is not None else {}
         elif isinstance(update, ParameterUpdate):
             done = step_parameters(local, rule, update)
         else:
@@ -233,7 +270,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._diagnostics.log(binding.comm.rank, local.step)
 
 
+def _restore_momentum(state: dict[str, Any], saved: Mapping[str, Any], wanted: torch.dtype) -> None:
+    """Cast momentum back: torch makes every tensor the parameter's dtype, which holds 16- and 8-bit values exactly."""
+    if MOMENTUM not in saved or SECOND_MOMENT in saved:
+        return
+    dtype = saved[MOMENTUM].dtype
+    if dtype != wanted:
+        raise UserError(
+            f"the checkpoint's momentum is {dtype} and this optimizer's is {wanted}: load it with the momentum_dtype "
+            "it was saved with"
+        )
+    state[MOMENTUM] = state[MOMENTUM].to(dtype)
+
+
 def _finite(groups: Sequence[Group]) -> bool:
     """Whether every gradient is: the ranks hold the same bits here, so they agree without asking."""
-    gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None]
-    return all(bool(torch.isfinite(g).all()) for g in gradients)
+    gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
+    # A NaN is both of the extremes, an infinity one of them: a pass over memory, where isfinite().all() is three.
+    extremes = [torch.stack(torch.aminmax(g.detach())) for g in gradients]
+    return all(bool(torch.isfinite(pair).all()) for pair in extremes)

@@ -34,8 +34,8 @@ def lamb(group: Group, step: int) -> ParameterUpdate:
     decay = group["weight_decay"]
 
     def partial(piece: Piece) -> list[Tensor]:
-        advance_moments(piece.m, piece.v, piece.g, moments, piece.scratch)
-        return lamb_norms(piece.p, piece.m, piece.v, moments, decay, piece.scratch)
+        advance_moments(piece.wide_m, piece.v, piece.g, moments, piece.scratch)
+        return lamb_norms(piece.p, piece.wide_m, piece.v, moments, decay, piece.scratch)
 
     def decide(spec: ParamSpec, squares: Sequence[float], _: float) -> Decision:
         theta, r = (math.sqrt(square) for square in squares)
@@ -45,7 +45,7 @@ def lamb(group: Group, step: int) -> ParameterUpdate:
     def apply(piece: Piece, chosen: Decision) -> None:
         lamb_step(
             piece.p,
-            piece.m,
+            piece.wide_m,
             piece.v,
             moments=moments,
             lr=chosen.lr * chosen.value,

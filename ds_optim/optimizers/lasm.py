@@ -68,7 +68,7 @@ def lasm_element(group: Group, step: int) -> ParameterUpdate:
     def apply(piece: Piece, chosen: Decision) -> None:
         lasm_element_step(
             piece.p,
-            piece.m,
+            piece.wide_m,
             piece.v,
             piece.g,
             betas=group["betas"],

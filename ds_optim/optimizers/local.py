@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.optimizers.rules import SCALARS, STEP, Piece
+from ds_optim.elementwise.momentum import Bfloat16, Int8, Rounding, Stored, scales_numel
+from ds_optim.elementwise.noise import stream_of
+from ds_optim.optimizers.rules import MOMENTUM, SCALARS, SCALES_OF_MOMENTUM, SECOND_MOMENT, STEP, Piece
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
@@ -21,6 +24,7 @@ class Local:
         tensors: the flat partition, or the parameters themselves where nothing is sharded.
         state: the optimizer's state of each of them.
         scratch: of this call.
+        seed: of the noise in rounding momentum.
     """
 
     def __init__(
@@ -30,12 +34,14 @@ class Local:
         tensors: Sequence[Tensor],
         state: Mapping[Tensor, dict[str, Any]],
         scratch: Scratch,
+        seed: int,
     ) -> None:
         self.unit = unit
         self.comm = comm
         self.tensors = tensors
         self.states = [state[tensor] for tensor in tensors]
         self.scratch = scratch
+        self.seed = seed
         self.absent = frozenset(number for number, tensor in enumerate(tensors) if tensor.grad is None)
         """Tensors without a gradient: to be left alone. None under ZeRO."""
 
@@ -49,9 +55,22 @@ class Local:
         """Gradients, flat, by tensor."""
         return [None if t.grad is None else t.grad.detach().reshape(-1) for t in self.tensors]
 
-    def buffer(self, key: str) -> list[Tensor]:
-        """One of the rule's buffers, flat, by tensor."""
-        return [flat(state[key]) for state in self.states]
+    def momentum(self, held: Slice) -> Tensor | Stored:
+        """The momentum of a slice, as it is stored."""
+        state = self.states[held.tensor]
+        values = run(flat(state[MOMENTUM]), held)
+        if values.dtype == self.p[held.tensor].dtype:
+            return values
+        name = self.unit.params[held.param].name
+        rounding = Rounding(seed=self.seed, stream=stream_of(name), step=self.step, start=held.start)
+        if values.dtype == torch.bfloat16:
+            return Bfloat16(rounding=rounding, values=values)
+        first, count = self._blocks[held.param]
+        return Int8(rounding=rounding, codes=values, scales=state[SCALES_OF_MOMENTUM][first : first + count])
+
+    @cached_property
+    def _blocks(self) -> dict[int, tuple[int, int]]:
+        return blocks_of(self.unit, self.comm.rank)
 
     @property
     def step(self) -> int:
@@ -68,8 +87,8 @@ class Local:
         """The slices that this rank holds and that have a gradient."""
         return (held for held in self.unit.slices(self.comm.rank) if held.tensor not in self.absent)
 
-    def piece(self, held: Slice, keys: Sequence[str]) -> Piece:
-        """A slice of weights, gradient and the buffers ``keys``."""
+    def piece(self, held: Slice) -> Piece:
+        """A slice of weights, gradient and the rule's buffers."""
         gradient = self.g[held.tensor]
         assert gradient is not None
         state = self.states[held.tensor]
@@ -78,7 +97,8 @@ class Local:
             start=held.start,
             p=run(self.p[held.tensor], held),
             g=run(gradient, held),
-            buffers={key: run(flat(state[key]), held) for key in keys},
+            m=self.momentum(held),
+            second=run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None,
             scratch=self.scratch,
         )
 
@@ -87,6 +107,20 @@ class Local:
         state = self.states[param if self.unit.cut == "none" else 0]
         kept: dict[str, float] = state[SCALARS]
         return kept
+
+
+def blocks_of(unit: Unit, rank: int) -> dict[int, tuple[int, int]]:
+    """For each parameter of which ``rank`` holds a slice, the first of its blocks of int8 momentum and their number.
+
+    They are counted through a flat partition; where nothing is sharded each parameter has its own.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    position = 0
+    for held in unit.slices(rank):
+        count = scales_numel(held.start, held.numel)
+        found[held.param] = (0 if unit.cut == "none" else position), count
+        position += count
+    return found
 
 
 def run(tensor: Tensor, held: Slice) -> Tensor:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers.checks import (
     check_at_least_zero,
@@ -31,9 +32,11 @@ EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 64, "overlap": True}
 class CommonOptions(TypedDict, total=False):
     """Options of every optimizer.
 
-    momentum_dtype: "float32". decay_1d: decay biases and gains too. diagnostics: count at every step what the rule
-    does (see ``ZeroOptimizer.diagnostics``) and log it on rank 0; it costs a copy of the partition in work, a pass
-    over it and a small all-reduce.
+    momentum_dtype: of rules whose only buffer is momentum: "float32", "bfloat16" (2 bytes a value) or "int8"
+    (1.016 bytes), rounded without bias (see ``ds_optim.elementwise.momentum``); ``aux="adamw"`` keeps fp32.
+    decay_1d: decay biases and gains too.
+    diagnostics: count at every step what the rule does (see ``ZeroOptimizer.diagnostics``) and log it on rank 0; it
+    costs a copy of the partition in work, a pass over it and a small all-reduce.
     """
 
     momentum_dtype: str
@@ -77,7 +80,7 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
     """Refuse unknown and unsupported common options."""
     check_keys(cls.__name__, options, known_keys(cls))
     dtype = options.get("momentum_dtype", "float32")
-    check_choice("momentum_dtype", dtype, ["float32"])
+    check_choice("momentum_dtype", dtype, DTYPES)
     check_bool("decay_1d", options.get("decay_1d", False))
     check_bool("diagnostics", options.get("diagnostics", False))
 

@@ -17,7 +17,7 @@ Decisions = Mapping[int, Decision]
 
 def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisions:
     """Measure, decide and step every parameter of a unit; the scalars that the rule keeps move on."""
-    rows = measured(local, update.measure, rule.buffers) if update.measure else [[] for _ in local.unit.params]
+    rows = measured(local, update.measure) if update.measure else [[] for _ in local.unit.params]
     decisions: dict[int, Decision] = {}
     for param, (spec, row) in enumerate(zip(local.unit.params, rows, strict=True)):
         if local.unit.cut == "none" and param in local.absent:
@@ -29,15 +29,15 @@ def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisi
             assert scalar is not None
             kept[spec.name] = scalar
     for held in local.slices():
-        update.apply(local.piece(held, rule.buffers), decisions[held.param])
+        update.apply(local.piece(held), decisions[held.param])
     return decisions
 
 
-def measured(local: Local, measure: Measure, keys: tuple[str, ...]) -> list[list[float]]:
+def measured(local: Local, measure: Measure) -> list[list[float]]:
     """The numbers of each parameter of the unit, joined over its slices on all ranks and rounded once."""
 
     def partial(held: Slice) -> Sequence[Tensor]:
-        return () if held.tensor in local.absent else measure.partial(local.piece(held, keys))
+        return () if held.tensor in local.absent else measure.partial(local.piece(held))
 
     device = local.comm.device(local.tensors[0].device)
     totals = reduce_parameters(local.unit, local.comm, partial, columns=measure.columns, op=measure.op, device=device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.chunks import Scratch
+from ds_optim.elementwise.momentum import Stored
 from ds_optim.matrix.shapes import Shape
 from ds_optim.sharding.layout import ParamSpec
 
@@ -24,6 +25,8 @@ Group = dict[str, Any]
 # The names that DeepSpeed's universal checkpoints carry, whatever the optimizer calls its buffers.
 MOMENTUM = "exp_avg"
 SECOND_MOMENT = "exp_avg_sq"
+SCALES_OF_MOMENTUM = "exp_avg_scale"
+"""Of int8 momentum: one fp32 for each block of each slice, in the order of the slices."""
 STEP = "step"
 SCALARS = "scalars"
 """{name of the parameter: its number}, for rules that keep one; the same on all ranks."""
@@ -81,23 +84,27 @@ class Piece:
     """This rank's slice of a parameter: flat views (n,) of weights, gradient and state.
 
     ``start`` is the place of its first element in the parameter ``spec``; ``m`` and ``v`` are the rule's
-    buffers, where it keeps them; ``scratch`` is for this step.
+    buffers, ``v`` of those that keep two; ``scratch`` is for this step.
     """
 
     spec: ParamSpec
     start: int
     p: Tensor
     g: Tensor
-    buffers: Mapping[str, Tensor]
+    m: Tensor | Stored
+    second: Tensor | None
     scratch: Scratch
 
     @property
-    def m(self) -> Tensor:
-        return self.buffers[MOMENTUM]
+    def v(self) -> Tensor:
+        assert self.second is not None
+        return self.second
 
     @property
-    def v(self) -> Tensor:
-        return self.buffers[SECOND_MOMENT]
+    def wide_m(self) -> Tensor:
+        """m of a rule with two buffers, which are in the dtype of computation."""
+        assert isinstance(self.m, Tensor)
+        return self.m
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +164,11 @@ class Rule:
     update: Callable[[Group, int], Update]
     shape: Shape | None = None
     scalar: bool = False
+
+    @property
+    def keeps_one(self) -> bool:
+        """Whether momentum is its only buffer, so that it may be stored in fewer bits."""
+        return self.buffers == (MOMENTUM,)
 
 
 RULES: dict[str, Rule] = {}

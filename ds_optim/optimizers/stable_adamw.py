@@ -32,7 +32,7 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
     decay = group["weight_decay"]
 
     def partial(piece: Piece) -> list[Tensor]:
-        advance_moments(piece.m, piece.v, piece.g, moments, piece.scratch)
+        advance_moments(piece.wide_m, piece.v, piece.g, moments, piece.scratch)
         return [stable_ratio(piece.v, piece.g, moments, piece.scratch)]
 
     def decide(spec: ParamSpec, sums: Sequence[float], _: float) -> Decision:
@@ -40,7 +40,7 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
         return Decision(lr=rate(group) / max(1.0, rms), shown={"slowed parameters": float(rms > 1), "mean rms": rms})
 
     def apply(piece: Piece, chosen: Decision) -> None:
-        stable_step(piece.p, piece.m, piece.v, moments=moments, lr=chosen.lr, decay=decay, scratch=piece.scratch)
+        stable_step(piece.p, piece.wide_m, piece.v, moments=moments, lr=chosen.lr, decay=decay, scratch=piece.scratch)
 
     measure = Measure(op="sum", columns=1, partial=partial)
     return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 _DEPTH = 24  # hooks of torch and of schedulers stand between the engine, the wrapper and the optimizer
@@ -31,11 +32,14 @@ def find_caller(optimizer: object) -> Caller | None:
     """The nearest holders of ``optimizer`` on the stack; None where the user's own code steps it."""
     held: object = optimizer
     wrapper, method = None, ""
-    frame = inspect.currentframe()
+    own = inspect.currentframe()
+    # Not from here: a frame whose locals were asked for keeps them, itself among them, and so the optimizer.
+    frame = own.f_back if own is not None else None
+    del own
     for _ in range(_DEPTH):
         if frame is None:
             break
-        owner = frame.f_locals.get("self")
+        owner = _owner(frame)
         if owner is not None and owner is not held and owner is not optimizer and _holds(owner, held):
             if wrapper is None:
                 wrapper, method = owner, frame.f_code.co_name
@@ -44,6 +48,16 @@ def find_caller(optimizer: object) -> Caller | None:
             held = owner
         frame = frame.f_back
     return None if wrapper is None else Caller(wrapper, method)
+
+
+def _owner(frame: FrameType) -> object:
+    """The object whose method runs in a frame.
+
+    Only methods are asked: a frame keeps what its locals were when somebody looked, and a user's function would keep
+    an optimizer that it has let go of.
+    """
+    code = frame.f_code
+    return frame.f_locals.get("self") if code.co_argcount and code.co_varnames[0] == "self" else None
 
 
 def _holds(owner: object, held: object) -> bool:

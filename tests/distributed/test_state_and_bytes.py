@@ -15,7 +15,7 @@ import torch.distributed as dist
 import ds_optim
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.optimizers.routing import MEMBERS
-from ds_optim.sharding.layout import Layout
+from ds_optim.sharding.layout import Layout, Slice
 
 from .harness import run_ranks
 from .training import ParityNet, Run, layout_of, start_engine, take_step
@@ -36,6 +36,10 @@ OPTIMIZERS: dict[str, tuple[Run, int, int]] = {
     "Muonlight": (Run(type="Muonlight", params={"polar": BF16, "aux": "signum"}), 4, 4),
     "LionMuon": (Run(type="LionMuon", params={"polar": BF16}), 4, 4),
     "SignMuon": (Run(type="SignMuon", params={"polar": BF16}), 4, 4),
+    "Lion-bfloat16": (Run(type="Lion", params={"momentum_dtype": "bfloat16"}), 2, 2),
+    "Lion-int8": (Run(type="Lion", params={"momentum_dtype": "int8"}), 1, 1),
+    "LionMuon-int8": (Run(type="LionMuon", params={"polar": BF16, "momentum_dtype": "int8"}), 1, 1),
+    "Muon-bfloat16": (Run(type="Muon", params={"polar": BF16, "momentum_dtype": "bfloat16"}), 2, 2),
     "CautiousLion": (Run(type="CautiousLion"), 4, 4),
     "CLion": (Run(type="CLion"), 4, 4),
     "CLion-tensor": (Run(type="CLion", params={"gate": "tensor"}), 4, 4),
@@ -58,8 +62,9 @@ JOINED = {
 }
 # How many of the counted steps of an optimizer send matrices; none of those not named here.
 SENDING = {
-    **dict.fromkeys(["Muon", "Muon-aux_adamw", "Muonlight", "MiMuon", "SpectralLion", "SpectralLion-momentum"], STEPS),
-    **dict.fromkeys(["LionMuon", "SignMuon"], STEPS // 2),
+    **dict.fromkeys(["Muon", "Muon-aux_adamw", "Muon-bfloat16", "Muonlight", "MiMuon"], STEPS),
+    **dict.fromkeys(["SpectralLion", "SpectralLion-momentum"], STEPS),
+    **dict.fromkeys(["LionMuon", "LionMuon-int8", "SignMuon"], STEPS // 2),
 }
 # Bytes of an element on its way to the owner and back, where it is not 2 and 2: a sign is one byte.
 TRAVELLING = {"SpectralLion": (2 + 4, 1), "SpectralLion-momentum": (2, 1)}
@@ -157,8 +162,8 @@ class _AllToAll:
 
 
 def _storages(values: Any) -> dict[int, int]:
-    """Bytes by storage; a step count is no tensor of more than one element."""
-    found = [v.untyped_storage() for v in values if torch.is_tensor(v) and v.numel() > 1]
+    """Bytes by storage; a step count is no vector."""
+    found = [v.untyped_storage() for v in values if torch.is_tensor(v) and v.dim()]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
@@ -212,6 +217,15 @@ def at_places(*stages: int) -> Any:
     return pytest.mark.parametrize(("place", "world_size"), cells)
 
 
+def scale_bytes(slices: list[Slice]) -> int:
+    return 4 * sum(-(-(piece.start + piece.numel) // 256) - piece.start // 256 for piece in slices)
+
+
+def test_int8_takes_1_016_bytes_where_slices_are_long() -> None:
+    whole = [Slice(param=0, start=0, numel=2**20, tensor=0, offset=0)]
+    assert (2**20 + scale_bytes(whole)) / 2**20 == 1 + 4 / 256
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @at_places(1, 2, 3)
 def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_size: int) -> None:
@@ -222,12 +236,16 @@ def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_si
     for unit in layout(world_size, place).units:
         elements = sum(spec.numel for spec in unit.params) + sum(unit.padding(rank) for rank in range(world_size))
         expected += elements * (on_matrices if unit.group == 0 else elsewhere)
+        if name.endswith("int8"):  # a scale for every 256 elements of a parameter, or what a border leaves of them
+            slices = [piece for rank in range(world_size) for piece in unit.slices(rank)]
+            expected += scale_bytes(slices)
     assert sum(rank.state for rank in seen) == expected
     parameters = sum(p.numel() for p in ParityNet().parameters())
     padding = sum(u.padding(r) for u in layout(world_size, place).units for r in range(world_size))
-    if on_matrices == elsewhere:
+    if on_matrices == elsewhere and not name.endswith("int8"):
         assert sum(rank.state for rank in seen) - on_matrices * padding == on_matrices * parameters
-    buffers: set[str] = {0: set(), 4: {"exp_avg"}, 8: {"exp_avg", "exp_avg_sq"}}[elsewhere]  # type: ignore[assignment]
+    kept: dict[int, set[str]] = {0: set(), 8: {"exp_avg", "exp_avg_sq"}}
+    buffers = kept.get(elsewhere, {"exp_avg"}) | ({"exp_avg_scale"} if name.endswith("int8") else set())
     assert {key for rank in seen for key in rank.keys} == buffers
     assert [rank.strangers for rank in seen] == [[]] * world_size
 

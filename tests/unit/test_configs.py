@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ds_optim
+from ds_optim.optimizers import OPTIMIZERS
 from tests.distributed.harness import device, run_ranks
 from tests.distributed.models import TinyNet, batch, share
 
@@ -26,6 +27,15 @@ OURS = {
     "muonlight": ds_optim.Muonlight,
     "lion_muon": ds_optim.LionMuon,
     "sign_muon": ds_optim.SignMuon,
+    "mimuon": ds_optim.MiMuon,
+    "spectral_lion": ds_optim.SpectralLion,
+    "stable_lion": ds_optim.StableLion,
+    "lasm": ds_optim.LASM,
+    "clion": ds_optim.CLion,
+    "cautious_lion": ds_optim.CautiousLion,
+    "sto_sign_sgd": ds_optim.StoSignSGD,
+    "lamb": ds_optim.Lamb,
+    "stable_adamw": ds_optim.StableAdamW,
 }
 # DeepSpeed drops a top-level key that it does not know without a word, so the test has to know them.
 TOP_LEVEL = {
@@ -70,6 +80,7 @@ def train(rank: int, world_size: int, config: dict[str, Any]) -> list[float]:
 
 def test_there_is_one_for_each_optimizer() -> None:
     assert set(FILES) == set(OURS) | set(YARDSTICKS)
+    assert set(OURS.values()) == set(OPTIMIZERS.values())
 
 
 @pytest.mark.parametrize("name", FILES)

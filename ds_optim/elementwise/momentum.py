@@ -1,0 +1,178 @@
+"""Momentum in 16 or 8 bits: read into a chunk of scratch, moved on there, and rounded back without a bias.
+
+Rounding is stochastic: a value between two that can be stored becomes either, with the probabilities that
+keep its mean. Increments below half a step are then not lost: they arrive one time in so many. The random bits are
+a function of (seed, step, parameter, element) alone (see ``noise``), in a stream of their own.
+
+bfloat16: 2 bytes a value. int8: a code q of one byte, and for each block of 256 elements of a parameter the largest
+|m| in it, s, in fp32: 1.0156 bytes a value; m = s (q/127) |q/127|, so that small values keep more digits than large
+ones. Blocks are counted from the parameter's first element; a border that cuts one leaves two, each with its own s.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.noise import rounding_bits
+
+BLOCK = 256
+LEVELS = 127
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_LARGEST_BF16 = 0x7F7F0000
+_MAGNITUDE, _SIGN, _KEPT = 0x7FFFFFFF, -0x80000000, -0x10000
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What the random bits of a slice are a function of: ``start`` is its first element's place in its parameter."""
+
+    seed: int
+    stream: int
+    step: int
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(ABC):
+    """A slice of momentum that is not in the dtype of computation.
+
+    writable: whether what a chunk becomes is stored; a pass that only measures must not round.
+    """
+
+    rounding: Rounding
+    writable: bool = True
+
+    @property
+    @abstractmethod
+    def data(self) -> Tensor:
+        """The stored values, (n,)."""
+
+    @abstractmethod
+    def load(self, position: int, out: Tensor) -> None:
+        """Fill ``out`` (k,) with the values at [position, position + k)."""
+
+    @abstractmethod
+    def store(self, position: int, values: Tensor) -> None:
+        """Round ``values`` (k,) to [position, position + k); they are spent."""
+
+    def first_chunk(self, step: int) -> int:
+        """Elements of the first chunk where all following ones have ``step``: no block is cut by a chunk."""
+        return step - self.rounding.start % BLOCK
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def dim(self) -> int:
+        return self.data.dim()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bfloat16(Stored):
+    """values: (n,) of bfloat16."""
+
+    values: Tensor
+
+    @property
+    def data(self) -> Tensor:
+        return self.values
+
+    def load(self, position: int, out: Tensor) -> None:
+        out.copy_(self.values[position : position + out.numel()])
+
+    def store(self, position: int, values: Tensor) -> None:
+        bits = values.view(torch.int32)
+        sign = bits & _SIGN
+        noise = rounding_bits(bits, **_key(self.rounding, position))
+        # What lies between two values of bfloat16 is the low half of an fp32: add up to one step, and cut. The largest
+        # finite value stays what it is.
+        magnitude = (bits & _MAGNITUDE).clamp_(max=_LARGEST_BF16).add_(noise).clamp_(max=_LARGEST_BF16)
+        rounded = (magnitude & _KEPT).bitwise_or_(sign).view(torch.float32)
+        self.values[position : position + values.numel()].copy_(rounded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Stored):
+    """codes: (n,) of int8; scales: one fp32 for each block that the slice touches, in order."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def data(self) -> Tensor:
+        return self.codes
+
+    def load(self, position: int, out: Tensor) -> None:
+        scales, head, blocks = self._blocks(position, out.numel())
+        padded = _in_blocks(self.codes[position : position + out.numel()], head, blocks)
+        decoded = decode(padded, scales.unsqueeze(1))
+        out.copy_(decoded.view(-1)[head : head + out.numel()])
+
+    def store(self, position: int, values: Tensor) -> None:
+        scales, head, blocks = self._blocks(position, values.numel())
+        noise = rounding_bits(values, **_key(self.rounding, position))
+        padded, bits = _in_blocks(values, head, blocks), _in_blocks(noise, head, blocks)
+        largest = padded.abs().amax(dim=1)
+        scales.copy_(largest.masked_fill_(largest < _TINY, 0.0))
+        codes = encode(padded, scales.unsqueeze(1), bits)
+        self.codes[position : position + values.numel()].copy_(codes.view(-1)[head : head + values.numel()])
+
+    def _blocks(self, position: int, numel: int) -> tuple[Tensor, int, int]:
+        """The scales of a chunk, how many elements of its first block lie before it, and how many blocks it touches."""
+        first = self.rounding.start // BLOCK
+        begin = self.rounding.start + position
+        head = begin % BLOCK
+        blocks = -(-(head + numel) // BLOCK)
+        skipped = begin // BLOCK - first
+        return self.scales[skipped : skipped + blocks], head, blocks
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """s t |t|, t = q / 127, in fp32; the quotient by way of a product, which is exact at 0 and at 127."""
+    t = codes.float().mul_(1 / LEVELS)
+    return t.mul_(t.abs()).mul_(scales)
+
+
+def encode(values: Tensor, scales: Tensor, bits: Tensor) -> Tensor:
+    """The codes of ``values`` under ``scales`` (not below any of them), as floats; ``bits``: 16 random ones for each.
+
+    y = 127 sqrt(|m| / s) lies between the codes k and k + 1, whose values are as k^2 and (k + 1)^2: k + 1 is taken
+    with probability (y^2 - k^2) / (2 k + 1), so that the mean of what is stored is m.
+    """
+    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+    y = values.abs().mul_(inverse).sqrt_().mul_(LEVELS)
+    k = y.floor()
+    chance = y.mul_(y).sub_(k * k).div_(k * 2 + 1)
+    k += (bits.float() + 0.5).mul_(2.0**-16) < chance
+    return k.clamp_(max=LEVELS).mul_(values.sign())
+
+
+def scales_numel(start: int, numel: int) -> int:
+    """Blocks that the elements [start, start + numel) of a parameter touch."""
+    return -(-(start + numel) // BLOCK) - start // BLOCK if numel else 0
+
+
+def read_only(m: Tensor | Stored) -> Tensor | Stored:
+    """The same momentum for a pass that measures and stores nothing."""
+    return m if isinstance(m, Tensor) else replace(m, writable=False)
+
+
+def _in_blocks(values: Tensor, head: int, blocks: int) -> Tensor:
+    """(k,) -> (blocks, 256), with zeros before and behind."""
+    padded = values.new_zeros(blocks * BLOCK)
+    padded[head : head + values.numel()] = values
+    return padded.view(blocks, BLOCK)
+
+
+def _key(rounding: Rounding, position: int) -> dict[str, int]:
+    return {
+        "seed": rounding.seed,
+        "stream": rounding.stream,
+        "step": rounding.step,
+        "start": rounding.start + position,
+    }

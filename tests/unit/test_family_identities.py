@@ -1,0 +1,213 @@
+"""What the rules of the family are at the ends of their hyperparameters, and what they move by, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ds_optim
+from tests.reference import Array
+from tests.stepping import (
+    MATRICES,
+    Grads,
+    SmallModel,
+    build,
+    constant_grads,
+    random_grads,
+    take_steps,
+    trained,
+    warmup_cosine,
+    weights_of,
+)
+
+STEPS = 6
+FP32 = {"dtype": "float32"}
+
+
+def assert_same_bits(one: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if (one[name] != other[name]).any()] == []
+
+
+def f32(x: float) -> np.float32:
+    return np.float32(x)
+
+
+# ------------------------------------------------------------------------------------------ one rule is another
+
+AGREEING = [{name: g * (1 + step) for name, g in entry.items()} for step, entry in enumerate(random_grads(1) * STEPS)]
+"""Every element's gradient keeps its sign, and so its momentum agrees with it."""
+
+# (name, hyperparameters, ...) twice, the size of the weights, and the gradients.
+SAME: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], float, list[Grads]]] = {
+    "CLion coordinate, nu 0": ("CLion", {"nu": 0, "lr": 0.01}, "Lion", {"lr": 0.01}, 1.0, random_grads(STEPS)),
+    "CLion tensor, nu 0": (
+        "CLion",
+        {"nu": 0, "gate": "tensor", "lr": 0.01},
+        "Lion",
+        {"lr": 0.01},
+        1.0,
+        random_grads(STEPS),
+    ),
+    "CLion nu 0 without gradients": ("CLion", {"nu": 0}, "Lion", {}, 1.0, constant_grads(0.0, STEPS)),
+    "CautiousLion, all agree": (
+        "CautiousLion",
+        {"lr": 0.01},
+        "Lion",
+        {"lr": 0.01, "betas": (0.95, 0.98)},
+        1.0,
+        AGREEING,
+    ),
+    # Decay goes without the ratio: lr wd = (tau lr) (wd / tau), exact for powers of two.
+    "StableLion saturated at 1/16": (
+        "StableLion",
+        {"lr": 0.01, "trust_ratio_max": 0.0625, "weight_decay": 0.5},
+        "Lion",
+        {"lr": 0.01 / 16, "weight_decay": 8.0},
+        1.0,
+        random_grads(STEPS),
+    ),
+    "StableLion saturated at 4": (
+        "StableLion",
+        {"lr": 0.01, "trust_ratio_max": 4.0, "weight_decay": 0.5},
+        "Lion",
+        {"lr": 0.04, "weight_decay": 0.125},
+        1000.0,
+        random_grads(STEPS),
+    ),
+    "MiMuon, tau 0": (
+        "MiMuon",
+        {"tau": 0, "beta": 0.05, "lr": 0.01, "weight_decay": 0.3, "aux_lr": 0.002, "polar": FP32},
+        "Muon",
+        {"momentum": 0.95, "nesterov": False, "scale": "match_rms_adamw"}
+        | {"lr": 0.01, "weight_decay": 0.3, "aux_lr": 0.002, "polar": FP32},
+        1.0,
+        random_grads(STEPS),
+    ),
+    "LionMuon random, period 1": (
+        "LionMuon",
+        {"period": 1, "period_mode": "random", "polar": FP32},
+        "LionMuon",
+        {"period": 1, "polar": FP32},
+        1.0,
+        random_grads(STEPS),
+    ),
+    "LionMuon random, period inf": (
+        "LionMuon",
+        {"period": "inf", "period_mode": "random", "lr": 0.01},
+        "Lion",
+        {"lr": 0.001, "weight_decay": 0.1},
+        1.0,
+        random_grads(STEPS),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_one_rule_is_another_at_the_end_of_a_range(case: str) -> None:
+    """Bitwise, under a schedule."""
+    one, its_hyper, other, other_hyper, size, grads = SAME[case]
+    schedule = warmup_cosine(STEPS, warmup=2)
+    ours = trained(one, grads, size, schedule, **its_hyper)
+    assert_same_bits(ours, trained(other, grads, size, schedule, **other_hyper))
+
+
+def test_lasm_is_signum_with_layer_scales_while_gradients_are_tiny() -> None:
+    """sigma is 1 to 1e-8 at gradients of 1e-9."""
+    grads = [{name: 1e-9 * g for name, g in entry.items()} for entry in random_grads(STEPS)]
+    scales = {"tall": 2.0, r"^(wide|gain)": 0.25, "l": 3.0}
+    ours = trained("LASM", grads, 0.0, lr=0.01, weight_decay=0.0, layer_scales=scales)
+    plain = trained("Signum", grads, 0.0, lr=0.01, weight_decay=0.0)
+    alphas = {"tall.weight": 2.0, "tall.bias": 2.0, "wide.weight": 0.25, "gain": 0.25}
+    for name, moved in plain.items():
+        np.testing.assert_allclose(ours[name], alphas.get(name, 1.0) * moved, rtol=1e-6)
+    large = trained("LASM", random_grads(STEPS), 0.0, lr=0.01, weight_decay=0.0, layer_scales=scales)
+    assert (
+        np.sign(large["square.weight"]) != np.sign(trained("Signum", random_grads(STEPS), 0.0)["square.weight"])
+    ).any()
+
+
+# --------------------------------------------------------------------------------- what a step is, by hand
+
+
+@pytest.mark.parametrize("gate", ["tensor", "coordinate"])
+def test_clion_with_all_gates_closed_moves_by_the_direction_itself(gate: str) -> None:
+    """fp32 by hand, operation by operation: c = b1 m + (1-b1) g, no sign."""
+    grads, lr, decay = random_grads(3), 0.03, 0.5
+    ours = trained("CLion", grads, nu=1e9, gate=gate, lr=lr, weight_decay=decay)
+    for name, start in weights_of(SmallModel()).items():
+        p: np.ndarray = start.astype(np.float32)
+        m: np.ndarray = np.zeros(start.shape, dtype=np.float32)
+        for entry in grads:
+            g = entry[name].numpy()
+            c = g * f32(1 - 0.9) + m * f32(0.9)
+            p = (p * f32(1 - lr * decay) if p.ndim > 1 else p) - c * f32(lr)
+            m = m * f32(0.99) + g * f32(1 - 0.99)
+        np.testing.assert_array_equal(ours[name], p)
+
+
+@pytest.mark.parametrize("gate", ["frobenius", "singular_gap"])
+def test_mimuon_with_all_gates_closed_is_sgd_with_momentum(gate: str) -> None:
+    """At raw_lr, which a schedule of lr moves along; a single number has no gap, and so stays open."""
+    grads, schedule, b, raw, decay = random_grads(4), [1.0, 0.5, 0.25, 2.0], 0.05, 0.02, 0.5
+    hyper: dict[str, Any] = {"beta": b, "gate": gate, "tau": 1e9, "lr": 0.01, "raw_lr": raw, "weight_decay": decay}
+    ours = trained("MiMuon", grads, 1.0, schedule, **hyper)
+    for name in MATRICES:
+        start = weights_of(SmallModel())[name]
+        if gate == "singular_gap" and min(start.shape[0], start[0].size) == 1:
+            continue
+        p: np.ndarray = start.astype(np.float32)
+        m: np.ndarray = np.zeros(start.shape, dtype=np.float32)
+        for entry, factor in zip(grads, schedule, strict=True):
+            m = entry[name].numpy() * f32(b) + m * f32(1 - b)
+            p = p * f32(1 - raw * factor * decay) - m * f32(raw * factor)
+        np.testing.assert_array_equal(ours[name], p)
+
+
+def test_unsaturated_stable_lion_moves_by_the_ratio_of_the_norms() -> None:
+    start, (entry,), lr = weights_of(SmallModel(0.7)), random_grads(1), 2.0
+    after = trained("StableLion", [entry], 0.7, lr=lr, weight_decay=0.0, trust_ratio_max=1e6)
+    for name, before in start.items():
+        ratio = np.linalg.norm(before) / np.linalg.norm(entry[name].double().numpy())
+        # The difference of two fp32 numbers of about 1, of one rounding each.
+        np.testing.assert_allclose(np.abs(after[name] - before), lr * ratio, atol=2.0**-22)
+        norm = np.linalg.norm(after[name] - before)
+        assert norm == pytest.approx(lr * ratio * before.size**0.5, rel=1e-6), name
+
+
+@pytest.mark.parametrize("size", [0.3, 5.0])
+def test_lamb_moves_by_the_norm_of_the_parameter(size: float) -> None:
+    """lr min(||theta||, 10), whatever the gradient: of every parameter, at the first step and the second."""
+    model = SmallModel(size)
+    optimizer = build("Lamb", model, lr=0.25, weight_decay=0.1)
+    capped = 0
+    for entry in random_grads(2):
+        before = weights_of(model)
+        take_steps(model, optimizer, [entry])
+        for name, after in weights_of(model).items():
+            norm = float(np.linalg.norm(before[name]))
+            capped += norm > 10
+            assert np.linalg.norm(after - before[name]) == pytest.approx(0.25 * min(norm, 10.0), rel=1e-6), name
+    assert (capped > 0) == (size > 1)
+
+
+class Flat(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(count))
+
+
+@pytest.mark.parametrize(("present", "boost"), [(1, 1000), (5, 1000), (10, 500), (2500, 2), (5000, 1)])
+def test_cautious_lion_boosts_a_sparse_gradient_at_most_a_thousandfold(present: int, boost: int) -> None:
+    """Of 5000 elements so many have a gradient: those move by lr N / max(present, N / 1000), the others not."""
+    model, lr = Flat(5000), 2.0**-8
+    model.weight.grad = torch.zeros(5000)
+    model.weight.grad[:present] = -1.0
+    ds_optim.CautiousLion(ds_optim.param_groups(model), lr=lr).step()
+    assert model.weight[:present].tolist() == [lr * boost] * present
+    assert not model.weight[present:].any()
