@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import native
 from ds_optim.elementwise.momentum import Stored
 
 # CPU, one thread: small chunks pay for dispatch, large ones for memory. Lion's step over 10M elements took
@@ -81,9 +82,10 @@ def chunks(*tensors: Tensor | Stored | None, buffers: list[Tensor]) -> Iterator[
             yield *row, *cut
             continue
         values = loaded[:numel]
-        stored[0].load(position, values)
+        if not native.load(stored[0], position, values):
+            stored[0].load(position, values)
         yield *(values if view is stored[0] else view for view in row), *cut
-        if stored[0].writable:
+        if stored[0].writable and not native.store(stored[0], position, values):
             stored[0].store(position, values)
         position += numel
 

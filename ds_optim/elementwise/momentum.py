@@ -141,15 +141,16 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 def encode(values: Tensor, scales: Tensor, bits: Tensor) -> Tensor:
     """The codes of ``values`` under ``scales`` (not below any of them), as floats; ``bits``: 16 random ones for each.
 
-    y = 127 sqrt(|m| / s) lies between the codes k and k + 1, whose values are as k^2 and (k + 1)^2: k + 1 is taken
-    with probability (y^2 - k^2) / (2 k + 1), so that the mean of what is stored is m.
+    x = 127^2 |m| / s lies between k^2 and (k + 1)^2, which the codes k and k + 1 stand for: k + 1 is taken with
+    probability (x - k^2) / (2 k + 1), so that the mean of what is stored is m.
     """
     inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
-    y = values.abs().mul_(inverse).sqrt_().mul_(LEVELS)
-    k = y.floor()
-    chance = y.mul_(y).sub_(k * k).div_(k * 2 + 1)
-    k += (bits.float() + 0.5).mul_(2.0**-16) < chance
-    return k.clamp_(max=LEVELS).mul_(values.sign())
+    x = values.abs().mul_(inverse).mul_(LEVELS**2)
+    # By way of fp64, which rounds as a processor's own root does: a vector library's may be a last bit off.
+    k = x.double().sqrt_().float().floor_()
+    above = x.sub_(k * k).mul_(2.0**16)
+    k += ((bits.float() + 0.5).mul_(k * 2 + 1) < above).float()
+    return k.clamp_(max=LEVELS).copysign_(values)
 
 
 def scales_numel(start: int, numel: int) -> int:

@@ -15,6 +15,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
+_BLOCK = 256
 # Ten rounds are a hundred passes over 8-byte integers: worth staying in a CPU's second-level cache for.
 _CPU_CHUNK = 1 << 14
 
@@ -43,19 +44,21 @@ def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int)
 def rounding_bits(like: Tensor, *, seed: int, stream: int, step: int, start: int) -> Tensor:
     """16 random bits for each of the elements [start, start + n) of a parameter, int32 (n,), for rounding.
 
-    One counter (step, element // 8) serves 8 elements: element % 8 counts the halves of its four words, low ones
-    first. The stream is the parameter's, with every bit turned over, so that it is none of any rule's noise.
+    A block of 256 elements takes the 32 counters (step, element // 256 * 32 + element % 32): first the low halves of
+    their first words, then the high ones, and so on through the four words, so that neighbours are computed side by
+    side. The stream is the parameter's, with every bit turned over, so that it is none of any rule's noise.
     """
     end = start + like.numel()
     key = seed, stream ^ _LOW
     out = torch.empty(like.numel(), dtype=torch.int32, device=like.device)
-    size = _CPU_CHUNK * 8 if like.device.type == "cpu" else max(like.numel() + 8, 8)
-    for first in range(start // 8 * 8, end, size):
-        last = min(first + size, -(-end // 8) * 8)
+    size = _CPU_CHUNK * 8 if like.device.type == "cpu" else -(-(like.numel() + _BLOCK) // _BLOCK) * _BLOCK
+    for first in range(start // _BLOCK * _BLOCK, end, size):
+        last = min(first + size, -(-end // _BLOCK) * _BLOCK)
         words = philox(torch.arange(first // 8, last // 8, device=like.device), step, key)
-        halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1).view(-1)
+        halves = [half.view(-1, _BLOCK // 8) for word in words for half in (word & 0xFFFF, word >> 16)]
+        bits = torch.stack(halves, dim=1).view(-1)
         begin, stop = max(first, start), min(last, end)
-        out[begin - start : stop - start] = halves[begin - first : stop - first]
+        out[begin - start : stop - start] = bits[begin - first : stop - first]
     return out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend, advance, check_flat, direction, move_on
 from ds_optim.elementwise.chunks import Scratch, chunks
 from ds_optim.elementwise.momentum import Stored, read_only
@@ -139,7 +140,8 @@ def stochastic_sign_step(
     with torch.no_grad():
         position = start
         for weights, momentum, limit, noise in chunks(p, read_only(m), bounds, buffers=buffers):
-            uniform_noise(noise, seed=seed, stream=stream, step=step, start=position)
+            if not native.uniform_noise(noise, seed=seed, stream=stream, step=step, start=position):
+                uniform_noise(noise, seed=seed, stream=stream, step=step, start=position)
             noise.mul_(bound if limit is None else limit).add_(momentum)
             decayed(weights, lr, decay).sub_(noise.sign_(), alpha=lr)
             position += weights.numel()

@@ -79,7 +79,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         options: Mapping[str, Any],
     ) -> None:
         check_options(type(self), options)
-        self._polar = PolarSpec.from_json(dict(options.get("polar", {})))
+        self._polar = PolarSpec.from_json(options.get("polar", {}))
         self._exchange = check_exchange(options.get("exchange", {}))
         groups = build_groups(
             params,
@@ -169,9 +169,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
             return loss
         scratch = Scratch()  # for this call only: nothing but state outlives a step
-        for group in self.param_groups:
-            if group["params"]:
-                self._step_unit(binding, group, scratch)
+        units = [self._step_unit(binding, group, scratch) for group in self.param_groups if group["params"]]
+        if self._diagnostics is not None and len(binding.layout.units) - 1 in units:
+            self._diagnostics.log(binding.comm.rank)
         return loss
 
     def _bound(self) -> Binding:
@@ -241,15 +241,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 kept.setdefault(unit.params[param].name, 0.0)
         state.setdefault(STEP, 0)
 
-    def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> None:
-        """What one flat partition (or, unsharded, one group of parameters) is due."""
+    def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> int:
+        """What one flat partition (or, unsharded, one group of parameters) is due; the unit's number."""
         number = binding.unit_of(group["params"][0])
         assert number is not None
         local = Local(
             binding.layout.units[number], binding.comm, group["params"], self.state, scratch, group.get("seed", 0)
         )
         if len(local.absent) == len(local.tensors):
-            return
+            if self._diagnostics is not None:
+                self._diagnostics.forget(number)
+            return number
         if binding.sharded and local.absent:
             raise RuntimeError("ZeRO called step() without a gradient in the flat partition: nothing was changed")
         rule = RULES[group["rule"]]
@@ -266,8 +268,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         local.count_step()
         if self._diagnostics and old is not None:
             self._diagnostics.after(number, group["name"], local, old, update, done)
-            if number == len(binding.layout.units) - 1:
-                self._diagnostics.log(binding.comm.rank, local.step)
+        return number
 
 
 def _restore_momentum(state: dict[str, Any], saved: Mapping[str, Any], wanted: torch.dtype) -> None:

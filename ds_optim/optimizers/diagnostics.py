@@ -34,6 +34,7 @@ class Diagnostics:
             logger.setLevel(logging.INFO)
         self._counts: dict[int, tuple[str, list[float]]] = {}
         self._shown: dict[int, list[Mapping[str, float]]] = {}
+        self._step = 0
 
     @staticmethod
     def before(local: Local) -> list[Tensor]:
@@ -41,7 +42,7 @@ class Diagnostics:
         return [p.clone() for p in local.p]
 
     def after(self, unit: int, group: str, local: Local, old: list[Tensor], update: Update, own: Outcome) -> None:
-        """Count what a unit's step has done: one all-reduce of four numbers.
+        """Count what a unit's step has done: one all-reduce of four numbers, for gates another one of one a parameter.
 
         own: the rule's decisions, or its open gates.
         """
@@ -56,10 +57,15 @@ class Diagnostics:
             counts += torch.cat([sums.cpu(), torch.tensor([float(held.numel)], dtype=torch.float64)])
         counts = local.comm.all_reduce(counts.to(local.comm.device(counts.device)))
         self._counts[unit] = group, counts.tolist()
+        self._step = local.step
         self._shown[unit] = [value.shown for value in own.values() if isinstance(value, Decision)]
-        flags = [float(value) for value in own.values() if isinstance(value, bool)]
-        if flags:
-            self._shown[unit].append({"open gates": sum(flags) / len(flags)})
+        if isinstance(update, MatrixUpdate) and update.gate is not None:
+            self._shown[unit] = [{"open gates": flag} for flag in _joined(local, own) if math.isfinite(flag)]
+
+    def forget(self, unit: int) -> None:
+        """The unit took no part in this step."""
+        self._counts.pop(unit, None)
+        self._shown.pop(unit, None)
 
     @property
     def latest(self) -> dict[str, float]:
@@ -77,11 +83,19 @@ class Diagnostics:
                 found[f"{group}/{name}"] = joined
         return found
 
-    def log(self, rank: int, step: int) -> None:
+    def log(self, rank: int) -> None:
         """One line on rank 0."""
         if rank == 0:
-            text = ", ".join(f"{name} {value:.4g}" for name, value in self.latest.items())
-            logger.info("step %d: %s", step, text)
+            logger.info("step %d: %s", self._step, ", ".join(f"{name} {v:.4g}" for name, v in self.latest.items()))
+
+
+def _joined(local: Local, opened: Outcome) -> list[float]:
+    """For each parameter of the unit whether its gate was open, as some rank has it; infinity where none has."""
+    flags = torch.full((len(local.unit.params),), math.inf, dtype=torch.float64)
+    for param, flag in opened.items():
+        flags[param] = float(bool(flag))
+    flags = flags.to(local.comm.device(flags.device))
+    return [float(flag) for flag in local.comm.all_reduce(flags, "min").tolist()]
 
 
 def _decay_factors(update: Update, own: Decision | bool | None) -> list[float]:

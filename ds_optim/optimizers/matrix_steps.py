@@ -28,7 +28,7 @@ Opened = Mapping[int, bool]
 
 def step_matrices(local: Local, worker: MatrixWorker, update: MatrixUpdate) -> Opened:
     """Carry out ``update`` on every matrix of a unit; says which gates were open (all, for rules without)."""
-    opened = dict.fromkeys(range(len(local.unit.params)), True)
+    opened = dict.fromkeys(_present(local), True)
     if update.gate is not None:
         opened = _gates(local, worker, update.blend, update.gate)
         if update.gate.figure == "frobenius" and not any(opened.values()):  # known alike on all ranks
@@ -55,6 +55,12 @@ def step_matrices(local: Local, worker: MatrixWorker, update: MatrixUpdate) -> O
     return opened
 
 
+def _present(local: Local) -> list[int]:
+    """The parameters that take part: unsharded, those with a gradient."""
+    absent = local.absent if local.unit.cut == "none" else ()
+    return [param for param in range(len(local.unit.params)) if param not in absent]
+
+
 def _step_raw(local: Local, update: MatrixUpdate) -> None:
     """Every gate is closed: nothing needs to travel."""
     for held in local.slices():
@@ -77,7 +83,7 @@ def _gates(local: Local, worker: MatrixWorker, blend: Blend, gate: Gate) -> dict
         measure = Measure(op="sum", columns=1, partial=lambda piece: [_square_sum(piece, blend)])
         rows = measured(local, measure)
         norms = [math.sqrt(total / worker.matrices_of(param)) for param, (total,) in enumerate(rows)]
-        return {param: norm >= gate.threshold for param, norm in enumerate(norms)}
+        return {param: norms[param] >= gate.threshold for param in _present(local)}
 
     def fill(held: Slice, messages: Sequence[Tensor]) -> None:
         piece = local.piece(held)

@@ -7,6 +7,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ds_optim.elementwise.blend import Blend
+from ds_optim.errors import UserError
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_at_least_zero, check_choice, check_new_weight
@@ -64,8 +65,10 @@ class MiMuon(ZeroOptimizer):
         scale: str = "match_rms_adamw",
         **options: Unpack[MatrixOptions],
     ) -> None:
-        raw = check_at_least_zero("raw_lr", lr if raw_lr is None else raw_lr)
         lr = check_at_least_zero("lr", lr)
+        raw = check_at_least_zero("raw_lr", lr if raw_lr is None else raw_lr)
+        if raw and not lr:
+            raise UserError("lr is 0 and raw_lr is not: write the peak lr and let a scheduler start it at 0")
         hyper = {
             "beta": check_new_weight("beta", beta),
             "gate": check_choice("gate", gate, ["frobenius", "singular_gap"]),

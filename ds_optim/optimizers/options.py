@@ -85,7 +85,9 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
     check_bool("diagnostics", options.get("diagnostics", False))
 
 
-def check_exchange(options: Mapping[str, Any]) -> dict[str, Any]:
+def check_exchange(options: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise UserError(f'exchange is {options!r}: write an object such as {{"bucket_mb": 64, "overlap": true}}')
     check_keys("exchange", options, EXCHANGE_DEFAULTS)
     merged = {**EXCHANGE_DEFAULTS, **options}
     check_positive("exchange.bucket_mb", merged["bucket_mb"])
@@ -125,7 +127,7 @@ def build_groups(
     lr = check_at_least_zero("lr", lr)
     weight_decay = check_at_least_zero("weight_decay", weight_decay)
     decay_1d = bool(options.get("decay_1d", False))
-    groups = _named_groups(params, needs_names=has_aux or by_name)
+    groups = _named_groups(params, needs_groups=has_aux, needs_names=by_name)
     aux = aux_hyper(options, weight_decay) if has_aux else None
     filled = []
     for group in groups:
@@ -144,7 +146,7 @@ def build_groups(
     return filled
 
 
-def _named_groups(params: Any, *, needs_names: bool) -> list[dict[str, Any]]:
+def _named_groups(params: Any, *, needs_groups: bool, needs_names: bool) -> list[dict[str, Any]]:
     items = list(params)
     if not items:
         raise UserError("the optimizer got no parameters: pass ds_optim.param_groups(model)")
@@ -155,8 +157,12 @@ def _named_groups(params: Any, *, needs_names: bool) -> list[dict[str, Any]]:
                     "parameter groups must come from ds_optim.param_groups(model), which names their members"
                 )
         return items
-    if needs_names:
+    if needs_groups:
         raise UserError("this optimizer asks for names and shapes of parameters: pass ds_optim.param_groups(model)")
+    if needs_names and not all(isinstance(item, tuple) for item in items):
+        raise UserError(
+            "this optimizer asks for names of parameters: pass ds_optim.param_groups(model) or model.named_parameters()"
+        )
     return unnamed_group(items)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from typing_extensions import Unpack
@@ -56,7 +57,8 @@ class SpectralLion(ZeroOptimizer):
         **options: Unpack[MatrixOptions],
     ) -> None:
         kind = check_choice("basis", basis, ["weight", "momentum"])
-        options["polar"] = {"method": "svd", **options.get("polar", {})}
+        polar = options.get("polar", {})
+        options["polar"] = {"method": "svd", **polar} if isinstance(polar, Mapping) else polar
         super().__init__(
             params,
             rule=f"spectral_lion_{kind}",

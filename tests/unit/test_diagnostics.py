@@ -31,7 +31,7 @@ FAMILY: list[tuple[str, dict[str, Any]]] = [
     ("LASM", {"variance": "element"}),
     ("StoSignSGD", {}),
     ("StoSignSGD", {"bound": "element"}),
-    ("MiMuon", {**FP32, "tau": 0.3}),
+    ("MiMuon", {**FP32, "tau": 0.3, "raw_lr": 0.05}),
     ("MiMuon", {**FP32, "tau": 0.02, "gate": "singular_gap"}),
     ("SpectralLion", {}),
     ("Lamb", {}),

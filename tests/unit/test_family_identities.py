@@ -135,6 +135,12 @@ def test_lasm_is_signum_with_layer_scales_while_gradients_are_tiny() -> None:
 # --------------------------------------------------------------------------------- what a step is, by hand
 
 
+class Flat(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(count))
+
+
 @pytest.mark.parametrize("gate", ["tensor", "coordinate"])
 def test_clion_with_all_gates_closed_moves_by_the_direction_itself(gate: str) -> None:
     """fp32 by hand, operation by operation: c = b1 m + (1-b1) g, no sign."""
@@ -149,6 +155,30 @@ def test_clion_with_all_gates_closed_moves_by_the_direction_itself(gate: str) ->
             p = (p * f32(1 - lr * decay) if p.ndim > 1 else p) - c * f32(lr)
             m = m * f32(0.99) + g * f32(1 - 0.99)
         np.testing.assert_array_equal(ours[name], p)
+
+
+@pytest.mark.parametrize("gate", ["tensor", "coordinate"])
+def test_clions_gate_is_open_at_the_threshold(gate: str) -> None:
+    """c = g / 2 is nu, or just below it."""
+    for value, moved in [(0.5, 1.0), (0.4375, 0.21875)]:
+        model = Flat(3)
+        model.weight.grad = torch.tensor([value, -value, 0.0])
+        ds_optim.CLion(ds_optim.param_groups(model), lr=1.0, betas=(0.5, 0.5), nu=0.25, gate=gate).step()
+        assert model.weight.tolist() == [-moved, moved, 0.0]
+
+
+@pytest.mark.parametrize("gate", ["frobenius", "singular_gap"])
+def test_mimuons_gate_is_open_at_the_threshold(gate: str) -> None:
+    """Singular values 4 and 3, and so the norm 5 and the gap 1: by the polar factor there, by M just above."""
+    tau = 5.0 if gate == "frobenius" else 1.0
+    for threshold, moved in [(tau, 2.0), (tau * 1.001, 8.0)]:
+        model = nn.Linear(2, 2, bias=False)
+        nn.init.zeros_(model.weight)
+        model.weight.grad = torch.tensor([[4.0, 0.0], [0.0, 3.0]])
+        hyper: dict[str, Any] = {"scale": "unit_rms", "weight_decay": 0.0, "polar": {"method": "svd"}}
+        groups = ds_optim.param_groups(model)
+        ds_optim.MiMuon(groups, lr=2.0, beta=1.0, gate=gate, tau=threshold, **hyper).step()
+        assert model.weight.tolist() == [[-moved, 0.0], [0.0, -2.0 if moved == 2 else -6.0]]
 
 
 @pytest.mark.parametrize("gate", ["frobenius", "singular_gap"])
@@ -194,12 +224,6 @@ def test_lamb_moves_by_the_norm_of_the_parameter(size: float) -> None:
             capped += norm > 10
             assert np.linalg.norm(after - before[name]) == pytest.approx(0.25 * min(norm, 10.0), rel=1e-6), name
     assert (capped > 0) == (size > 1)
-
-
-class Flat(nn.Module):
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(count))
 
 
 @pytest.mark.parametrize(("present", "boost"), [(1, 1000), (5, 1000), (10, 500), (2500, 2), (5000, 1)])

@@ -1,0 +1,169 @@
+"""Calls of the compiled kernels. Each answers whether it could do the work; if not, nothing was touched."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Int8, Rounding, Stored
+from ds_optim.elementwise.native.library import library
+
+_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
+# Elements worth a thread of their own: about 20 microseconds of work. A multiple of a block.
+_GRAIN = 1 << 16
+
+
+class _Key(ctypes.Structure):
+    _fields_ = (("seed", c_uint64), ("stream", c_uint64), ("step", c_uint64), ("start", c_uint64))
+
+
+class _Momentum(ctypes.Structure):
+    _fields_ = (("kind", c_int), ("values", c_void_p), ("scales", c_void_p), ("key", _Key))
+
+
+class _Blend(ctypes.Structure):
+    _fields_ = (("d0", c_float), ("d1", c_float), ("k0", c_float), ("k1", c_float))
+
+
+Weights = tuple[float, float, float, float]
+"""(d0, d1, k0, k1) of a blend."""
+
+
+def sign_step(p: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights, lr: float, factor: float) -> bool:
+    """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
+    lib = library()
+    if lib is None or not _plain(p, g) or not _known(m):
+        return False
+    blend = _Blend(*weights)
+
+    def part(begin: int, count: int) -> None:
+        lib.ds_optim_sign_step(
+            c_int64(count), _at(p, begin), _momentum(m, begin), _at(g, begin), blend, c_float(lr), c_float(factor)
+        )
+
+    _in_parts(p.numel(), m, part)
+    return True
+
+
+def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights) -> bool:
+    """out <- d0 m + d1 g; m <- k0 m + k1 g."""
+    lib = library()
+    if lib is None or not _plain(g) or not _known(m) or not _is_flat_cpu(out) or out.dtype not in _KINDS:
+        return False
+    if out.dtype == torch.int8 or out.data_ptr() == g.data_ptr():
+        return False
+    blend, kind = _Blend(*weights), c_int(_KINDS[out.dtype])
+    writable = c_int(m.writable if isinstance(m, Stored) else 1)
+
+    def part(begin: int, count: int) -> None:
+        lib.ds_optim_blend_into(
+            c_int64(count), _at(out, begin), kind, _momentum(m, begin), _at(g, begin), blend, writable
+        )
+
+    _in_parts(g.numel(), m, part)
+    return True
+
+
+def apply_update(p: Tensor, update: Tensor, rate: float, factor: float) -> bool:
+    """p <- factor p - rate update."""
+    lib = library()
+    if lib is None or not _plain(p) or not _is_flat_cpu(update) or update.dtype not in _KINDS:
+        return False
+    kind = c_int(_KINDS[update.dtype])
+
+    def part(begin: int, count: int) -> None:
+        lib.ds_optim_apply_update(
+            c_int64(count), _at(p, begin), _at(update, begin), kind, c_float(rate), c_float(factor)
+        )
+
+    _in_parts(p.numel(), None, part)
+    return True
+
+
+def load(m: Stored, position: int, out: Tensor) -> bool:
+    """out <- the values of ``m`` at [position, position + k)."""
+    lib = library()
+    if lib is None or not _plain(out) or not _known(m):
+        return False
+    lib.ds_optim_load(c_int64(out.numel()), _momentum(m, position), _at(out, 0))
+    return True
+
+
+def store(m: Stored, position: int, values: Tensor) -> bool:
+    """Round ``values`` (k,) to [position, position + k) of ``m``."""
+    lib = library()
+    if lib is None or not _plain(values) or not _known(m):
+        return False
+    lib.ds_optim_store(c_int64(values.numel()), _momentum(m, position), _at(values, 0))
+    return True
+
+
+def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int) -> bool:
+    """As ``noise.uniform_noise``."""
+    lib = library()
+    if lib is None or not _plain(out):
+        return False
+    lib.ds_optim_uniform_noise(c_int64(out.numel()), _at(out, 0), _Key(seed, stream, step, start))
+    return True
+
+
+def _is_flat_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return all(_is_flat_cpu(tensor) and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _known(m: Tensor | Stored | None) -> bool:
+    if isinstance(m, Stored):
+        return isinstance(m, Bfloat16 | Int8) and _is_flat_cpu(m.data)
+    return m is None or _plain(m)
+
+
+def _at(tensor: Tensor, begin: int) -> c_void_p:
+    return c_void_p(tensor.data_ptr() + begin * tensor.element_size())
+
+
+def _momentum(m: Tensor | Stored | None, begin: int) -> _Momentum:
+    """The part of a momentum that starts at its element ``begin``."""
+    if m is None:
+        return _Momentum(0, None, None, _Key(0, 0, 0, 0))
+    if isinstance(m, Tensor):
+        return _Momentum(_KINDS[m.dtype], _at(m, begin), None, _Key(0, 0, 0, 0))
+    scales = None
+    if isinstance(m, Int8):
+        block = (m.rounding.start + begin) // BLOCK - m.rounding.start // BLOCK
+        scales = _at(m.scales, block)
+    return _Momentum(_KINDS[m.data.dtype], _at(m.data, begin), scales, _key(m.rounding, begin))
+
+
+def _key(rounding: Rounding, begin: int) -> _Key:
+    return _Key(rounding.seed, rounding.stream, rounding.step, rounding.start + begin)
+
+
+def _in_parts(numel: int, m: Tensor | Stored | None, part: Callable[[int, int], None]) -> None:
+    """Deal a tensor out to torch's threads, cut where no block of momentum is."""
+    threads = min(torch.get_num_threads(), numel // _GRAIN)
+    if threads < 2:
+        part(0, numel)
+        return
+    head = -m.rounding.start % BLOCK if isinstance(m, Stored) else 0
+    width = -(-numel // (threads * BLOCK)) * BLOCK
+    edges = [0, *range(head + width, numel, width), numel]
+    jobs = [_pool(threads).submit(part, a, b - a) for a, b in pairwise(edges)]
+    for job in jobs:
+        job.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """ctypes lets go of the interpreter during a call, so that Python's threads work side by side."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="ds_optim")
