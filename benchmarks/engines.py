@@ -17,7 +17,10 @@ CASES: dict[str, dict[str, Any]] = {
     "Lion": {"type": "Lion", "params": {}},
     "Muon": {"type": "Muon", "params": {"lr": 1e-3}},
     "LionMuon": {"type": "LionMuon", "params": {"lr": 1e-3, "period": 2}},
+    "SpectralLion": {"type": "SpectralLion", "params": {"basis": "weight"}},
+    "SpectralLion-momentum": {"type": "SpectralLion", "params": {"basis": "momentum"}},
 }
+DEFAULT_CASES = ("AdamW", "deepspeed:Muon", "Lion", "Muon", "LionMuon")
 
 
 def qwen3(width: int, layers: int, vocabulary: int, seed: int = 0) -> torch.nn.Module:

@@ -5,7 +5,8 @@
 Counted twice: what is handed to collectives (dispatched operators, DeepSpeed's own included), and what passes the
 loopback interface of a network namespace that holds nothing but the ranks (headers included; skipped where a namespace
 is not permitted). The formula for stage 3 is 2 (N-1)/N^2 elements of 2 bytes per matrix element for a step that
-orthogonalizes, a P-th of it for LionMuon, 0 for sign rules; at stages 1 and 2 it is what the exchange's plan says.
+orthogonalizes, a P-th of it for LionMuon, 0 for sign rules (SpectralLion: 2 bytes there, with the weights' basis 4 more,
+and 1 back); at stages 1 and 2 it is what the exchange's plan says.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def measure(
         found[case] = {
             "handed": counter.sent_bytes / STEPS,
             "interface": (after - before) / STEPS,
-            "planned": sum(w.plan.traffic(rank) for w in workers.values()) * 2,
+            "planned": sum(w.sent_bytes(rank) for w in workers.values()),
+            "bytes_an_element": max((sum(w.travelling) for w in workers.values()), default=0),
             "matrix_elements": sum(s.numel for w in workers.values() for s in w.plan.unit.params),
         }
         engine.destroy()
@@ -66,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stages", default="1,2,3")
-    parser.add_argument("--cases", default=",".join(engines.CASES))
+    parser.add_argument("--cases", default=",".join(engines.DEFAULT_CASES))
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -89,7 +91,8 @@ def report(stage: int, by_rank: list[Any], private: bool, options: Any) -> None:
         every = 2 if case == "LionMuon" else 1
         elements = by_rank[0][case]["matrix_elements"]
         planned = sum(r[case]["planned"] for r in by_rank) / n / every
-        formula = 2 * (n - 1) / n**2 * elements * 2 / every if stage == 3 else planned
+        an_element = by_rank[0][case]["bytes_an_element"]
+        formula = (n - 1) / n**2 * elements * an_element / every if stage == 3 else planned
         extra: dict[str, Any] = {
             "handed_over_adamw": handed[case] - handed["AdamW"],
             "planned": planned,

@@ -63,10 +63,15 @@ class MatrixWorker:
         """A hash of all that the ranks must agree on."""
         return f"{self.plan.digest()} {self.shape.name} {self._polar}"
 
+    @property
+    def travelling(self) -> tuple[int, int]:
+        """Bytes of an element on its way to the owner, and of its result on the way back."""
+        return sum(dtype.itemsize for dtype in self._exchange.dtypes), self._exchange.result.itemsize
+
     def sent_bytes(self, rank: int) -> int:
         """Bytes that ``rank`` sends in one exchange: its slices out, and its results back."""
-        out = sum(dtype.itemsize for dtype in self._exchange.dtypes)
-        return self.plan.slices_sent(rank) * out + self.plan.results_sent(rank) * self._exchange.result.itemsize
+        there, back = self.travelling
+        return self.plan.slices_sent(rank) * there + self.plan.results_sent(rank) * back
 
     def matrices_of(self, param: int) -> int:
         """How many matrices a parameter is."""
