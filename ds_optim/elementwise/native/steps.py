@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
@@ -158,12 +159,15 @@ def _in_parts(numel: int, m: Tensor | Stored | None, part: Callable[[int, int], 
     head = -m.rounding.start % BLOCK if isinstance(m, Stored) else 0
     width = -(-numel // (threads * BLOCK)) * BLOCK
     edges = [0, *range(head + width, numel, width), numel]
-    jobs = [_pool(threads).submit(part, a, b - a) for a, b in pairwise(edges)]
+    jobs = [_pool(threads, os.getpid()).submit(part, a, b - a) for a, b in pairwise(edges)]
     for job in jobs:
         job.result()
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """ctypes lets go of the interpreter during a call, so that Python's threads work side by side."""
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """ctypes lets go of the interpreter during a call, so that Python's threads work side by side.
+
+    One for each process: a forked one has the parent's pool, and none of its threads.
+    """
     return ThreadPoolExecutor(threads, thread_name_prefix="ds_optim")
