@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise import native
+from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.chunks import Scratch, chunks
 from ds_optim.elementwise.momentum import Stored
 
@@ -31,7 +31,8 @@ def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, blend: Blend, 
     direction[1] * g. Roundings: see ``direction``, and one more where ``out`` has another dtype.
     """
     check_flat(g, out=out, m=m)
-    if native.blend_into(out, m, g, (*blend.direction, *blend.momentum)):
+    weights = (*blend.direction, *blend.momentum)
+    if native.blend_into(out, m, g, weights) or fused.blend_into(out, m, g, weights):
         return
     buffers = (scratch or Scratch()).take(2, g)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise import native
+from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, advance, check_flat
 from ds_optim.elementwise.chunks import Scratch, chunks
 from ds_optim.elementwise.momentum import Stored, read_only
@@ -35,7 +35,8 @@ def sign_step(
     Reads p, m, g and writes p, m once.
     """
     check_flat(p, m=m, g=g)
-    if native.sign_step(p, m, g, (*blend.direction, *blend.momentum), lr * scale, 1 - lr * decay):
+    numbers = (*blend.direction, *blend.momentum), lr * scale, 1 - lr * decay
+    if native.sign_step(p, m, g, *numbers) or fused.sign_step(p, m, g, *numbers):
         return
     buffers = (scratch or Scratch()).take(2, p)
     with torch.no_grad():
@@ -88,8 +89,10 @@ def apply_update(
     A bfloat16 update is brought to p's dtype first; lr times scale is rounded to p's dtype once.
     """
     check_flat(p, update=update)
-    if isinstance(update, Tensor) and native.apply_update(p, update, lr * scale, 1 - lr * decay):
-        return
+    if isinstance(update, Tensor):
+        numbers = lr * scale, 1 - lr * decay
+        if native.apply_update(p, update, *numbers) or fused.apply_update(p, update, *numbers):
+            return
     buffers = (scratch or Scratch()).take(1, p)
     with torch.no_grad():
         for weights, change, a in chunks(p, read_only(update), buffers=buffers):
