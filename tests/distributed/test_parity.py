@@ -72,6 +72,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], dic
     "all_partitioned": (("Muon",), (3,), (2,), {"zero": {"stage3_param_persistence_threshold": 0}}, {}),
     "tiny_buckets": (("LionMuon",), (1, 2, 3), (3, 4), {}, _TINY_BUCKETS),
     "tiny_buckets-in_turn": (("Muon",), (3,), (3,), {}, {"exchange": {"bucket_mb": 0.001, "overlap": False}}),
+    "momentum_bf16": (("Lion", "LionMuon"), (1, 3), (2, 3), {}, {"momentum_dtype": "bfloat16"}),
+    "momentum_bf16-offload": (("LionMuon",), (2,), (2,), {"zero": _OFFLOAD}, {"momentum_dtype": "bfloat16"}),
     "clipped": (("Muon",), (1, 2, 3), (2,), _CLIPPED, {}),
     "clipped-bf16": (("LionMuon",), (1, 2, 3), (3,), {**_CLIPPED, "dtype": "bf16"}, {}),
     "polar_bf16": (("Muon",), (1, 3), (2, 4), {}, {"polar": BF16}),
