@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LASM, element": ("LASM", {"variance": "element"}),
     "StoSignSGD, element": ("StoSignSGD", {"bound": "element"}),
     "CLion, tensor": ("CLion", {"gate": "tensor"}),
-    "SpectralLion, momentum": ("SpectralLion", {"basis": "momentum"}),
+    "SpectralLion, weight": ("SpectralLion", {"basis": "weight"}),
     "LionMuon, period 5": ("LionMuon", {"period": 5, "lr": 3e-3, "sign_lr_ratio": 30}),
 }
 CASES = (*REFERENCES, *(name for name in OPTIMIZERS if name not in REFERENCES), *VARIANTS)

@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | version``.
+"""The command line: ``ds-optim train | compare | estimate | bench | version``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
+from ds_optim.train.estimate_cli import estimate
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
@@ -26,6 +28,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+app.command()(estimate)
+app.add_typer(bench_app, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -25,7 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpus {gpus}: write a number of GPUs, 0 for none")
     # DeepSpeed picks its accelerator at import, in this process too.
     os.environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
+    # What somebody has measured on this machine must not decide how the suite orthogonalizes.
+    os.environ["DS_OPTIM_CACHE"] = tempfile.mkdtemp(prefix="ds_optim-tests-")
     harness.configure(gpus)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ.get("DS_OPTIM_CACHE", ""), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

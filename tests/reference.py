@@ -317,7 +317,8 @@ RULES = {
     "LionMuon": Rule(lion_muon, LION_MUON, matrix=True),
     "SignMuon": Rule(sign_muon, LION_MUON | {"beta": 0.9, "lr": 3e-3, "sign_lr_ratio": 30}, matrix=True),
     "MiMuon": Rule(mimuon, MIMUON | {"lr": 1e-3, "weight_decay": 0.1}, matrix=True),
-    "SpectralLion": Rule(spectral_lion, LION | {"weight_decay": 0.1, "basis": "weight"}, matrix=True),
+    # The default basis is left to a study of convergence, which "momentum" came out of ahead.
+    "SpectralLion": Rule(spectral_lion, LION | {"weight_decay": 0.1, "basis": "momentum"}, matrix=True),
     "AdamW": Rule(adamw, ADAMW),
     "Lamb": Rule(lamb, ADAMW | {"eps": 1e-6}),
     "StableAdamW": Rule(stable_adamw, ADAMW),

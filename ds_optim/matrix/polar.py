@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.matrix import newton_schulz
+from ds_optim.matrix import dispatch, newton_schulz
 from ds_optim.matrix.normalize import prescaled
 from ds_optim.matrix.schedules import SCHEDULES, schedule
 
@@ -94,6 +94,8 @@ class PolarSpec:
         elif dtype == "auto":
             dtype = "bfloat16" if device.type != "cpu" or _cpu_has_bf16() else "float32"
         gram_from = self.gram_from
+        if gram_from is None and self.method == "auto":
+            gram_from = dispatch.gram_from(device, dtype)  # what the user's own machine has shown
         if gram_from is None:
             gram_from = _GRAM_FROM_CPU if device.type == "cpu" else _GRAM_FROM_CUDA
         return replace(self, dtype=dtype, gram_from=gram_from)

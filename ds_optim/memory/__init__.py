@@ -1,8 +1,32 @@
-"""What a training rank holds (``account``), its peak (``measure``, ``tracker``) and what it sends (``traffic``)."""
+"""What a training rank holds (``account``) and will hold (``estimate``), its peak (``measure``, ``tracker``) and what
+it sends (``traffic``)."""
 
 from ds_optim.memory.account import MemoryAccount, account
+from ds_optim.memory.estimate import MemoryEstimate, RankMemory, activations, estimate
+from ds_optim.memory.estimate_model import ModelShape, Parameter, shape_of_count, shape_of_list, shape_of_module
+from ds_optim.memory.estimate_optimizers import OptimizerPlan, plan_optimizer
+from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.measure import PeakMemory, peak_resident_bytes
 from ds_optim.memory.tracker import TensorTracker
 from ds_optim.memory.traffic import TrafficCounter
 
-__all__ = ["MemoryAccount", "PeakMemory", "TensorTracker", "TrafficCounter", "account", "peak_resident_bytes"]
+__all__ = [
+    "MemoryAccount",
+    "MemoryEstimate",
+    "ModelShape",
+    "OptimizerPlan",
+    "Parameter",
+    "PeakMemory",
+    "RankMemory",
+    "TensorTracker",
+    "TrafficCounter",
+    "ZeroSettings",
+    "account",
+    "activations",
+    "estimate",
+    "peak_resident_bytes",
+    "plan_optimizer",
+    "shape_of_count",
+    "shape_of_list",
+    "shape_of_module",
+]

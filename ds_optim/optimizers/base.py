@@ -195,7 +195,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if len(set(binding.comm.gather_objects(meant))) != 1:
             raise RuntimeError(
                 "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
-                "parameter groups, optimizer JSON and, on mixed hardware, an explicit polar.dtype"
+                "parameter groups and optimizer JSON"
             )
         self._binding = binding
         # All units now: DeepSpeed links the state of all groups after the first group's step.
@@ -212,12 +212,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             shape = RULES[self._all_groups[unit.group]["rule"]].shape
             if shape is not None:
                 members = binding.members[number]
+                # Rank 0's choice for all: "auto" asks the hardware, and what its user has measured.
+                own = self._polar.resolve(binding.device, members[0].parameter.dtype)
+                polar = binding.comm.gather_objects(own)[0]
                 workers[number] = MatrixWorker(
                     unit,
                     members,
                     binding.comm,
                     shape=shape,
-                    polar=self._polar.resolve(binding.device, members[0].parameter.dtype),
+                    polar=polar,
                     device=binding.device,
                     bucket_mb=self._exchange["bucket_mb"],
                     overlap=self._exchange["overlap"],

@@ -34,7 +34,7 @@ class SpectralLion(ZeroOptimizer):
         lr: the size of each element's step.
         betas: (b1, b2).
         weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
-        basis: "weight" or "momentum".
+        basis: "momentum" or "weight". The default is the one whose losses were lower (README, "Optimizers").
         polar: as for all matrix rules; here the method is "svd" unless said otherwise, and its dtype, that of the
             directions that travel, is that of the model's weights: bfloat16 for 16-bit ones, else float32.
 
@@ -53,7 +53,7 @@ class SpectralLion(ZeroOptimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.1,
-        basis: str = "weight",
+        basis: str = "momentum",
         **options: Unpack[MatrixOptions],
     ) -> None:
         kind = check_choice("basis", basis, ["weight", "momentum"])

@@ -30,8 +30,8 @@ _REASON_CHARACTERS = 400
 def work(folder: str, environment: Mapping[str, str]) -> None:
     """The life of a forked rank; it exits 0 if the cell's result is complete, else 1."""
     os.environ.update(environment)
-    _end_with_launcher()
-    _redirect(Path(folder) / LOG_FILE.format(rank=environment["RANK"]))
+    end_with_launcher()
+    redirect(Path(folder) / LOG_FILE.format(rank=environment["RANK"]))
     status = run_rank(Path(folder))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,8 +42,8 @@ def work(folder: str, environment: Mapping[str, str]) -> None:
 def build_ops(folder: str, environment: Mapping[str, str], names: Sequence[str]) -> None:
     """Build these C++ ops of DeepSpeed for the CPU where they are not built yet; does nothing on other accelerators."""
     os.environ.update(environment)
-    _end_with_launcher()
-    _redirect(Path(folder) / BUILD_LOG)
+    end_with_launcher()
+    redirect(Path(folder) / BUILD_LOG)
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
@@ -107,7 +107,7 @@ def _write_whole(path: Path, record: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
-def _redirect(log: Path) -> None:
+def redirect(log: Path) -> None:
     """Send this process's output to its log, that of C++ libraries too."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
@@ -115,7 +115,7 @@ def _redirect(log: Path) -> None:
     os.close(descriptor)
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """End this process when the launching one ends: not even a killed ``compare`` leaves ranks behind."""
     # The terminal sends its interrupt to every process; ending ranks in order is the launcher's work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "LASM": {"lr": 1e-3},
     "StoSignSGD": {"lr": 1e-3},
     "MiMuon": {"lr": 1e-2, "aux_lr": 1e-3, "polar": FP32},
-    "SpectralLion": {"lr": 1e-3, "polar": FP32},
+    "SpectralLion": {"lr": 1e-3, "basis": "weight", "polar": FP32},
     "Lamb": {"lr": 1e-2},
     "StableAdamW": {"lr": 1e-3},
 }

@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Run] = {
     "MiMuon-some_closed": Run(type="MiMuon", params={"polar": FP32, "tau": 2.0}),
     "MiMuon-all_closed": Run(type="MiMuon", params={"polar": FP32, "tau": 1e3, "raw_lr": 0.1}),
     "MiMuon-gap": Run(type="MiMuon", params={"polar": FP32, "tau": 8e-3, "gate": "singular_gap"}),
-    "SpectralLion": Run(type="SpectralLion", params={"lr": 1e-3}),
+    "SpectralLion": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "weight"}),
     "SpectralLion-momentum": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "momentum", "polar": BF16}),
     "Lamb": Run(type="Lamb", params={"lr": 1e-2}),
     "StableAdamW": Run(type="StableAdamW", params={"lr": 1e-3}),

@@ -49,7 +49,7 @@ OPTIMIZERS: dict[str, tuple[Run, int, int]] = {
     "StoSignSGD": (Run(type="StoSignSGD"), 4, 4),
     "StoSignSGD-element": (Run(type="StoSignSGD", params={"bound": "element"}), 8, 8),
     "MiMuon": (Run(type="MiMuon", params={"polar": BF16}), 4, 4),
-    "SpectralLion": (Run(type="SpectralLion", params={"polar": BF16}), 4, 4),
+    "SpectralLion": (Run(type="SpectralLion", params={"polar": BF16, "basis": "weight"}), 4, 4),
     "SpectralLion-momentum": (Run(type="SpectralLion", params={"polar": BF16, "basis": "momentum"}), 4, 4),
     "Lamb": (Run(type="Lamb"), 8, 8),
     "StableAdamW": (Run(type="StableAdamW"), 8, 8),

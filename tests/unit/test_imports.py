@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "ds_optim"
 LEVELS = (
-    {"errors"},
+    {"errors", "cache"},
     {"matrix", "elementwise"},
     {"sharding"},
     {"optimizers"},
@@ -21,6 +21,7 @@ LEVELS = (
     {"__init__"},
     {"memory", "report"},
     {"train"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

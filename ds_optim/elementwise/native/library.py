@@ -17,6 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from ds_optim.cache import cache_folder
+
 logger = logging.getLogger("ds_optim")
 
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -47,7 +49,7 @@ def _compiled() -> Path:
     compiler = _compiler()
     key = hashlib.sha256(_SOURCE.read_bytes())
     key.update(repr((compiler, _FLAGS, platform.machine(), _cpu())).encode())
-    target = _folder() / f"kernels-{key.hexdigest()[:20]}.so"
+    target = cache_folder() / f"kernels-{key.hexdigest()[:20]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         # Every rank may be here at once: each compiles its own, and the name changes hands in one move.
@@ -71,11 +73,6 @@ def _compiler() -> str:
         if found:
             return found
     raise FileNotFoundError(f"no C compiler: none of {', '.join(wanted)} is on PATH")
-
-
-def _folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ds_optim"
 
 
 def _cpu() -> str:

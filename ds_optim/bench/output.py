@@ -1,0 +1,114 @@
+"""Rows as they are measured: to the file at once, then to the terminal and beside the file as a table and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ds_optim.errors import UserError
+from ds_optim.report.machine import describe_machine
+from ds_optim.report.plots import Plot, colour_map, draw
+from ds_optim.report.schema import Row, append_row, write_rows
+from ds_optim.report.table import TableSpec, build_table, to_markdown, to_rich
+
+ROWS, TABLE = "rows.jsonl", "table.md"
+_FILE_WIDTH = 140
+_MOST_NAMES = 4
+
+
+def stamp() -> dict[str, Any]:
+    """What every row carries: the machine and the day."""
+    return {"machine": describe_machine(), "date": datetime.now(timezone.utc).date().isoformat()}
+
+
+def open_folder(out: Path | None) -> None:
+    """Make ``out`` and begin its rows anew, before anything is measured; UserError where it cannot be written."""
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_rows(out / ROWS, [])
+    except OSError as problem:
+        raise UserError(
+            f"--out: cannot write {out} ({problem.strerror}); give a folder that you may write to"
+        ) from None
+
+
+def collect(rows: Iterable[Row], out: Path | None) -> list[Row]:
+    """All rows, each kept in ``out`` as soon as it is there."""
+    kept = []
+    for row in rows:
+        kept.append(row)
+        if out is not None:
+            append_row(out / ROWS, row)
+    return kept
+
+
+def show(title: str, rows: Sequence[Row], spec: TableSpec) -> None:
+    """The table on the terminal; beneath it the limits, and why what was not measured was not."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    console.print(to_rich(build_table(rows, spec), title))
+    for line in remarks(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write(title: str, rows: Sequence[Row], spec: TableSpec, plots: Sequence[Plot], out: Path) -> None:
+    """``table.md`` and ``plots/*.png`` in ``out``."""
+    from ds_optim.bench.tables import plot_names
+
+    drawn = [draw(plot, out, colour_map(plot_names(plot))) for plot in plots]
+    date = rows[0].extra["date"] if rows else ""
+    machine = rows[0].extra["machine"] if rows else {}
+    parts = [
+        f"# {title}",
+        date,
+        to_markdown(build_table(rows, spec)),
+        "\n".join(f"- {line}" for line in remarks(rows)),
+        "\n".join(f"![{plot.title}]({plot.png})" for plot in drawn),
+        "## Machine",
+        "\n".join(f"- {name}: {value}" for name, value in machine.items()),
+    ]
+    (out / TABLE).write_text("\n\n".join(part.rstrip("\n") for part in parts if part) + "\n", encoding="utf-8")
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """The machine's limits in this run, then each note with the rows it is about."""
+    lines = []
+    limits = next((row.extra["limits"] for row in rows if row.extra.get("limits")), None)
+    if limits:
+        in_place = limits.get("in_place_gb_s")
+        other = f", {in_place:g} GB/s in place" if in_place else ""
+        lines.append(f"Limits: copies {limits['copy_gb_s']:g} GB/s (read and written){other}{_matrix_rates(limits)}.")
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            notes.setdefault(note, []).append(_name(row))
+    return lines + [f"{_listed(about)}: {note}" for note, about in notes.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few of them, and how many more."""
+    names = list(dict.fromkeys(names))
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _matrix_rates(limits: dict[str, Any]) -> str:
+    best = {dtype: max(rates.values()) for dtype, rates in limits["matrix_tflops"].items() if rates}
+    if not best:
+        return ""
+    return "; matrix products " + ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in best.items()) + " TFLOP/s"
+
+
+def _name(row: Row) -> str:
+    """A row in a few words."""
+    place = row.extra.get("path") if row.stage is None else f"stage {row.stage}"
+    shape = row.extra["shape"] if row.kind == "polar" else None
+    dtype = row.dtype if row.kind == "polar" else None
+    return " ".join(str(part) for part in (shape, row.optimizer, dtype, place) if part)

@@ -1,0 +1,225 @@
+"""Milliseconds to orthogonalize one matrix: our schedules, methods and dtypes, and the routine of DeepSpeed's Muon.
+
+The cases of a shape take turns. DeepSpeed's routine is the one that its Muon calls by default (Gram form, keller, five
+steps, dtype of its own choice), on a bf16 matrix: compiled, as it ships, and eager, what it is inside.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ds_optim.bench.limits import DTYPES, MATRIX_SIZES, Limits, measure_limits
+from ds_optim.bench.timing import Case, NotMeasured, Outcome, ratio, take_turns
+from ds_optim.matrix.polar import PolarSpec, cost, polar
+from ds_optim.report.schema import Row
+
+SHAPES = ((768, 768), (768, 2304), (3072, 768), (2048, 8192), (4096, 4096), (4096, 16384))
+MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+METHODS = ("standard", "gram")
+DEEPSPEED, DEEPSPEED_EAGER = "DeepSpeed", "DeepSpeed, eager"
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_BASES = (DEEPSPEED, DEEPSPEED_EAGER)
+_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarSettings:
+    """What is measured. missing: why nothing can be. seconds: that a case may take, by the matrix rate."""
+
+    device: torch.device
+    shapes: tuple[tuple[int, int], ...]
+    max_elements: int
+    schedules: tuple[str, ...] = ("keller",)
+    methods: tuple[str, ...] = METHODS
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    rounds: int = 7
+    seconds: float = 20.0
+    compiled: bool = True
+    missing: str | None = None
+    matrix_sizes: tuple[int, ...] = MATRIX_SIZES
+    copy_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One case of a shape. operations: modelled, of the iteration. made: builds what is timed, when it is to be."""
+
+    name: str
+    dtype: str
+    operations: float
+    made: Callable[[], Callable[[], object]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rows(settings: PolarSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
+    """A row for each case, shape by shape."""
+    limits = None
+    if settings.missing is None:
+        limits = measure_limits(
+            settings.device,
+            sizes=settings.matrix_sizes,
+            copy_bytes=settings.copy_bytes,
+            dtypes=tuple(dict.fromkeys((*settings.dtypes, *deepspeed_dtypes(settings.device)))),
+        )
+    for m, n in settings.shapes:
+        reason = settings.missing or too_large(m * n, settings)
+        if reason is not None:
+            yield missing_row("every routine", (m, n), reason, stamp)
+            continue
+        jobs = [*own_jobs(m, n, settings), *deepspeed_jobs(m, n, settings)]
+        outcomes = measure(jobs, settings, limits)
+        for job in jobs:
+            yield to_row(job, (m, n), outcomes, limits, stamp)
+        random_matrix.cache_clear()
+
+
+def own_jobs(m: int, n: int, settings: PolarSettings) -> Iterator[Job]:
+    """Ours: every schedule, method and dtype that was asked for."""
+    for dtype in settings.dtypes:
+        for method in settings.methods:
+            for name in settings.schedules:
+                spec = PolarSpec(schedule=name, steps=_STEPS, method=method, dtype=NAMES[dtype])
+                spec = spec.resolve(settings.device)
+                auto = PolarSpec().resolve(settings.device).method_for(m, n)
+                yield Job(
+                    name=f"{name}, {method}",
+                    dtype=dtype,
+                    operations=cost(m, n, spec),
+                    made=_own(m, n, spec, settings.device),
+                    facts={"schedule": name, "method": method, "auto": method == auto},
+                )
+
+
+def _own(m: int, n: int, spec: PolarSpec, device: torch.device) -> Callable[[], Callable[[], object]]:
+    def made() -> Callable[[], object]:
+        x = random_matrix(m, n, device, spec.message_dtype).unsqueeze(0)
+        return lambda: polar(x, spec)
+
+    return made
+
+
+def deepspeed_jobs(m: int, n: int, settings: PolarSettings) -> Iterator[Job]:
+    """DeepSpeed's routine, eager and as it ships."""
+    (dtype,) = deepspeed_dtypes(settings.device)
+    method = "gram" if m != n else "standard"  # it takes the standard form for square matrices
+    spec = PolarSpec(method=method, dtype="bfloat16").resolve(settings.device)
+    for name, wanted in ((DEEPSPEED, settings.compiled), (DEEPSPEED_EAGER, True)):
+        if wanted:
+            yield Job(
+                name=name,
+                dtype=dtype,
+                operations=cost(m, n, spec),
+                made=_deepspeed(m, n, settings.device, eager=name == DEEPSPEED_EAGER),
+                facts={"schedule": "keller", "method": method},
+            )
+
+
+def _deepspeed(m: int, n: int, device: torch.device, *, eager: bool) -> Callable[[], Callable[[], object]]:
+    def made() -> Callable[[], object]:
+        routine = _deepspeed_module(device).zeropower_via_gram_newtonschulz
+        if eager:
+            routine = torch.compiler.disable(getattr(routine, "_torchdynamo_orig_callable", routine))
+        x = random_matrix(m, n, device, torch.bfloat16)
+
+        def run() -> object:
+            with torch.no_grad():
+                return routine(x, steps=_STEPS)
+
+        return run
+
+    return made
+
+
+def deepspeed_dtypes(device: torch.device) -> tuple[str]:
+    """The short name of the dtype that DeepSpeed's routine computes in on ``device``."""
+    chosen = _deepspeed_module(device).ns_compute_dtype("gram")
+    return (next(name for name, dtype in DTYPES.items() if dtype == chosen),)
+
+
+def _deepspeed_module(device: torch.device) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read once, when DeepSpeed is imported first
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return original_muon
+
+
+@lru_cache(maxsize=4)
+def random_matrix(m: int, n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(m, n) of a normal distribution, the same in every run; the cases of a shape share one."""
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def measure(jobs: list[Job], settings: PolarSettings, limits: Limits | None) -> dict[str, Outcome]:
+    """Times by ``key``; the reason where a case was left out."""
+    outcomes: dict[str, Outcome] = {}
+    cases = []
+    for job in jobs:
+        reason = too_slow(job, settings, limits)
+        if reason is None:
+            try:
+                cases.append(Case(name=key(job), run=job.made()))
+            except (RuntimeError, MemoryError, ImportError) as problem:
+                reason = " ".join(str(problem).split())[:300]
+        if reason is not None:
+            outcomes[key(job)] = NotMeasured(reason=reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of what torch.compile still calls
+        return outcomes | take_turns(cases, settings.device, settings.rounds)
+
+
+def too_large(numel: int, settings: PolarSettings) -> str | None:
+    """Why a shape is left out, if it is."""
+    return f"more than --max-elements {settings.max_elements}" if numel > settings.max_elements else None
+
+
+def too_slow(job: Job, settings: PolarSettings, limits: Limits | None) -> str | None:
+    """Why a case is left out that cannot be done in time even at the matrix rate, if it is one."""
+    least = limits.milliseconds(job.dtype, job.operations) if limits else None
+    if least is None:
+        return None
+    whole = least * (settings.rounds + 2) / 1e3
+    return (
+        f"would take at least {whole:.0f} s, more than --seconds {settings.seconds:g}"
+        if whole > settings.seconds
+        else None
+    )
+
+
+def key(job: Job) -> str:
+    """A case's name, alone within its shape."""
+    return f"{job.name} {job.dtype}"
+
+
+def to_row(
+    job: Job, shape: tuple[int, int], outcomes: Mapping[str, Outcome], limits: Limits | None, stamp: Mapping[str, Any]
+) -> Row:
+    """One case's row, with its ratios to the others of the same shape and to the machine."""
+    outcome = outcomes[key(job)]
+    facts = {"operations": job.operations, "limits": limits.record() if limits else None, **job.facts, **stamp}
+    if isinstance(outcome, NotMeasured):
+        return missing_row(job.name, shape, outcome.reason, facts, job.dtype)
+    row = Row(kind="polar", optimizer=job.name, dtype=job.dtype, extra={"shape": f"{shape[0]}x{shape[1]}", **facts})
+    row.extra["threads"] = torch.get_num_threads()
+    low, high = outcome.quartiles
+    row.ms_per_step, row.ms_low, row.ms_high = (round(ms, 4) for ms in (outcome.median, low, high))
+    row.extra["tflops"] = float(f"{job.operations / outcome.median / 1e9:.4g}")
+    references = {name: next((o for k, o in outcomes.items() if k.rsplit(" ", 1)[0] == name), None) for name in _BASES}
+    row.extra["ratios"] = {f"time / {name}": ratio(outcome, reference) for name, reference in references.items()}
+    rate = limits.matrix_rate(job.dtype) if limits else None
+    row.extra["ratios"]["rate / matrix rate"] = round(row.extra["tflops"] / rate, 3) if rate else None
+    return row
+
+
+def missing_row(
+    name: str, shape: tuple[int, int], reason: str, facts: Mapping[str, Any], dtype: str | None = None
+) -> Row:
+    """The row of what was not measured."""
+    extra = {"shape": f"{shape[0]}x{shape[1]}", **facts, "not_measured": reason}
+    return Row(kind="polar", optimizer=name, dtype=dtype or "", notes=[f"not measured: {reason}"], extra=extra)

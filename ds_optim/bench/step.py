@@ -1,0 +1,166 @@
+"""Milliseconds of a training step and of the optimizer's step in it: ours, AdamW and DeepSpeed's own Muon, interleaved.
+
+All engines of a stage live in the same processes and take turns, a few steps each, so that whatever else the machine
+does meets all of them alike. Of each step the slowest rank counts, of the steps the median.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ds_optim.bench import engines, ranks
+from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON, ModelShape
+from ds_optim.bench.limits import Limits, measure_limits
+from ds_optim.bench.timing import NotMeasured, Outcome, Times, ratio
+from ds_optim.matrix.polar import PolarSpec, cost
+from ds_optim.optimizers import param_groups
+from ds_optim.report.schema import Row
+
+STEPS_A_TURN = 4
+_LIMIT_BYTES, _LIMIT_SIZE = 1 << 27, 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What is run. tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` steps each, after one to warm up."""
+
+    ranks: int
+    stages: tuple[int, ...]
+    cases: tuple[str, ...]
+    shape: ModelShape
+    tokens: int = 64
+    rounds: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTimes:
+    """One rank's: seconds of each timed step by case, in all and in ``engine.step``; why a case has none; limits."""
+
+    whole: Mapping[str, list[float]] = field(default_factory=dict)
+    step: Mapping[str, list[float]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits | None = None
+    least_work: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def rows(settings: StepSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
+    """A row for each case and stage, as soon as its stage is measured."""
+    for stage in settings.stages:
+        try:
+            by_rank: list[RankTimes] = ranks.run(settings.ranks, measure, stage, settings)
+        except ranks.RankFailedError as problem:
+            missing = RankTimes(missing=dict.fromkeys(settings.cases, str(problem)))
+            by_rank = [missing] * settings.ranks
+        yield from stage_rows(stage, by_rank, settings, stamp)
+
+
+def measure(rank: int, world_size: int, stage: int, settings: StepSettings) -> RankTimes:
+    """Time every case of a stage on this rank."""
+    from ds_optim.train import ranks as group
+
+    torch.manual_seed(rank)
+    built, missing = {}, {}
+    for case in settings.cases:
+        try:
+            built[case] = group.together(lambda case=case: started(case, stage, settings))  # type: ignore[misc]
+        except Exception as problem:  # what one optimizer lacks here must not cost the others their rows
+            missing[case] = " ".join(str(problem).split())
+    torch.distributed.barrier()
+    limits = measure_limits(group.device(), dtypes=("bf16",), sizes=(_LIMIT_SIZE,), copy_bytes=_LIMIT_BYTES)
+    whole: dict[str, list[float]] = {case: [] for case in built}
+    step: dict[str, list[float]] = {case: [] for case in built}
+    for turn in range(settings.rounds + 1):
+        for case, engine in built.items():
+            for number in range(STEPS_A_TURN):
+                batch = engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens)
+                torch.distributed.barrier()
+                times = engines.train_step(engine, batch)
+                # The first turn warms up; an engine's first step of a turn finds cold caches.
+                if turn and number:
+                    whole[case].append(times[0])
+                    step[case].append(times[1])
+    work = {case: least_work(case, settings.shape, world_size, group.device()) for case in built}
+    return RankTimes(whole=whole, step=step, missing=missing, limits=limits, least_work=work)
+
+
+def started(case: str, stage: int, settings: StepSettings) -> Any:
+    """An engine that has made its first step, at which some optimizers find what they cannot do."""
+    engine = engines.build(case, stage, settings.shape)
+    engines.train_step(engine, engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens))
+    return engine
+
+
+def least_work(case: str, shape: ModelShape, world_size: int, device: torch.device) -> tuple[float, float]:
+    """(bytes, matrix operations) that no optimizer step of ``case`` does without, per rank, on average.
+
+    Bytes: fp32 weights, gradient and momentum read, weights and momentum written, AdamW's second moment read and
+    written too. Operations: Newton-Schulz of all matrices, dealt out evenly, a period's share of them.
+    """
+    with torch.device("meta"):
+        model = engines.qwen3(shape)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    nbytes = (28 if case == ADAMW else 20) * numel / world_size
+    if not case.endswith("Muon"):
+        return nbytes, 0.0
+    spec = PolarSpec().resolve(device)
+    matrices = [p for group in param_groups(model) if group["role"] == "matrix" for p in group["params"]]
+    period = int(engines.CASES[case]["params"].get("period", 1))
+    return nbytes, sum(cost(p.shape[-2], p.shape[-1], spec) for p in matrices) / world_size / period
+
+
+def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows of one stage, in the order of the cases."""
+    whole = {
+        case: slowest([r.whole.get(case) for r in by_rank], by_rank[0].missing.get(case)) for case in settings.cases
+    }
+    step = {case: slowest([r.step.get(case) for r in by_rank], by_rank[0].missing.get(case)) for case in settings.cases}
+    for case in settings.cases:
+        row = Row(kind="step_time", optimizer=case, stage=stage, ranks=settings.ranks, dtype="bf16")
+        row.extra = {
+            "shape": str(settings.shape),
+            "tokens": settings.tokens,
+            "limits": by_rank[0].limits.record() if by_rank[0].limits else None,
+            **stamp,
+        }
+        outcome, inside = whole[case], step[case]
+        if isinstance(outcome, Times) and isinstance(inside, Times):
+            low, high = outcome.quartiles
+            row.ms_per_step, row.ms_low, row.ms_high = (round(ms, 2) for ms in (outcome.median, low, high))
+            row.extra["optimizer_ms"] = round(inside.median, 2)
+            row.extra["optimizer_quartiles_ms"] = [round(ms, 2) for ms in inside.quartiles]
+            row.extra["ratios"] = {
+                f"{what} / {other}": ratio(times[case], times.get(other))
+                for what, times in (("step", whole), ("optimizer", step))
+                for other in (ADAMW, DEEPSPEED_MUON)
+            }
+            row.extra["ratios"]["optimizer / limit"] = over_limit(inside.median, case, by_rank)
+        elif isinstance(outcome, NotMeasured):
+            row.extra["not_measured"] = outcome.reason
+            row.notes.append(f"not measured: {outcome.reason}")
+        yield row
+
+
+def over_limit(milliseconds: float, case: str, by_rank: list[RankTimes]) -> float | None:
+    """How many times what the least work takes at the rates that the ranks reached side by side."""
+    floors = []
+    for measured in by_rank:
+        if measured.limits is None:
+            return None
+        nbytes, operations = measured.least_work[case]
+        products = measured.limits.milliseconds("bf16", operations) if operations else 0.0
+        floors.append(None if products is None else nbytes / measured.limits.copy_gb_s / 1e6 + products)
+    known = [floor for floor in floors if floor]
+    return round(milliseconds / statistics.mean(known), 2) if known else None
+
+
+def slowest(by_rank: list[list[float] | None], missing: str | None) -> Outcome:
+    """Milliseconds of each step on the rank that took longest; or why there are none."""
+    known = [seconds for seconds in by_rank if seconds is not None]
+    if missing is not None or len(known) < len(by_rank):
+        return NotMeasured(reason=missing or "a rank could not build its engine")
+    return Times(samples=tuple(max(step) * 1e3 for step in zip(*known, strict=True)))

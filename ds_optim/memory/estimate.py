@@ -1,0 +1,281 @@
+"""What training takes, in closed form: bytes by rank of everything that a model, an optimizer and ZeRO will hold.
+
+No weights, no GPU, no process group: the layout of ``ds_optim.sharding.layout`` says to the element what every rank
+holds, DeepSpeed 0.19.8's buffers follow from its settings, and an exchange's scratch from its plan. Activations are
+the one part that is not exact (see ``activations``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ds_optim.memory.estimate_exchange import MatrixWork, exchange_scratch
+from ds_optim.memory.estimate_model import ModelShape, Transformer, numel_of
+from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
+from ds_optim.memory.estimate_terms import (
+    ZeroSettings,
+    accumulating,
+    buckets,
+    chunk_scratch,
+    gradients,
+    shares,
+    step_gradients,
+)
+from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
+from ds_optim.sharding.layout import Layout, Unit, build_layout
+
+_FP32 = 4
+
+ACTIVATIONS = (
+    "an estimate: weights' bytes x micro-batch x sequence x (layers x (4 h + 2 a d + 2 k d + f i) + h) with"
+    " f = 4 for a gated MLP, else 2, attention that keeps no s x s scores, and logits of (2 or 4) + 8 bytes each;"
+    " with checkpointing, layers x h and one layer in full"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: what the model computes with, its buffers, and at stage 3 the parameters that stay gathered.
+        gradients: held before the optimizer's step. accumulating: more of them between a step's micro-batches.
+        master: fp32 weights, where they are not the model's own.
+        state: the optimizer's, by name. scalars: step counts and numbers kept for each parameter.
+        padding: the part of master and state that stands for no parameter.
+        buckets: DeepSpeed's. gathered: parameters that are whole for a while at stage 3.
+        step_gradients: fp32 gradients made for the step. exchange: messages, stacks and scratch of matrices in
+        work. chunks: scratch of elementwise steps.
+        host: the part of gradients, master and state that lies in the host's memory. host_buckets: there too.
+        persistent_buckets: the buckets are held all the time.
+    """
+
+    weights: int
+    gradients: int
+    accumulating: int
+    master: int
+    state: Mapping[str, int]
+    scalars: int
+    padding: int
+    buckets: int
+    gathered: int
+    step_gradients: int
+    exchange: int
+    chunks: int
+    host: int = 0
+    host_buckets: int = 0
+    persistent_buckets: bool = False
+
+    @property
+    def optimizer_state(self) -> int:
+        return sum(self.state.values())
+
+    @property
+    def model_states(self) -> int:
+        """Weights, gradients, master weights and optimizer state before the step, padding included."""
+        return self.weights + self.gradients + self.master + self.optimizer_state
+
+    @property
+    def most_model_states(self) -> int:
+        """The same with the gradients of several micro-batches."""
+        return self.model_states + self.accumulating
+
+    def peak(self, activations: int = 0) -> int:
+        """The most that the accelerator holds: in backward, with all gradients made, or in the step."""
+        held = self.model_states + self.scalars - self.host
+        backward = self.accumulating + self.buckets + self.gathered + activations
+        step = self.step_gradients + self.exchange + self.chunks + (self.buckets if self.persistent_buckets else 0)
+        return held + max(backward, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """An estimate for all ranks of a run, and what it is of."""
+
+    model: ModelShape
+    optimizer: OptimizerPlan
+    zero: ZeroSettings
+    ranks: tuple[RankMemory, ...] = field(repr=False)
+    largest_layer: int = 0
+    """Bytes of the largest layer, gathered."""
+
+    @property
+    def largest(self) -> RankMemory:
+        """The rank that needs most."""
+        return max(self.ranks, key=lambda rank: (rank.peak(), rank.most_model_states))
+
+    def total(self, term: str) -> int:
+        """A term's sum over the ranks, by its name in :class:`RankMemory`; ``state`` is summed over its buffers."""
+        name = "optimizer_state" if term == "state" else term
+        return sum(getattr(rank, name) for rank in self.ranks)
+
+
+def layout_of(plan: OptimizerPlan, zero: ZeroSettings) -> Layout:
+    """Where the elements of the plan's groups will lie."""
+    return build_layout(
+        [[parameter.spec for parameter in group.parameters] for group in plan.groups],
+        stage=zero.stage,
+        world_size=zero.ranks,
+        param_alignment=zero.param_alignment,
+        sub_group_size=zero.sub_group_size,
+    )
+
+
+def estimate(
+    model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, *, transients: bool = True
+) -> MemoryEstimate:
+    """What every rank will hold.
+
+    Args:
+        transients: work out the scratch of exchanges too, which takes the longest.
+    """
+    units = layout_of(optimizer, zero).units
+    plans = [optimizer.groups[unit.group] for unit in units]
+    scratch = _exchanges(optimizer, zero, units, plans) if transients else {}
+    count = 1 if zero.stage == 0 else zero.ranks
+    ranks = [_rank(rank, model, optimizer, zero, units, plans, scratch) for rank in range(count)]
+    return MemoryEstimate(
+        model=model,
+        optimizer=optimizer,
+        zero=zero,
+        ranks=tuple(ranks * zero.ranks if zero.stage == 0 else ranks),
+        largest_layer=model.largest_layer * zero.itemsize,
+    )
+
+
+def activations(
+    shape: Transformer, *, micro_batch: int, seq_len: int, dtype_bytes: int = 2, checkpointing: bool = False
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass, roughly: an estimate, as ``ACTIVATIONS`` says.
+
+    After Korthikanti et al. 2022 (arXiv 2205.05198), for layers without dropout whose attention is fused: of each
+    layer its input, both normalized inputs and the sum between (4 h), queries and output (2 a d), keys and values
+    (2 k d), and the MLP's inner tensors. Kernels, compilers and norms that compute in fp32 move it by tens of percent:
+    of what a forward pass of qwen3-tiny and of a small GPT-2 held on a CPU it is 0.84 to 1.00, of the peak in backward,
+    gradients of weights apart, 0.68 to 0.87, and 0.9 to 1.7 with checkpointing.
+    """
+    attention = 2 * shape.heads * shape.head_dim + 2 * shape.key_value_heads * shape.head_dim
+    layer = 4 * shape.hidden + attention + (4 if shape.gated else 2) * shape.intermediate
+    layers = shape.layers * shape.hidden + layer if checkpointing else shape.layers * layer
+    logits = shape.vocabulary * (dtype_bytes + 2 * _FP32)
+    return micro_batch * seq_len * ((layers + shape.hidden) * dtype_bytes + logits)
+
+
+def _rank(
+    rank: int,
+    model: ModelShape,
+    optimizer: OptimizerPlan,
+    zero: ZeroSettings,
+    units: tuple[Unit, ...],
+    plans: list[GroupPlan],
+    scratch: Mapping[int, int],
+) -> RankMemory:
+    state: dict[str, int] = {}
+    padding = scalars = extra_gradients = staging = 0
+    for unit, plan in zip(units, plans, strict=True):
+        share = shares(unit)[rank]
+        empty = unit.partition_numel - share.held
+        for key, itemsize in plan.buffers.items():
+            numel = share.touched if plan.whole and zero.stage in (1, 2) else unit.partition_numel
+            state[key] = state.get(key, 0) + numel * itemsize
+            padding += 0 if plan.whole else empty * itemsize
+            if plan.whole and zero.stage in (1, 2):  # DeepSpeed's Muon: a copy until the step is known to be sound,
+                staging += numel * itemsize
+                extra_gradients += numel * itemsize  # and updates beside the gradients that they were made from
+        if plan.int8:
+            state[SCALES_OF_MOMENTUM] = state.get(SCALES_OF_MOMENTUM, 0) + share.blocks * _FP32
+        padding += empty * _FP32 if zero.stage else 0
+        scalars += plan.scalar * len(unit.params)
+        scalars += optimizer.step_scalar * (len(unit.params) if unit.cut == "none" else 1)
+    partitions = sum(unit.partition_numel for unit in units)
+    master = 0 if zero.stage == 0 and zero.dtype == "fp32" else partitions * _FP32
+    before_step = gradients(units, rank, zero) + extra_gradients
+    on_device, on_host = buckets(units, rank, zero)
+    nearest = max((sampled for sampled in scratch if sampled <= rank), default=0)
+    stored = optimizer.momentum_dtype != "float32" and optimizer.ours
+    return RankMemory(
+        weights=_weights(model, zero, partitions),
+        gradients=before_step,
+        accumulating=accumulating(units, before_step, zero),
+        master=master,
+        state=state,
+        scalars=scalars,
+        padding=padding,
+        buckets=on_device + staging,
+        gathered=_gathered(model, zero),
+        step_gradients=step_gradients(units, zero),
+        exchange=scratch.get(nearest, 0),
+        chunks=chunk_scratch(units, zero, stored=stored) if optimizer.ours and not zero.offload else 0,
+        host=master + before_step + sum(state.values()) if zero.offload else 0,
+        host_buckets=on_host,
+        persistent_buckets=zero.stage == 3,
+    )
+
+
+def _weights(model: ModelShape, zero: ZeroSettings, partitions: int) -> int:
+    frozen = numel_of(model.frozen)
+    if zero.stage == 3:
+        frozen = sum(-(-parameter.numel // zero.ranks) for parameter in model.frozen)
+        elements = partitions + frozen + _persistent(model, zero)
+    else:
+        elements = partitions * (zero.ranks if zero.stage else 1) + frozen
+    return elements * zero.itemsize + model.buffer_bytes
+
+
+def _persistent(model: ModelShape, zero: ZeroSettings) -> int:
+    """Elements of the small parameters that stage 3 leaves gathered, each padded to a multiple of the ranks."""
+    total = held = 0
+    for parameter in model.parameters:
+        fits = total + parameter.numel <= zero.model_persistence_threshold
+        if fits and parameter.numel <= zero.param_persistence_threshold:
+            total += parameter.numel
+            held += -(-parameter.numel // zero.ranks) * zero.ranks
+    return held
+
+
+def _gathered(model: ModelShape, zero: ZeroSettings) -> int:
+    """Bytes of parameters that stage 3 holds whole at the turn from forward to backward.
+
+    A layer stays gathered if it is used again within ``max_reuse_distance`` elements, there and back; besides, the
+    layer in work and what is fetched ahead of it.
+    """
+    if zero.stage != 3:
+        return 0
+    whole = model.numel - numel_of(p for p in model.parameters if p.numel <= zero.param_persistence_threshold)
+    kept = min(zero.max_reuse_distance // 2, zero.max_live_parameters)
+    ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters)
+    return min(max(0, whole), kept + model.largest_layer + ahead) * zero.itemsize
+
+
+def _exchanges(
+    optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, ...], plans: list[GroupPlan]
+) -> dict[int, int]:
+    """By rank, the largest scratch among the units' exchanges, which run one after another."""
+    most: dict[int, int] = {}
+    for unit, plan in zip(units, plans, strict=True):
+        by_name = {parameter.name: parameter.view for parameter in plan.parameters}
+        views = {number: view for number, spec in enumerate(unit.params) if (view := by_name[spec.name]) is not None}
+        if plan.shape is None or not views:
+            continue
+        work = MatrixWork(
+            shape=plan.shape,
+            polar=optimizer.polar,
+            bucket_mb=optimizer.bucket_mb,
+            overlap=optimizer.overlap,
+            stacked=zero.device != "cpu",
+        )
+        for rank, size in exchange_scratch(unit, views, work).items():
+            most[rank] = max(most.get(rank, 0), size)
+    return most
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "MemoryEstimate",
+    "RankMemory",
+    "ZeroSettings",
+    "activations",
+    "estimate",
+    "layout_of",
+]

@@ -1,0 +1,54 @@
+"""What fits: the largest micro-batch on an accelerator of a given size, and the fewest accelerators."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable
+
+from ds_optim.errors import UserError
+from ds_optim.memory.estimate import RankMemory
+
+#: What tensors may take of an accelerator: the rest is its context, NCCL, and what an allocator keeps in pieces.
+USABLE = 0.9
+#: Numbers of ranks that are tried: up to one node of eight each, then whole nodes.
+RANKS = (*range(1, 9), *range(16, 129, 8), *range(160, 513, 32), *range(576, 1025, 64))
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_LARGEST_BATCH = 1 << 20
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "80GiB" or "80GB"; raises ``UserError`` for what is none."""
+    found = _SIZE.fullmatch(text)
+    unit = found.group(2).lower() if found else "?"
+    if found is None or unit not in _UNITS or float(found.group(1)) == 0:
+        raise UserError(f"{text!r} is no size of memory: write a number and its unit, such as 80GiB")
+    return int(float(found.group(1)) * _UNITS[unit])
+
+
+def fits(memory: RankMemory, size: int, activations: int = 0) -> bool:
+    """Whether a rank's peak leaves the reserve of ``size`` bytes alone."""
+    return memory.peak(activations) <= size * USABLE
+
+
+def largest_micro_batch(memory: RankMemory, size: int, activations: int) -> int:
+    """The most sequences that a rank can take at once, of ``activations`` bytes each; 0 where not one fits."""
+    if activations < 1:
+        raise ValueError("a sequence has activations: give their bytes")
+    if not fits(memory, size, activations):
+        return 0
+    low, high = 1, _LARGEST_BATCH
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(memory, size, middle * activations) else (low, middle - 1)
+    return low
+
+
+def fewest_ranks(memory_at: Callable[[int], RankMemory], size: int, activations: int = 0) -> int | None:
+    """The smallest of ``RANKS`` at which a rank's share fits; None if none of them is enough.
+
+    Found by halving: of a share that more ranks make larger, by padding, it may miss the smallest by one.
+    """
+    found = bisect_left(RANKS, True, key=lambda ranks: fits(memory_at(ranks), size, activations))
+    return RANKS[found] if found < len(RANKS) else None

@@ -1,0 +1,198 @@
+"""What an estimate knows of a model: names, shapes and roles of parameters, and what activations follow from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_optim.errors import UserError
+from ds_optim.matrix.views import MatrixView
+from ds_optim.optimizers.routing import MEMBERS, param_groups
+from ds_optim.sharding.binding import is_optimized
+from ds_optim.sharding.layout import ParamSpec
+
+FROZEN = "frozen"
+#: Elements of one parameter of a model that is only a count: small beside any partition that matters.
+COUNT_PIECE = 1 << 22
+_LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter by name and shape; its role is what routing gave it: "matrix", "aux", "vector" or "frozen"."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    view: MatrixView | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def spec(self) -> ParamSpec:
+        return ParamSpec(name=self.name, shape=self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """The widths that activations follow from; ``gated``: the MLP has a gate beside its up projection."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model without weights.
+
+    parameters: in the model's order, tied ones once. buffer_bytes: of the module's buffers. transformer: None where
+    the model is only a list of parameters.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    buffer_bytes: int = 0
+    transformer: Transformer | None = None
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def trainable(self) -> tuple[Parameter, ...]:
+        return tuple(parameter for parameter in self.parameters if parameter.role != FROZEN)
+
+    @property
+    def frozen(self) -> tuple[Parameter, ...]:
+        return tuple(parameter for parameter in self.parameters if parameter.role == FROZEN)
+
+    @property
+    def largest_layer(self) -> int:
+        """Elements of the largest numbered block, or of the largest parameter outside of them."""
+        sizes: dict[str, int] = {}
+        for parameter in self.parameters:
+            found = _LAYER.match(parameter.name)
+            key = found.group(1) if found else parameter.name
+            sizes[key] = sizes.get(key, 0) + parameter.numel
+        return max(sizes.values(), default=0)
+
+
+def shape_of_module(
+    name: str,
+    module: nn.Module,
+    *,
+    config: Any = None,
+    matrix_exclude: Sequence[str] | None = None,
+    views: Sequence[Mapping[str, Any]] = (),
+) -> ModelShape:
+    """The shape of a module, which may be on the meta device, routed as an optimizer would route it.
+
+    Args:
+        config: the model's ``transformers`` config, for its widths.
+        matrix_exclude, views: as in ``ds_optim.param_groups``.
+    """
+    members = {
+        id(member.parameter): (group["role"], member.view)
+        for group in param_groups(module, matrix_exclude=matrix_exclude, views=views)
+        for member in group[MEMBERS]
+    }
+    found = []
+    for key, parameter in module.named_parameters():
+        role, view = members[id(parameter)] if is_optimized(parameter) else (FROZEN, None)
+        found.append(Parameter(name=key, shape=tuple(parameter.shape), role=role, view=view))
+    return ModelShape(
+        name=name,
+        parameters=tuple(found),
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        transformer=None if config is None else transformer_of(config),
+    )
+
+
+def shape_of_list(name: str, entries: Any) -> ModelShape:
+    """The shape of a parameter list as JSON has it: [{"name": …, "shape": […]}, …] or {name: shape}.
+
+    Raises:
+        UserError: it is neither, or has a shape or a name that no parameter can have.
+    """
+    if isinstance(entries, Mapping):
+        entries = [{"name": key, "shape": shape} for key, shape in entries.items()]
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{name} is no parameter list: write [{{"name": "layers.0.weight", "shape": [64, 64]}}, …]')
+    root = nn.Module()
+    for entry in entries:
+        key, shape = _entry(name, entry)
+        *path, last = key.split(".")
+        module = root
+        try:
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta")))
+        except (KeyError, AttributeError):
+            raise UserError(f"{name}: {key!r} is no name of a parameter, or is given twice") from None
+    return shape_of_module(name, root)
+
+
+def shape_of_count(count: float) -> ModelShape:
+    """A model that is nothing but so many parameters: vectors of at most ``COUNT_PIECE`` elements."""
+    if not math.isfinite(count) or count < 1:
+        raise UserError(f"params is {count!r}: write a number of parameters, such as 7.5e9")
+    left = round(count)
+    pieces: list[Parameter] = []
+    while left:
+        size = min(left, COUNT_PIECE)
+        pieces.append(Parameter(name=f"parameter_{len(pieces)}", shape=(size,), role="vector"))
+        left -= size
+    return ModelShape(name=f"{count:,.0f} parameters", parameters=tuple(pieces))
+
+
+def transformer_of(config: Any) -> Transformer | None:
+    """The widths in a ``transformers`` config, under the names that its model families use; None without them."""
+    config = getattr(config, "get_text_config", lambda: config)()
+    layers, hidden = _first(config, "num_hidden_layers", "n_layer"), _first(config, "hidden_size", "n_embd")
+    heads, vocabulary = _first(config, "num_attention_heads", "n_head"), _first(config, "vocab_size")
+    if not (layers and hidden and heads and vocabulary):
+        return None
+    return Transformer(
+        layers=layers,
+        hidden=hidden,
+        intermediate=_first(config, "intermediate_size", "n_inner") or 4 * hidden,
+        heads=heads,
+        key_value_heads=_first(config, "num_key_value_heads") or heads,
+        head_dim=_first(config, "head_dim") or hidden // heads,
+        vocabulary=vocabulary,
+        # Families with a gate name one of these under hidden_act; GPT-2's activation stands elsewhere.
+        gated=getattr(config, "hidden_act", None) in ("silu", "swish", "gelu_pytorch_tanh"),
+    )
+
+
+def numel_of(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel for parameter in parameters)
+
+
+def _first(config: Any, *names: str) -> int:
+    return next((int(value) for value in (getattr(config, name, None) for name in names) if value), 0)
+
+
+def _entry(owner: str, entry: Any) -> tuple[str, tuple[int, ...]]:
+    key = entry.get("name") if isinstance(entry, Mapping) else None
+    shape = entry.get("shape") if isinstance(entry, Mapping) else None
+    sizes = shape if isinstance(shape, list) and shape else [0]
+    if not isinstance(key, str) or not all(type(size) is int and size > 0 for size in sizes):
+        raise UserError(f'{owner}: {entry!r} is no parameter: write {{"name": "layers.0.weight", "shape": [64, 64]}}')
+    return key, tuple(sizes)

@@ -1,0 +1,184 @@
+"""The terms of an estimate that follow from a layout and DeepSpeed's settings: shares of ranks, gradients, buckets.
+
+What DeepSpeed holds is that of 0.19.8, read in its source and counted on its engines by ``ds_optim.memory.account``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ds_optim.elementwise.chunks import CPU_CHUNK, CUDA_CHUNK
+from ds_optim.elementwise.momentum import scales_numel
+from ds_optim.errors import UserError
+from ds_optim.sharding.layout import Unit
+
+WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """How a model is trained; sizes are in elements, as in DeepSpeed's JSON and with its defaults.
+
+    Attributes:
+        accumulation: micro-batches a step. The default stands for "several": then stage 1 holds whole gradients.
+        grad_accum_dtype: ``data_types.grad_accum_dtype``; None for the model's dtype.
+        offload: ``offload_optimizer`` to the CPU.
+        overlap_comm: None for DeepSpeed's default, which is true at stage 3.
+        device: where matrices are worked on, "cuda" or "cpu".
+    """
+
+    stage: int
+    ranks: int
+    dtype: str = "bf16"
+    offload: bool = False
+    accumulation: int = 2
+    grad_accum_dtype: str | None = None
+    reduce_bucket_size: int = 500_000_000
+    prefetch_bucket_size: int = 50_000_000
+    param_persistence_threshold: int = 100_000
+    model_persistence_threshold: int = sys.maxsize
+    max_reuse_distance: int = 1_000_000_000
+    max_live_parameters: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool = True
+    param_alignment: int = 1
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise UserError(f"there is no ZeRO stage {self.stage}; write 0, 1, 2 or 3")
+        for key in ("ranks", "accumulation"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{key} is {value!r}: write a whole number from 1")
+        for key in ("dtype", "grad_accum_dtype"):
+            value = getattr(self, key)
+            if value not in WEIGHT_BYTES and (key == "dtype" or value is not None):
+                raise UserError(f"{key} is {value!r}: write {', '.join(WEIGHT_BYTES)}")
+        if self.offload and self.stage == 0:
+            raise UserError("the optimizer is offloaded at stages 1 to 3 only: take offload out or raise the stage")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return WEIGHT_BYTES[self.dtype]
+
+    @property
+    def grad_itemsize(self) -> int:
+        """Bytes of an accumulated gradient."""
+        return WEIGHT_BYTES[self.grad_accum_dtype or self.dtype]
+
+    @property
+    def overlaps(self) -> bool:
+        return self.stage == 3 if self.overlap_comm is None else self.overlap_comm
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a unit, in elements.
+
+    held: of parameters. touched: of the whole parameters of which it holds a slice. blocks: of int8 momentum.
+    """
+
+    held: int
+    touched: int
+    blocks: int
+
+
+@lru_cache(maxsize=256)
+def shares(unit: Unit) -> tuple[Share, ...]:
+    """The share of every rank."""
+    held, touched, blocks = ([0] * unit.world_size for _ in range(3))
+    for param, spec in enumerate(unit.params):
+        for rank, piece in unit.holders(param):
+            held[rank] += piece.numel
+            touched[rank] += spec.numel
+            blocks[rank] += scales_numel(piece.start, piece.numel)
+    return tuple(Share(*numbers) for numbers in zip(held, touched, blocks, strict=True))
+
+
+def gradients(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:
+    """Bytes of gradients that a rank holds before the optimizer's step, padding included.
+
+    Stages 1 and 2 cut nothing: a parameter of which the rank holds a slice keeps its whole gradient. With fp32
+    accumulation under bf16, stage 1 (``BF16_Optimizer``) holds all gradients in both.
+    """
+    if zero.stage == 0:
+        return sum(unit.partition_numel for unit in units) * zero.itemsize
+    partitions = sum(unit.partition_numel for unit in units)
+    if zero.stage == 3:
+        return partitions * (zero.grad_itemsize + (_FP32 if zero.offload else 0))
+    if zero.offload:
+        return partitions * _FP32
+    if zero.grad_itemsize == zero.itemsize:
+        mine = [shares(unit)[rank] for unit in units]
+        padding = partitions - sum(share.held for share in mine)
+        return (sum(share.touched for share in mine) + padding) * zero.itemsize
+    if zero.stage == 1:
+        whole = sum(spec.numel for unit in units for spec in unit.params)
+        return partitions * zero.ranks * zero.grad_itemsize + whole * zero.itemsize
+    return partitions * zero.grad_itemsize
+
+
+def accumulating(units: Sequence[Unit], before_step: int, zero: ZeroSettings) -> int:
+    """Bytes of gradients held between the micro-batches of a step beyond those before the optimizer's step."""
+    if zero.accumulation == 1 or zero.stage != 1 or zero.offload:
+        return 0
+    whole = sum(spec.numel for unit in units for spec in unit.params)
+    return max(0, whole * zero.grad_itemsize - before_step)
+
+
+def buckets(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> tuple[int, int]:
+    """Bytes of DeepSpeed's communication buckets: (on the accelerator, on the host).
+
+    Made anew by each backward at stages 1 and 2, kept for good at stage 3; as large as ``reduce_bucket_size`` says
+    whatever the model's size. Two under ``overlap_comm`` at stages 1 and 2.
+    """
+    whole = sum(spec.numel for unit in units for spec in unit.params)
+    partitions = sum(unit.partition_numel for unit in units)
+    largest = max((spec.numel for unit in units for spec in unit.params), default=0)
+    filled = min(zero.reduce_bucket_size, whole)
+    if zero.stage == 0:
+        return filled * zero.itemsize, 0
+    bucket = zero.reduce_bucket_size * zero.itemsize
+    if zero.stage == 3:  # beside the bucket, what a reduce-scatter copies from it, padded by rank
+        return (bucket if zero.contiguous_gradients else 0) + filled * zero.itemsize, 0
+    if not zero.contiguous_gradients and not zero.offload:
+        return filled * zero.itemsize, 0
+    on_device = bucket * (2 if zero.overlaps else 1)
+    if zero.offload:  # a staging copy of the largest gradient on either side, and the 16-bit partitions on the host
+        return on_device + largest * zero.itemsize, (partitions + largest) * zero.itemsize
+    if zero.accumulation > 1 and zero.stage == 2 and zero.grad_itemsize == zero.itemsize:
+        # A micro-batch's gradients are collected beside those that it is added to.
+        on_device += sum(shares(unit)[rank].touched for unit in units) * zero.itemsize
+    return on_device, 0
+
+
+def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
+    """Bytes of the fp32 gradients that a step makes: all at stage 0, of the unit in work at the others.
+
+    Sharded, the partition is first flattened in the dtype of accumulation, and both live for a moment.
+    """
+    if zero.offload or (zero.stage == 0 and zero.dtype == "fp32"):
+        return 0
+    if zero.stage == 0:
+        return sum(unit.partition_numel for unit in units) * _FP32
+    largest = max((unit.partition_numel for unit in units), default=0)
+    if zero.stage == 1 and zero.grad_itemsize > zero.itemsize:
+        return 0
+    return largest * ((_FP32 if zero.grad_itemsize < _FP32 else 0) + zero.grad_itemsize)
+
+
+def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool) -> int:
+    """Bytes of the two fp32 chunks that an elementwise step works in, and the one that rounded momentum is read to."""
+    chunk = CPU_CHUNK if zero.offload or zero.device == "cpu" else CUDA_CHUNK
+    lengths = [max(s.numel for s in u.params) if u.cut == "none" else u.partition_numel for u in units]
+    return min(chunk, max(lengths, default=0)) * _FP32 * (3 if stored else 2)

@@ -1,0 +1,168 @@
+"""``ds-optim estimate``: every optimizer, momentum dtype, stage and number of ranks, side by side with AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ds_optim.errors import UserError
+from ds_optim.memory.estimate import ACTIVATIONS, MemoryEstimate, activations, estimate
+from ds_optim.memory.estimate_fit import USABLE, fewest_ranks, largest_micro_batch
+from ds_optim.memory.estimate_model import ModelShape
+from ds_optim.memory.estimate_optimizers import OptimizerPlan, plan_optimizer, takes_momentum_dtype
+from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
+
+BASELINE = "adamw"
+#: Terms of a row, in the order of the table.
+TERMS = (
+    *("weights", "gradients", "accumulating", "master", "optimizer_state", "scalars", "padding", "buckets"),
+    *("gathered", "step_gradients", "exchange", "chunks", "host", "host_buckets", "model_states", "most_model_states"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateRequest:
+    """What is to be estimated; ``zero`` gives all settings but stage and ranks.
+
+    gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing: for activations, where the
+    model's widths are known.
+    """
+
+    model: ModelShape
+    optimizers: tuple[str, ...]
+    momentum_dtypes: tuple[str, ...] = ("float32",)
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    ranks: tuple[int, ...] = (8,)
+    zero: ZeroSettings = field(default_factory=lambda: ZeroSettings(stage=0, ranks=1))
+    optimizer_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gpu_bytes: int | None = None
+    micro_batch: int = 1
+    seq_len: int = 1024
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.seq_len < 1:
+            raise UserError("micro-batch and seq-len are whole numbers from 1")
+        for name in self.optimizer_params:
+            if name not in self.optimizers:
+                raise UserError(f"optimizer_params names {name!r}, which is not estimated: add it to --optimizers")
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Activations of one sequence; 0 where the model is only a list of parameters."""
+        if self.model.transformer is None:
+            return 0
+        return activations(
+            self.model.transformer,
+            micro_batch=1,
+            seq_len=self.seq_len,
+            dtype_bytes=self.zero.itemsize,
+            checkpointing=self.checkpointing,
+        )
+
+    def plans(self) -> Iterator[OptimizerPlan]:
+        """Every optimizer at every momentum dtype that it can have; those that can have none, once."""
+        for name in self.optimizers:
+            for dtype in self.momentum_dtypes if takes_momentum_dtype(name) else ("float32",):
+                yield self.plan(name, dtype)
+
+    def plan(self, name: str, momentum_dtype: str = "float32") -> OptimizerPlan:
+        return plan_optimizer(
+            self.model,
+            name,
+            self.optimizer_params.get(name),
+            momentum_dtype=momentum_dtype,
+            weights=TORCH_DTYPES[self.zero.dtype],
+            device=self.zero.device,
+        )
+
+    def at(self, stage: int, ranks: int) -> ZeroSettings:
+        """The settings of a stage and a number of ranks; nothing is offloaded at stage 0, which has no such thing."""
+        return replace(self.zero, stage=stage, ranks=ranks, offload=self.zero.offload and stage > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateRow:
+    """One estimate, AdamW's at the same stage and ranks, and what fits."""
+
+    request: EstimateRequest
+    estimate: MemoryEstimate
+    baseline: MemoryEstimate
+
+    @property
+    def activations(self) -> int:
+        return self.request.sequence_bytes * self.request.micro_batch
+
+    @property
+    def peak(self) -> int:
+        return self.estimate.largest.peak(self.activations)
+
+    @cached_property
+    def saving(self) -> dict[str, float]:
+        """Percent less than AdamW: of optimizer state, of model states, and of the accelerator's peak."""
+        own, base = self.estimate.largest, self.baseline.largest
+        pairs = {
+            "optimizer_state": (own.optimizer_state, base.optimizer_state),
+            "model_states": (own.most_model_states, base.most_model_states),
+            "all": (own.peak(self.activations), base.peak(self.activations)),
+        }
+        return {name: 100 * (1 - mine / theirs) for name, (mine, theirs) in pairs.items()}
+
+    @cached_property
+    def largest_batch(self) -> int | None:
+        """The largest micro-batch on an accelerator of the given size; None where that is not asked or known."""
+        if self.request.gpu_bytes is None or not self.request.sequence_bytes:
+            return None
+        return largest_micro_batch(self.estimate.largest, self.request.gpu_bytes, self.request.sequence_bytes)
+
+    @cached_property
+    def fewest(self) -> int | None:
+        """The fewest accelerators of the given size at this stage; None where there are not enough, or none asked."""
+        if self.request.gpu_bytes is None:
+            return None
+        own = self.estimate
+
+        def memory_at(ranks: int) -> Any:
+            settings = replace(own.zero, ranks=ranks)
+            return estimate(own.model, own.optimizer, settings, transients=False).largest
+
+        return fewest_ranks(memory_at, self.request.gpu_bytes, self.activations)
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON, sizes in bytes."""
+        largest = self.estimate.largest
+        return {
+            "model": self.estimate.model.name,
+            "parameters": self.estimate.model.numel,
+            "optimizer": self.estimate.optimizer.name,
+            "momentum_dtype": self.estimate.optimizer.momentum_dtype,
+            **{key: value for key, value in asdict(self.estimate.zero).items() if key != "device"},
+            "per_rank": {term: getattr(largest, term) for term in TERMS},
+            "sum_over_ranks": {term: self.estimate.total(term) for term in TERMS},
+            "state": dict(largest.state),
+            "largest_layer": self.estimate.largest_layer,
+            "activations": self.activations,
+            "activations_are": ACTIVATIONS,
+            "peak": self.peak,
+            "saving_percent_of_adamw": self.saving,
+            "largest_micro_batch": self.largest_batch,
+            "fewest_gpus": self.fewest,
+            "usable_share_of_gpu": USABLE,
+        }
+
+
+def estimate_rows(request: EstimateRequest) -> list[EstimateRow]:
+    """Every row, by ranks, then stage, then optimizer."""
+    plans = list(request.plans())
+    baseline = request.plan(BASELINE)
+    rows = []
+    for ranks in request.ranks:
+        for stage in request.stages:
+            settings = request.at(stage, ranks)
+            base = estimate(request.model, baseline, settings)
+            for plan in plans:
+                own = base if plan == baseline else estimate(request.model, plan, settings)
+                rows.append(EstimateRow(request=request, estimate=own, baseline=base))
+    return rows

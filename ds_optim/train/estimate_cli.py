@@ -1,0 +1,165 @@
+"""The command ``ds-optim estimate``: its flags, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ds_optim.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_optim.train.estimate import EstimateRequest
+
+#: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
+_ZERO_KEYS = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "param_persistence_threshold",
+    "stage3_model_persistence_threshold": "model_persistence_threshold",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "sub_group_size": "sub_group_size",
+    "overlap_comm": "overlap_comm",
+    "contiguous_gradients": "contiguous_gradients",
+}
+
+
+def estimate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="In place of a model, a number of parameters: 7.5e9.")] = None,
+    optimizers: Annotated[str, typer.Option(help="Names as in compare.")] = "adamw,lion,lion_muon",
+    momentum_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8; of one-buffer optimizers.")] = "float32",
+    stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",
+    ranks: Annotated[str | None, typer.Option(help="Numbers of ranks. [8]")] = None,
+    nodes: Annotated[str | None, typer.Option(help="In place of ranks, numbers of nodes.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-batches a step; with more than one, stage 1 holds whole gradients.")
+    ] = 2,
+    optimizer_params: Annotated[
+        str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON, for its bucket settings.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for curves over ranks and stages, PNG and SVG.")] = None,
+) -> int:
+    """Estimate what a rank will hold: no GPU, no weights, no process group.
+
+    ds-optim estimate --model qwen3-134m --ranks 8,64 --gpu-memory 80GiB
+    """
+    from ds_optim.memory.estimate_fit import parse_size
+    from ds_optim.memory.estimate_terms import ZeroSettings
+    from ds_optim.train.estimate import EstimateRequest
+    from ds_optim.train.estimate_sources import load_shape
+    from ds_optim.train.settings import parse_object
+
+    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(config))
+    request = EstimateRequest(
+        model=load_shape(model, params, seq_len),
+        optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
+        momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
+        stages=tuple(dict.fromkeys(_numbers("--stages", stages, least=0))),
+        ranks=_ranks(ranks, nodes, gpus_per_node),
+        zero=_offloaded(zero, offload),
+        optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
+        gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        checkpointing=checkpointing,
+    )
+    return run_estimate(request, as_json=as_json, out=out)
+
+
+def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -> int:
+    """Print the rows, and draw the curves where ``out`` says so."""
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from ds_optim.train.estimate import estimate_rows
+    from ds_optim.train.estimate_report import draw_curves, notes, to_table
+
+    rows = estimate_rows(request)
+    drawn: list[Path] = []
+    if out is not None:
+        try:
+            drawn = draw_curves(request, out)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
+    if as_json:
+        typer.echo(json.dumps([row.record() for row in rows], indent=2))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(to_table(rows))
+    for line in (*notes(request), *(f"curves: {path}" for path in drawn)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _offloaded(zero: Any, offload: bool) -> Any:
+    """The settings with offload, which stage 0 has not: rows of that stage are estimated without."""
+    from dataclasses import replace
+
+    return replace(zero, stage=1, offload=True) if offload else zero
+
+
+def _zero_keys(config: Path | None) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of buckets; "auto" leaves a setting to DeepSpeed's default."""
+    if config is None:
+        return {}
+    from ds_optim.train.deepspeed_json import read_json
+
+    section = read_json(config).get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise UserError(f'"zero_optimization" in {config} is no JSON object: write {{"stage": 3}}')
+    found = {}
+    for key, name in _ZERO_KEYS.items():
+        value = section.get(key, "auto")
+        if value == "auto" or value is None:
+            continue
+        if isinstance(value, bool) != (key in ("overlap_comm", "contiguous_gradients")) or not (
+            isinstance(value, (int, float)) and value >= 0
+        ):
+            raise UserError(f"{key} in {config} is {value!r}: write what DeepSpeed takes there")
+        found[name] = value if isinstance(value, bool) else int(value)
+    return found
+
+
+def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[int, ...]:
+    if ranks is not None and nodes is not None:
+        raise UserError("give --ranks or --nodes, one of the two")
+    if nodes is None:
+        return tuple(dict.fromkeys(_numbers("--ranks", ranks or "8", least=1)))
+    if gpus_per_node < 1:
+        raise UserError(f"gpus-per-node is {gpus_per_node}: write a whole number from 1")
+    return tuple(dict.fromkeys(count * gpus_per_node for count in _numbers("--nodes", nodes, least=1)))
+
+
+def _numbers(flag: str, text: str, *, least: int) -> list[int]:
+    numbers = []
+    for part in _parts(flag, text):
+        if not part.isdecimal() or int(part) < least:
+            raise UserError(f"{flag}: {part!r} is no whole number from {least}; write a list such as 1,2")
+        numbers.append(int(part))
+    return numbers
+
+
+def _parts(flag: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UserError(f"{flag} is empty: write a comma-separated list")
+    return parts

@@ -1,0 +1,216 @@
+"""What an estimate says that a rank will hold, against what is counted on DeepSpeed's engines."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import ds_optim
+from ds_optim.memory import account
+from ds_optim.memory.account import MemoryAccount
+from ds_optim.memory.estimate import MemoryEstimate, estimate
+from ds_optim.memory.estimate_model import ModelShape, shape_of_module
+from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
+from ds_optim.train.models import build_model, preset_config
+
+from .harness import run_ranks
+
+BUCKET = 20_000
+PERSISTENT = 100
+TOKENS = 32
+ALLOWED = 0.02
+MODELS = ("qwen3-tiny", "gpt2-tied")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run: ``config`` goes beside DeepSpeed's other settings, ``zero`` into ``zero_optimization``."""
+
+    model: str
+    optimizer: str
+    stage: int
+    momentum_dtype: str = "float32"
+    params: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bf16"
+    accumulation: int = 1
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        params = dict(self.params)
+        if self.momentum_dtype != "float32":
+            params["momentum_dtype"] = self.momentum_dtype
+        if self.optimizer == "adamw":
+            params["torch_adam"] = True  # DeepSpeed's own AdamW for the CPU is compiled at first use
+        zero = {
+            "stage": self.stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": PERSISTENT,
+        }
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.accumulation,
+            "bf16": {"enabled": self.dtype == "bf16"},
+            "optimizer": {"type": self.optimizer, "params": params},
+            "zero_optimization": {**zero, **self.zero},
+            **self.config,
+        }
+
+
+OPTIMIZERS = {
+    "adamw": {"optimizer": "adamw"},
+    "lion": {"optimizer": "lion"},
+    "lion_muon": {"optimizer": "lion_muon", "params": {"polar": {"dtype": "bfloat16", "steps": 1}}},
+    "lion-int8": {"optimizer": "lion", "momentum_dtype": "int8"},
+}
+FP32_GRADIENTS = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, "settings": {"grad_accum_dtype": "fp32"}}
+OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "settings": {"offload": True}}
+SUB_GROUPS = {"zero": {"sub_group_size": 9_000}, "settings": {"sub_group_size": 9_000}}
+
+CASES = {
+    f"{model} z{stage} {name}": Case(model=model, stage=stage, **optimizer)
+    for model in MODELS
+    for stage in (0, 1, 2, 3)
+    for name, optimizer in OPTIMIZERS.items()
+}
+# What changes the buffers that DeepSpeed makes; at two ranks.
+OTHERS = {
+    **{f"fp32 z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, dtype="fp32") for s in (0, 1, 3)},
+    **{f"fp32 gradients z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, **FP32_GRADIENTS) for s in (1, 2, 3)},
+    **{f"offload z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, **OFFLOAD) for s in (2, 3)},
+    "sub-groups": Case(model=MODELS[1], optimizer="lion", stage=3, momentum_dtype="int8", **SUB_GROUPS),
+    **{f"accumulation z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, accumulation=2) for s in (1, 2, 3)},
+}
+
+
+def new_model(name: str) -> torch.nn.Module:
+    from transformers import GPT2Config
+
+    if name == "qwen3-tiny":
+        return build_model(preset_config(name, 256, TOKENS), 0)
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 211, "n_positions": TOKENS}
+    return build_model(GPT2Config(**shape, tie_word_embeddings=True, use_cache=False), 0)
+
+
+@cache
+def shape_of(name: str) -> ModelShape:
+    with torch.device("meta"):
+        return shape_of_module(name, new_model(name))
+
+
+@dataclass
+class Seen:
+    """Counts on one rank: before the step, between micro-batches if there are several, and in the forward pass."""
+
+    before_step: MemoryAccount
+    between: MemoryAccount
+    forward: MemoryAccount
+
+
+def count_all(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Seen]:
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    gc.freeze()
+    return {name: count(case) for name, case in cases.items()}
+
+
+def count(case: Case) -> Seen:
+    """One step makes the optimizer's state, and ZeRO-3's record of which layer comes when; the next is counted."""
+    engine, *_ = ds_optim.initialize(model=new_model(case.model), config=case.json())
+    tokens = torch.arange(TOKENS).view(1, -1)
+    forward, backward = [], []
+    for micro in range(2 * case.accumulation):
+        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+        forward.append(account(engine))
+        engine.backward(loss)
+        del loss
+        backward.append(account(engine))
+        if micro < 2 * case.accumulation - 1:
+            engine.step()
+    engine.destroy()
+    return Seen(before_step=backward[-1], between=backward[-case.accumulation], forward=forward[-1])
+
+
+@cache
+def counted(world_size: int) -> dict[str, list[Seen]]:
+    """For each case what every rank counted."""
+    cases = CASES | OTHERS if world_size == 2 else CASES
+    ranks = run_ranks(world_size, count_all, cases, timeout=200)
+    return {name: [rank[name] for rank in ranks] for name in cases}
+
+
+def estimated(case: Case, world_size: int) -> MemoryEstimate:
+    model = shape_of(case.model)
+    plan = plan_optimizer(
+        model,
+        case.optimizer,
+        case.params,
+        momentum_dtype=case.momentum_dtype,
+        weights=TORCH_DTYPES[case.dtype],
+        device="cpu",
+    )
+    zero = ZeroSettings(
+        stage=case.stage,
+        ranks=world_size,
+        dtype=case.dtype,
+        accumulation=case.accumulation,
+        reduce_bucket_size=BUCKET,
+        prefetch_bucket_size=BUCKET,
+        param_persistence_threshold=PERSISTENT,
+        device="cpu",
+        **case.settings,
+    )
+    return estimate(model, plan, zero)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_model_states_are_within_two_percent(name: str, world_size: int) -> None:
+    case = CASES[name]
+    guessed = estimated(case, world_size)
+    for seen, rank in zip(counted(world_size)[name], guessed.ranks, strict=True):
+        held = seen.before_step
+        assert rank.model_states == pytest.approx(held.model_state_bytes, rel=ALLOWED)
+        assert rank.weights == held.weights
+        assert rank.master == held.master
+        assert rank.gradients == pytest.approx(held.gradients, abs=64), "but for a gradient norm"
+        kept = dict(held.state)
+        if case.momentum_dtype == "int8":  # a vector's one scale is counted among the scalars
+            kept["exp_avg_scale"] += held.scalars
+        else:
+            assert rank.scalars == held.scalars
+        assert rank.state == kept
+        assert rank.padding == held.state_padding + held.master_padding
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings_to_the_byte(name: str) -> None:
+    case = OTHERS[name]
+    guessed = estimated(case, 2)
+    for seen, rank in zip(counted(2)[name], guessed.ranks, strict=True):
+        held = seen.before_step
+        assert rank.model_states == pytest.approx(held.model_state_bytes, abs=1024)
+        assert rank.gradients == pytest.approx(held.gradients, abs=512)
+        between = seen.between.gradients
+        assert rank.gradients + rank.accumulating == pytest.approx(max(between, held.gradients), abs=512)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_stage_3_gathers_what_is_said(model: str, world_size: int) -> None:
+    """Models of less than half ``max_reuse_distance`` stay whole until backward, the bucket all the time."""
+    name = f"{model} z3 lion"
+    guessed = estimated(CASES[name], world_size)
+    for seen, rank in zip(counted(world_size)[name], guessed.ranks, strict=True):
+        assert rank.weights + rank.gathered == pytest.approx(seen.forward.weights, rel=ALLOWED)
+        assert seen.before_step.buckets == BUCKET * 2 < rank.buckets

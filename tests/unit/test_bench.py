@@ -1,0 +1,346 @@
+"""The benchmarks' parts: turns, limits, ratios, the stored dispatch table, and words on what was not measured."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_optim.bench import elementwise, polar, polar_table, ranks, step, tables, wire
+from ds_optim.bench.engines import CASES, ModelShape
+from ds_optim.bench.limits import Limits, measure_limits
+from ds_optim.bench.output import remarks
+from ds_optim.bench.timing import Case, NotMeasured, Times, ratio, take_turns
+from ds_optim.cli import main
+from ds_optim.matrix import dispatch
+from ds_optim.report import Row, build_table, to_markdown
+
+CPU = torch.device("cpu")
+STAMP = {"machine": {"CPU": "one"}, "date": "2026-01-01"}
+
+
+def test_cases_take_turns_and_a_failing_one_has_its_reason() -> None:
+    calls: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("out of\nmemory")
+
+    slow = [Case(name=n, run=lambda n=n: (calls.append(n), torch.randn(1 << 20))) for n in "ab"]  # type: ignore[misc]
+    found = take_turns([slow[0], Case(name="bad", run=fail), slow[1]], CPU, 3)
+    assert list(found) == ["a", "bad", "b"]
+    assert found["bad"] == NotMeasured(reason="RuntimeError: out of memory")
+    turns = "".join(name for name, after in zip(calls[4:], [*calls[5:], ""], strict=True) if name != after)
+    assert turns == "ababab", "after two calls each, one sample a turn"
+    a, b = found["a"], found["b"]
+    assert isinstance(a, Times)
+    assert isinstance(b, Times)
+    assert len(a.samples) == 3
+    assert a.quartiles[0] <= a.median <= a.quartiles[1]
+    assert ratio(a, b) == round(statistics.median(a.samples) / statistics.median(b.samples), 3)
+    assert ratio(a, found["bad"]) is None
+
+
+def test_what_prepares_a_sample_is_not_timed() -> None:
+    pause = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: torch.randn(1 << 22).sort())
+    found = take_turns([Case(name="a", run=lambda: None, prepare=pause)], CPU, 2)["a"]
+    assert isinstance(found, Times)
+    assert found.median < 0.1
+
+
+def test_limits_are_positive_and_say_what_would_take_too_long() -> None:
+    limits = measure_limits(CPU, dtypes=("fp32", "bf16"), sizes=(64, 32), copy_bytes=1 << 20)
+    assert limits.copy_gb_s > 0
+    assert {dtype: sorted(rates) for dtype, rates in limits.matrix_tflops.items()} == {
+        "fp32": [32, 64],
+        "bf16": [32, 64],
+    }
+    assert min(rate for rates in limits.matrix_tflops.values() for rate in rates.values()) > 0
+    assert limits.matrix_rate("fp32") == max(limits.matrix_tflops["fp32"].values())
+    assert limits.matrix_rate("fp16") is None
+    hurried = measure_limits(CPU, dtypes=("fp32",), sizes=(32, 4096), copy_bytes=1 << 20, seconds=1e-3)
+    assert list(hurried.matrix_tflops["fp32"]) == [32]
+    assert hurried.not_measured["fp32 4096"].startswith("would take about")
+
+
+def test_operations_become_milliseconds_by_the_best_rate() -> None:
+    limits = Limits(copy_gb_s=1.0, matrix_tflops={"bf16": {512: 0.5, 1024: 2.0}})
+    assert limits.milliseconds("bf16", 4e12) == 2000.0
+    assert limits.milliseconds("fp16", 1.0) is None
+
+
+def polar_settings(**given: Any) -> polar.PolarSettings:
+    tiny: dict[str, Any] = {
+        "device": CPU, "shapes": ((16, 48),), "max_elements": 1 << 12, "dtypes": ("fp32",), "rounds": 3,
+        "compiled": False, "matrix_sizes": (32,), "copy_bytes": 1 << 20,
+    }  # fmt: skip
+    return polar.PolarSettings(**{**tiny, **given})
+
+
+def test_polar_rows_have_ratios_of_their_medians() -> None:
+    rows = list(polar.rows(polar_settings(schedules=("keller", "you")), STAMP))
+    assert [row.optimizer for row in rows] == [
+        "keller, standard", "you, standard", "keller, gram", "you, gram", "DeepSpeed, eager",
+    ]  # fmt: skip
+    reference = rows[-1].ms_per_step
+    assert reference is not None
+    for row in rows:
+        assert row.ms_per_step is not None
+        assert row.extra["shape"] == "16x48"
+        assert row.extra["machine"] == STAMP["machine"]
+        assert row.extra["ratios"]["time / DeepSpeed, eager"] == pytest.approx(row.ms_per_step / reference, rel=0.02)
+        assert row.extra["ratios"]["time / DeepSpeed"] is None
+        assert row.extra["tflops"] == pytest.approx(row.extra["operations"] / row.ms_per_step / 1e9, rel=0.02)
+        best = max(row.extra["limits"]["matrix_tflops"][row.dtype].values())
+        assert row.extra["ratios"]["rate / matrix rate"] == pytest.approx(
+            row.extra["tflops"] / best, rel=0.02, abs=1e-3
+        )
+    assert [row.extra["auto"] for row in rows[:-1]] == [False, False, True, True]
+
+
+def test_deepspeeds_routine_is_what_we_say_it_is() -> None:
+    (job,) = polar.deepspeed_jobs(16, 48, polar_settings())
+    ours = polar._own(16, 48, polar.PolarSpec(method="gram", dtype="float32"), CPU)()
+    theirs = job.made()()
+    assert isinstance(theirs, torch.Tensor)
+    difference = torch.linalg.matrix_norm(theirs.float() - ours().squeeze(0))  # type: ignore[attr-defined]
+    assert difference / 4 < 0.02, "keller, five steps, on the same matrix, whose polar factor has norm 4"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"max_elements": 16 * 47}, "more than --max-elements 752"),
+        ({"device": torch.device("cuda"), "missing": "this machine has no CUDA device"}, "has no CUDA device"),
+    ],
+)
+def test_a_shape_that_is_left_out_says_so(given: dict[str, Any], reason: str) -> None:
+    (row,) = polar.rows(polar_settings(**given), STAMP)
+    assert row.ms_per_step is None
+    assert reason in row.extra["not_measured"]
+    assert "not measured" in to_markdown(build_table([row], tables.POLAR))
+    assert remarks([row]) == [f"16x48 every routine: not measured: {row.extra['not_measured']}"]
+
+
+def test_a_case_that_the_matrix_rate_cannot_finish_is_left_out() -> None:
+    rows = list(polar.rows(polar_settings(seconds=1e-9), STAMP))
+    assert all("more than --seconds 1e-09" in row.extra["not_measured"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "aspect"),
+    [
+        ([(1.0, 1.2), (2.0, 0.8)], 1.5),
+        ([(1.0, 1.2), (2.0, 0.9), (3.0, 1.1), (4.0, 0.9)], 3.5),
+        ([(1.0, 0.9), (2.0, 0.8)], 0.0),
+        ([(1.0, 0.9), (2.0, 1.0)], math.inf),
+    ],
+)
+def test_the_crossing_is_read_between_points(ratios: list[tuple[float, float]], aspect: float) -> None:
+    assert polar_table.crossing(ratios) == pytest.approx(aspect)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_measured_table_is_read_back(cache: Path) -> None:
+    assert dispatch.gram_from(CPU, "float32") is None
+    lines = list(polar_table.measure_and_store(polar_settings(max_elements=64 * 64 * 2), short_sides=(64,)))
+    assert lines[-1] == f"stored: {cache / 'polar.json'}"
+    found = dispatch.gram_from(CPU, "float32")
+    assert found is not None
+    assert found == 0.0 or 1.0 <= found <= 2.0 or found == math.inf
+    assert dispatch.gram_from(CPU, "bfloat16") is None
+
+
+def test_storing_keeps_what_else_is_there_and_leaves_no_scraps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as other:
+        other.setattr(dispatch, "device_name", lambda device: "another")
+        dispatch.store(CPU, {"float32": {"gram_from": 3.0}})
+    dispatch.store(CPU, {"float32": {"gram_from": 1.5}, "bfloat16": {"gram_from": None}})
+    path = dispatch.store(CPU, {"float32": {"gram_from": 1.25}})
+    assert dispatch.gram_from(CPU, "float32") == 1.25
+    assert dispatch.gram_from(CPU, "bfloat16") == math.inf
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "another")
+    assert dispatch.gram_from(CPU, "float32") == 3.0
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 2, "devices": {}}', '{"version": 1, "devices": []}'])
+def test_a_damaged_table_counts_as_none(cache: Path, text: str) -> None:
+    path = dispatch.table_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert dispatch.gram_from(CPU, "float32") is None
+    dispatch.store(CPU, {"float32": {"gram_from": 2.0}})
+    assert dispatch.gram_from(CPU, "float32") == 2.0
+
+
+def test_no_table_from_too_few_elements(cache: Path) -> None:
+    lines = list(polar_table.measure_and_store(polar_settings(max_elements=100), short_sides=(64,)))
+    assert lines == ["fp32: not stored: --max-elements 100 leaves no shape; write 8192 or more", "no table was stored"]
+    assert not cache.exists()
+
+
+def test_elementwise_rows_have_ratios_of_their_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_OPTIM_NATIVE", "1")
+    settings = elementwise.ElementwiseSettings(device=CPU, elements=4096 + 37, rounds=3)
+    rows = {(row.optimizer, row.extra["path"]): row for row in elementwise.rows(settings, STAMP)}
+    assert os.environ["DS_OPTIM_NATIVE"] == "1"
+    adamw, copy = rows["torch AdamW, fused", None], rows["copy", None]
+    assert adamw.ms_per_step is not None
+    for dtype, width in (("float32", 20), ("bfloat16", 16), ("int8", 14.03125)):
+        for path in ("compiled", "eager"):
+            row = rows[f"sign step, {dtype} momentum", path]
+            if row.extra.get("not_measured"):
+                assert path == "compiled"
+                continue
+            assert row.ms_per_step is not None
+            assert row.extra["bytes_per_element"] == width
+            assert row.extra["gb_s"] == pytest.approx(width * settings.elements / row.ms_per_step / 1e6, rel=0.02)
+            ratios = row.extra["ratios"]
+            assert ratios["time / torch AdamW"] == pytest.approx(
+                row.ms_per_step / adamw.ms_per_step, rel=0.05, abs=1e-3
+            )
+            limit = row.extra["gb_s"] / copy.extra["gb_s"]
+            assert ratios["rate / copy rate"] == pytest.approx(limit, rel=0.02, abs=1e-3)
+    assert copy.extra["ratios"]["rate / copy rate"] == pytest.approx(1.0, abs=1e-3)
+    assert {"blend into bfloat16", "apply bfloat16"} <= {name for name, _ in rows}
+
+
+def test_each_path_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_OPTIM_NATIVE", "1")
+    elementwise._choose(elementwise.EAGER)
+    p, m, g = torch.zeros(256), torch.zeros(256), torch.ones(256)
+    assert not elementwise.native.sign_step(p, m, g, (0.9, 0.1, 0.99, 0.01), 0.0, 1.0)
+    compiled = elementwise.no_compiled_path(CPU) is None
+    assert elementwise.native.sign_step(p, m, g, (0.9, 0.1, 0.99, 0.01), 0.0, 1.0) == compiled
+
+
+def test_without_a_device_every_pass_says_so() -> None:
+    settings = elementwise.ElementwiseSettings(device=torch.device("cuda"), missing="this machine has no CUDA device")
+    rows = list(elementwise.rows(settings, STAMP))
+    assert len(rows) == len(list(elementwise.all_passes(settings)))
+    assert {row.extra["not_measured"] for row in rows} == {"this machine has no CUDA device"}
+
+
+def test_an_op_of_deepspeed_that_is_not_built_is_not_built_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert not elementwise.op_is_built("cpu_adam")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    assert elementwise.op_is_built("cpu_adam")
+
+
+def step_rows(by_rank: list[step.RankTimes], cases: tuple[str, ...]) -> dict[str, Row]:
+    settings = step.StepSettings(ranks=2, stages=(1,), cases=cases, shape=ModelShape(), rounds=1)
+    return {row.optimizer: row for row in step.stage_rows(1, by_rank, settings, STAMP)}
+
+
+def test_of_each_step_the_slowest_rank_counts() -> None:
+    limits = Limits(copy_gb_s=1.0, matrix_tflops={"bf16": {64: 1e-3}})
+    work = {"AdamW": (1e6, 0.0), "Muon": (1e6, 1e6)}
+    missing = {"Lion": "no such thing here"}
+    by_rank = [
+        step.RankTimes(
+            whole={"AdamW": [0.010, 0.010, 0.010], "Muon": [0.010 * slow, 0.030, 0.010]},
+            step={"AdamW": [0.002, 0.002, 0.002], "Muon": [0.004, 0.004, 0.001 * slow]},
+            limits=limits, missing=missing, least_work=work,
+        )
+        for slow in (1, 2)
+    ]  # fmt: skip
+    rows = step_rows(by_rank, ("AdamW", "Muon", "Lion"))
+    assert rows["Muon"].ms_per_step == 20.0
+    assert rows["Muon"].extra["optimizer_ms"] == 4.0
+    assert rows["Muon"].extra["ratios"] == {
+        "step / AdamW": 2.0, "step / deepspeed:Muon": None,
+        "optimizer / AdamW": 2.0, "optimizer / deepspeed:Muon": None, "optimizer / limit": 2.0,
+    }  # fmt: skip
+    assert rows["AdamW"].extra["ratios"]["optimizer / limit"] == 2.0
+    assert rows["Lion"].ms_per_step is None
+    assert rows["Lion"].notes == ["not measured: no such thing here"]
+
+
+def test_the_least_work_of_a_step_is_in_bytes_and_products() -> None:
+    shape = ModelShape(width=32, layers=1, vocabulary=64)
+    numel = sum(parameter.numel() for parameter in step.engines.qwen3(shape).parameters())
+    assert step.least_work("AdamW", shape, 2, CPU) == (14 * numel, 0.0)
+    assert step.least_work("Lion", shape, 2, CPU) == (10 * numel, 0.0)
+    muon, every_second = (step.least_work(case, shape, 2, CPU) for case in ("Muon", "LionMuon"))
+    assert muon[1] == 2 * every_second[1] > 0
+    assert CASES["LionMuon"]["params"]["period"] == 2
+
+
+def test_bytes_on_the_wire_stand_beside_their_formula() -> None:
+    adamw = {"handed": 100.0, "interface": 300.0, "planned": 0, "bytes_an_element": 0, "matrix_elements": 0}
+    muon = {"handed": 140.0, "interface": 400.0, "planned": 50, "bytes_an_element": 4, "matrix_elements": 40}
+    settings = wire.WireSettings(ranks=2, stages=(3,), cases=("AdamW", "Muon", "LionMuon"), shape=ModelShape())
+    by_rank = [{"AdamW": adamw, "Muon": muon, "LionMuon": muon}] * 2
+    rows = list(wire.stage_rows(3, by_rank, settings, True, STAMP))
+    assert [row.extra["formula"] for row in rows] == [0, 40.0, 20.0]
+    assert rows[1].extra["handed_ratio"] == 1.0
+    assert rows[1].extra["interface_ratio"] == 1.25
+    rows = list(wire.stage_rows(1, by_rank, settings, False, STAMP))
+    assert [row.extra["formula"] for row in rows] == [0, 50.0, 25.0]
+    assert "interface" not in rows[1].extra
+    assert "not permitted" in rows[1].notes[0]
+
+
+def test_ranks_that_fail_leave_rows_that_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise ranks.RankFailedError("rank 1: out of memory")
+
+    monkeypatch.setattr(ranks, "run", fail)
+    monkeypatch.setattr(ranks, "private_network", lambda: ())
+    cases, shape = ("AdamW", "Lion"), ModelShape()
+    timed = list(step.rows(step.StepSettings(ranks=2, stages=(1, 3), cases=cases, shape=shape), STAMP))
+    sent = list(wire.rows(wire.WireSettings(ranks=2, stages=(1, 3), cases=cases, shape=shape), STAMP))
+    for rows, spec in ((timed, tables.STEP), (sent, tables.WIRE)):
+        assert [(row.optimizer, row.stage) for row in rows] == [("AdamW", 1), ("Lion", 1), ("AdamW", 3), ("Lion", 3)]
+        assert {row.extra["not_measured"] for row in rows} == {"rank 1: out of memory"}
+        assert to_markdown(build_table(rows, spec)).count("not measured") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("step --stages 4", "--stages: unknown '4'; write one of 0, 1, 2, 3"),
+        ("step --cases Lionn", "--cases: unknown 'Lionn'; did you mean 'Lion'?"),
+        ("step --cases ,", "--cases: nothing is named"),
+        ("step --ranks 0", "--ranks: 0 is too few; write 1 or more"),
+        ("step --width 130", "--width: 130 cannot be cut into heads; write a multiple of 128, e.g. 128"),
+        ("step --tokens 1", "--tokens: 1 is too few; write 2 or more"),
+        ("step --rounds 0", "--rounds"),
+        ("wire --layers 0", "--layers: 0 is too few"),
+        ("wire --ranks two", "'--ranks'"),
+        ("polar --shapes 768", "--shapes: '768' is no shape; write rows x columns, e.g. 768x2304"),
+        ("polar --shapes 0x5", "--shapes: '0x5' is no shape"),
+        ("polar --dtypes bf61", "did you mean 'bf16'?"),
+        ("polar --methods svd", "--methods: unknown 'svd'"),
+        ("polar --schedules yuo", "did you mean 'you'?"),
+        ("polar --rounds 1", "--rounds: 1 is too few; write 2 or more"),
+        ("polar --seconds 0", "--seconds"),
+        ("elementwise --elements 0", "--elements: 0 is too few; write 256 or more"),
+        ("elementwise --device gpu", "--device: unknown 'gpu'"),
+        ("elementwise --elements 256 --out /dev/null/x", "--out: cannot write /dev/null/x"),
+        ("sped", "sped"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments.split(" ")])
+    said = capsys.readouterr()
+    assert caught.value.code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert message in said.err

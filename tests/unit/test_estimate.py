@@ -1,0 +1,303 @@
+"""Estimates of memory: formulas to the byte, the ZeRO paper's example, what fits, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_optim.cli import main
+from ds_optim.errors import UserError
+from ds_optim.memory.estimate import MemoryEstimate, activations, estimate, layout_of
+from ds_optim.memory.estimate_fit import fewest_ranks, largest_micro_batch, parse_size
+from ds_optim.memory.estimate_model import ModelShape, Parameter, Transformer, shape_of_count, shape_of_list
+from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_terms import ZeroSettings
+from ds_optim.memory.tracker import TensorTracker
+from ds_optim.optimizers import LionMuon, param_groups
+from ds_optim.train.estimate_sources import load_shape
+from ds_optim.train.models import build_model, preset_config
+
+GIB = 2**30
+STATE_BYTES = {("adamw", "float32"): 8, ("lion", "float32"): 4, ("lion_muon", "bfloat16"): 2}
+
+
+@cache
+def tiny() -> ModelShape:
+    return load_shape("qwen3-tiny", None)
+
+
+def run(
+    model: ModelShape, optimizer: str = "lion", momentum_dtype: str = "float32", transients: bool = True, **zero: Any
+) -> MemoryEstimate:
+    plan = plan_optimizer(model, optimizer, momentum_dtype=momentum_dtype)
+    return estimate(model, plan, ZeroSettings(**zero), transients=transients)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("optimizer", "dtype"), STATE_BYTES)
+def test_state_is_the_formula_to_the_byte(optimizer: str, dtype: str, stage: int, ranks: int) -> None:
+    found = run(tiny(), optimizer, dtype, stage=stage, ranks=ranks)
+    each = STATE_BYTES[optimizer, dtype]
+    units = layout_of(found.optimizer, found.zero).units
+    padding = sum(unit.padding(rank) for unit in units for rank in range(ranks)) if stage else 0
+    copies = 1 if stage else ranks
+    assert found.total("state") == each * (tiny().numel * copies + padding)
+    assert found.total("padding") == (each + 4) * padding
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_int8_is_at_most_1_05_bytes(stage: int, ranks: int) -> None:
+    found = run(tiny(), "lion", "int8", stage=stage, ranks=ranks)
+    each = found.total("state") / tiny().numel / (1 if stage else ranks)
+    assert 1 + 4 / 256 <= each <= 1.05
+    assert set(found.largest.state) == {"exp_avg", "exp_avg_scale"}
+
+
+@pytest.mark.parametrize(("stage", "published"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_the_zero_papers_7_5b_at_64_ranks(stage: int, published: float) -> None:
+    """Rajbhandari et al. 2019, figure 1: 16-bit gradients accumulate whole at stage 1."""
+    found = run(shape_of_count(7.5e9), "adamw", stage=stage, ranks=64, param_persistence_threshold=0)
+    digits = 0 if published == 120 else 1
+    assert round(found.largest.most_model_states / 1e9, digits) == published
+
+
+@pytest.mark.parametrize("ranks", [1, 4, 64])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_fp32_momentum_saves_4_bytes_over_n(stage: int, ranks: int) -> None:
+    model = shape_of_count(2**27)
+    saved = [run(model, name, stage=stage, ranks=ranks).largest.most_model_states for name in ("adamw", "lion")]
+    assert saved[0] - saved[1] == 4 * 2**27 // ranks
+    percent = 100 * (1 - saved[1] / saved[0])
+    if ranks == 64:
+        assert percent == pytest.approx({1: 1.5, 2: 2.8, 3: 25.0}[stage], abs=0.3)
+
+
+def test_without_accumulation_stage_1_holds_no_more_gradients_than_stage_2() -> None:
+    first, second = (run(tiny(), stage=stage, ranks=2, accumulation=1).largest for stage in (1, 2))
+    assert first.most_model_states == first.model_states == second.model_states
+    assert run(tiny(), stage=1, ranks=2).largest.accumulating > 0
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelShape:
+    shapes = draw(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2), min_size=1, max_size=6))
+    return shape_of_list("drawn", [{"name": f"layers.{i}.weight", "shape": shape} for i, shape in enumerate(shapes)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), st.sampled_from([1, 2, 3]), st.integers(1, 5), st.sampled_from([7, 50, 10**9]))
+def test_sums_over_ranks_are_the_layouts_partitions(model: ModelShape, stage: int, ranks: int, sub_group: int) -> None:
+    found = run(model, "lion_muon", stage=stage, ranks=ranks, sub_group_size=sub_group, param_persistence_threshold=0)
+    partitions = ranks * sum(unit.partition_numel for unit in layout_of(found.optimizer, found.zero).units)
+    assert found.total("master") == found.total("state") == 4 * partitions
+    assert found.total("weights") == 2 * partitions * (1 if stage == 3 else ranks)
+    assert partitions >= model.numel
+    assert found.total("padding") == 8 * (partitions - model.numel)
+
+
+def test_frozen_parameters_have_weights_alone() -> None:
+    frozen = Parameter(name="frozen", shape=(1000,), role="frozen")
+    model = ModelShape(name="m", parameters=(Parameter(name="w", shape=(1000,), role="vector"), frozen))
+    for stage, weights in ((0, 4000), (2, 4000), (3, 2000)):
+        rank = run(model, stage=stage, ranks=2, param_persistence_threshold=0).largest
+        assert rank.weights == weights
+        assert rank.optimizer_state == (4000 if stage == 0 else 2000)
+
+
+def test_offload_leaves_weights_and_buckets_on_the_accelerator() -> None:
+    here, there = (run(tiny(), stage=2, ranks=2, offload=offload).largest for offload in (False, True))
+    assert there.host == there.gradients + there.master + there.optimizer_state
+    assert there.peak() < here.peak()
+    assert there.model_states > here.model_states, "gradients on the host are fp32"
+
+
+def test_exchange_scratch_grows_with_buckets_and_matrices_only() -> None:
+    quiet, small, large = (
+        estimate(tiny(), plan_optimizer(tiny(), name, params), ZeroSettings(stage=3, ranks=2)).largest.exchange
+        for name, params in (
+            ("lion", {}),
+            ("lion_muon", {"exchange": {"bucket_mb": 0.1}}),
+            ("lion_muon", {"exchange": {"bucket_mb": 64}}),
+        )
+    )
+    assert quiet == 0 < small < large
+    matrices = sum(p.numel for p in tiny().parameters if p.role == "matrix")
+    assert large < 2 * matrices * 8, "one bucket: what travels, stacks, results and the scratch of Newton-Schulz"
+
+
+@pytest.mark.parametrize("bucket_mb", [0.5, 64])
+def test_exchange_scratch_is_what_a_step_allocates(bucket_mb: float) -> None:
+    """Between the matrices' scratch and that with the chunks of elementwise steps, which kernels may do without."""
+    params = {"polar": {"dtype": "float32"}, "exchange": {"bucket_mb": bucket_mb}, "period": 1}
+    model = build_model(preset_config("qwen3-tiny", 257, 128), 0)
+    optimizer = LionMuon(param_groups(model), **params)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with TensorTracker() as tracker:
+        optimizer.step()
+    plan = plan_optimizer(tiny(), "lion_muon", params, weights=torch.float32, device="cpu")
+    said = estimate(tiny(), plan, ZeroSettings(stage=0, ranks=1, dtype="fp32", device="cpu")).largest
+    assert said.exchange <= tracker.peak_bytes - tracker.base_bytes <= said.exchange + said.chunks + 64
+
+
+def test_deepspeed_muon_keeps_more_than_a_partition() -> None:
+    ours, theirs = (run(tiny(), name, stage=2, ranks=3).largest for name in ("muon", "deepspeed:Muon"))
+    assert set(theirs.state) == {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+    partition = ours.optimizer_state // 4
+    assert theirs.state["momentum_buffer"] > 2 * partition * 0.9
+    assert theirs.buckets > ours.buckets
+
+
+def test_batches_and_gpus_are_monotone() -> None:
+    model = load_shape("qwen3-134m", None)
+    assert model.transformer is not None
+    each = activations(model.transformer, micro_batch=1, seq_len=1024)
+    memory = {ranks: run(model, stage=3, ranks=ranks, transients=False).largest for ranks in (1, 2, 8, 64)}
+    batches = [largest_micro_batch(memory[8], size * GIB, each) for size in (2, 8, 24, 80)]
+    assert batches == sorted(batches)
+    assert batches[0] < batches[-1]
+    by_ranks = [largest_micro_batch(memory[ranks], 8 * GIB, each) for ranks in (1, 2, 8, 64)]
+    assert by_ranks == sorted(by_ranks)
+    best = by_ranks[2]
+    assert memory[8].peak(best * each) <= 0.9 * 8 * GIB < memory[8].peak((best + 1) * each)
+
+
+def test_fewest_gpus_fit_and_one_less_does_not() -> None:
+    model = shape_of_count(2e8)
+
+    def at(ranks: int) -> Any:
+        return run(model, "adamw", stage=3, ranks=ranks, transients=False, reduce_bucket_size=10**6).largest
+
+    needed = {size: fewest_ranks(at, size * GIB) for size in (1, 2, 4, 80)}
+    found = [count for count in needed.values() if count is not None]
+    assert found == sorted(found, reverse=True)
+    assert len(found) == 4
+    count = needed[2]
+    assert count is not None
+    assert 1 < count <= 8
+    assert at(count).peak() <= 0.9 * 2 * GIB < at(count - 1).peak()
+    assert fewest_ranks(at, GIB // 100) is None
+
+
+def test_activations_follow_their_formula() -> None:
+    shape = Transformer(
+        layers=2, hidden=8, intermediate=16, heads=2, key_value_heads=1, head_dim=4, vocabulary=10, gated=True
+    )
+    layer = 4 * 8 + 2 * 8 + 2 * 4 + 4 * 16
+    assert activations(shape, micro_batch=3, seq_len=5) == 15 * (2 * (2 * layer + 8) + 10 * 10)
+    assert activations(shape, micro_batch=3, seq_len=5, checkpointing=True) == 15 * (2 * (2 * 8 + layer + 8) + 100)
+
+
+def test_size_of_a_gpu() -> None:
+    assert parse_size("80GiB") == 80 * GIB
+    assert parse_size("80 GB") == parse_size("80g") == 80 * 10**9
+    for wrong in ("large", "80 gigs", "-3GiB", "0GB", "80i"):
+        with pytest.raises(UserError, match="such as 80GiB"):
+            parse_size(wrong)
+
+
+def test_models_from_files(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 211, "n_positions": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    by_folder, by_file = load_shape(str(tmp_path), None), load_shape(str(tmp_path / "config.json"), None)
+    assert by_folder.numel == by_file.numel == 115_648, "the tied head counts once"
+    assert by_folder.transformer == by_file.transformer
+    assert by_file.transformer is not None
+    assert (by_file.transformer.intermediate, by_file.transformer.gated) == (256, False)
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"embed.weight": [11, 4], "layers.0.w": [4, 4], "layers.0.b": [4]}))
+    shape = load_shape(str(listed), None)
+    assert [p.role for p in shape.parameters] == ["aux", "matrix", "vector"]
+    assert shape.largest_layer == 44
+
+
+def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", *arguments])
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_command_prints_rows_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"reduce_bucket_size": 1000, "sub_group_size": "auto"}})
+    )
+    words = "--model qwen3-tiny --optimizers adamw,lion --momentum-dtype float32,int8 --stages 3 --nodes 1,2 --json"
+    extra = ["--config", str(tmp_path / "ds.json"), "--gpu-memory", "80GiB"]
+    rows = json.loads(table(capsys, *words.split(), *extra))
+    assert [(row["optimizer"], row["momentum_dtype"], row["ranks"]) for row in rows] == [
+        (name, dtype, ranks)
+        for ranks in (8, 16)
+        for name, dtype in (("adamw", "float32"), ("lion", "float32"), ("lion", "int8"))
+    ]
+    assert rows[0]["saving_percent_of_adamw"]["optimizer_state"] == 0
+    assert rows[1]["saving_percent_of_adamw"]["optimizer_state"] == pytest.approx(50)
+    assert rows[1]["reduce_bucket_size"] == 1000
+    assert rows[1]["sum_over_ranks"]["optimizer_state"] == 8 * rows[1]["per_rank"]["optimizer_state"]
+    assert rows[1]["fewest_gpus"] == 1
+    assert rows[1]["largest_micro_batch"] > 1
+    assert "an estimate" in rows[1]["activations_are"]
+
+
+def test_command_prints_a_table_and_draws_curves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    printed = table(capsys, "--params", "1e6", "--ranks", "4", "--optimizers", "lion", "--out", str(tmp_path))
+    assert "1,000,000 parameters" in printed
+    assert "widths are not known" in printed
+    assert printed.count("lion") == 4, "a row for each stage"
+    for name in ("model_states", "saving"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model qwen3-tiny --optimizers lionn", "unknown optimizer type 'lionn'"),
+        ("--model qwen3-tiny --stages 4", "there is no ZeRO stage 4"),
+        ("--model qwen3-tiny --stages one", "--stages: 'one' is no whole number"),
+        ("--model qwen3-tiny --ranks -8", "--ranks: '-8' is no whole number from 1"),
+        ("--model qwen3-tiny --ranks 8 --nodes 1", "give --ranks or --nodes"),
+        ("--model nowhere/config.json", "there is no model 'nowhere/config.json'"),
+        ("--model qwen3-tinny", "did you mean 'qwen3-tiny'?"),
+        ("--model qwen3-tiny --gpu-memory big", "'big' is no size of memory"),
+        ("--model qwen3-tiny --momentum-dtype int4", "momentum_dtype is 'int4'"),
+        ("--model qwen3-tiny --dtype half", "dtype is 'half'"),
+        ("--params -3", "params is -3.0: write a number of parameters"),
+        ("--params 1e6 --model qwen3-tiny", "one of the two"),
+        ("--model qwen3-tiny --accumulation 0", "accumulation is 0"),
+        ("--model qwen3-tiny --micro-batch 0", "micro-batch and seq-len"),
+        ('--model qwen3-tiny --optimizer-params {"lion":{"lrr":1}}', "lrr"),
+        ("--model qwen3-tiny --config nowhere.json", "cannot read the config"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["estimate", *arguments.split(" ")])
+    output = capsys.readouterr()
+    assert caught.value.code == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert message in output.err
+
+
+def test_arithmetic_imports_no_deepspeed() -> None:
+    program = (
+        "import sys\n"
+        "from ds_optim.memory import ZeroSettings, estimate, plan_optimizer, shape_of_count\n"
+        "model = shape_of_count(1e6)\n"
+        "estimate(model, plan_optimizer(model, 'lion_muon'), ZeroSettings(stage=3, ranks=8))\n"
+        "assert not {'deepspeed', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
