@@ -189,14 +189,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "be overridden; register a rule instead"
             )
         binding = bind(self, self._members, self._all_groups)
-        self._workers = self._plan(binding)
+        rules = tuple(self._all_groups[unit.group]["rule"] for unit in binding.layout.units)
+        meant = type(self).__name__, binding.layout.digest(), rules, self._polar, tuple(sorted(self._exchange.items()))
+        dtypes = [members[0].parameter.dtype for members in binding.members]
+        everyone = binding.comm.gather_objects((meant, [self._polar.resolve(binding.device, d) for d in dtypes]))
+        _check_alike([what for what, _ in everyone])
+        # Rank 0's choice for all: "auto" asks the hardware, and what its user has measured.
+        self._workers = self._plan(binding, everyone[0][1])
         plans = tuple((unit, worker.digest()) for unit, worker in sorted(self._workers.items()))
-        meant = (type(self).__name__, binding.layout.digest(), plans)
-        if len(set(binding.comm.gather_objects(meant))) != 1:
-            raise RuntimeError(
-                "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
-                "parameter groups and optimizer JSON"
-            )
+        _check_alike(binding.comm.gather_objects(plans))
         self._binding = binding
         # All units now: DeepSpeed links the state of all groups after the first group's step.
         for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
@@ -205,22 +206,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._init_state(self._all_groups[unit.group], tensor, unit, binding.comm.rank, params)
         return binding
 
-    def _plan(self, binding: Binding) -> dict[int, MatrixWorker]:
-        """A worker for each unit whose rule may ask for matrices."""
+    def _plan(self, binding: Binding, polars: Sequence[PolarSpec]) -> dict[int, MatrixWorker]:
+        """A worker for each unit whose rule may ask for matrices; ``polars`` by unit, resolved."""
         workers = {}
         for number, unit in enumerate(binding.layout.units):
             shape = RULES[self._all_groups[unit.group]["rule"]].shape
             if shape is not None:
-                members = binding.members[number]
-                # Rank 0's choice for all: "auto" asks the hardware, and what its user has measured.
-                own = self._polar.resolve(binding.device, members[0].parameter.dtype)
-                polar = binding.comm.gather_objects(own)[0]
                 workers[number] = MatrixWorker(
                     unit,
-                    members,
+                    binding.members[number],
                     binding.comm,
                     shape=shape,
-                    polar=polar,
+                    polar=polars[number],
                     device=binding.device,
                     bucket_mb=self._exchange["bucket_mb"],
                     overlap=self._exchange["overlap"],
@@ -272,6 +269,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._diagnostics and old is not None:
             self._diagnostics.after(number, group["name"], local, old, update, done)
         return number
+
+
+def _check_alike(answers: Sequence[Any]) -> None:
+    if len(set(answers)) != 1:
+        raise RuntimeError(
+            "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
+            "parameter groups and optimizer JSON"
+        )
 
 
 def _restore_momentum(state: dict[str, Any], saved: Mapping[str, Any], wanted: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import native
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
@@ -45,6 +46,9 @@ def reduce_parameters(
 
 def square_sum(values: Tensor) -> Tensor:
     """The sum of squares of a 1-D tensor in fp64, with bounded scratch."""
+    compiled = native.square_sum(values)
+    if compiled is not None:
+        return torch.tensor(compiled, dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in values.split(_CHUNK):
         total += chunk.double().square_().sum()

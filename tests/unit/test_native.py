@@ -109,6 +109,14 @@ def test_noise_is_that_of_the_eager_path() -> None:
         assert torch.equal(out, uniform_noise(torch.empty(numel), **place))
 
 
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 100_003])
+def test_a_sum_of_squares_is_exact_to_fp64(n: int) -> None:
+    values = gauss(n, 5) * 1e25
+    found = native.square_sum(values)
+    assert found == pytest.approx(float(values.double().square().sum()), rel=1e-14)
+    assert native.square_sum(values.double()) is None
+
+
 def test_a_stochastic_sign_step_is_the_same(eager: Callable[[bool], None]) -> None:
     results = []
     for wanted in (True, False):

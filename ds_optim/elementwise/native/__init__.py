@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from ds_optim.elementwise.native.library import is_available
-from ds_optim.elementwise.native.steps import apply_update, blend_into, load, sign_step, store, uniform_noise
+from ds_optim.elementwise.native.steps import (
+    apply_update,
+    blend_into,
+    load,
+    sign_step,
+    square_sum,
+    store,
+    uniform_noise,
+)
 
-__all__ = ["apply_update", "blend_into", "is_available", "load", "sign_step", "store", "uniform_noise"]
+__all__ = ["apply_update", "blend_into", "is_available", "load", "sign_step", "square_sum", "store", "uniform_noise"]

@@ -220,6 +220,18 @@ void ds_optim_sign_step(int64_t n, float *restrict p, Momentum m, const float *r
     }
 }
 
+/* The sum of squares in fp64, in LANES partial sums. */
+double ds_optim_square_sum(int64_t n, const float *restrict values) {
+    double sums[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) sums[j] += (double)values[i + j] * (double)values[i + j];
+    for (; i < n; i++) sums[0] += (double)values[i] * (double)values[i];
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) sums[j] += sums[j + width];
+    return sums[0];
+}
+
 static inline uint16_t nearest_bfloat16(float value) {
     uint32_t bits = to_bits(value);
     return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from itertools import pairwise
 
@@ -113,6 +113,15 @@ def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int)
         return False
     lib.ds_optim_uniform_noise(c_int64(out.numel()), _at(out, 0), _Key(seed, stream, step, start))
     return True
+
+
+def square_sum(values: Tensor) -> float | None:
+    """The sum of squares in fp64; None where the kernels do not know the tensor."""
+    lib = library()
+    if lib is None or not _plain(values) or values.dim() != 1:
+        return None
+    lib.ds_optim_square_sum.restype = c_double
+    return float(lib.ds_optim_square_sum(c_int64(values.numel()), _at(values, 0)))
 
 
 def _is_flat_cpu(tensor: Tensor) -> bool:
