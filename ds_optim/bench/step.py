@@ -21,13 +21,13 @@ from ds_optim.matrix.polar import PolarSpec, cost
 from ds_optim.optimizers import param_groups
 from ds_optim.report.schema import Row
 
-STEPS_A_TURN = 4
+STEPS_A_TURN = 4  # timed ones, after one that finds cold caches: two periods of LionMuon
 _LIMIT_BYTES, _LIMIT_SIZE = 1 << 27, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What is run. tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` steps each, after one to warm up."""
+    """What is run. tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` timed steps, after one to warm up."""
 
     ranks: int
     stages: tuple[int, ...]
@@ -76,14 +76,17 @@ def measure(rank: int, world_size: int, stage: int, settings: StepSettings) -> R
     step: dict[str, list[float]] = {case: [] for case in built}
     for turn in range(settings.rounds + 1):
         for case, engine in built.items():
-            for number in range(STEPS_A_TURN):
+            timed = []
+            for number in range(1 + STEPS_A_TURN):
                 batch = engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens)
                 torch.distributed.barrier()
                 times = engines.train_step(engine, batch)
                 # The first turn warms up; an engine's first step of a turn finds cold caches.
                 if turn and number:
-                    whole[case].append(times[0])
-                    step[case].append(times[1])
+                    timed.append(times)
+            if timed:  # a sample is the mean of whole periods: LionMuon's steps are of two kinds, and have no median
+                whole[case].append(statistics.mean(seconds for seconds, _ in timed))
+                step[case].append(statistics.mean(seconds for _, seconds in timed))
     work = {case: least_work(case, settings.shape, world_size, group.device()) for case in built}
     return RankTimes(whole=whole, step=step, missing=missing, limits=limits, least_work=work)
 
