@@ -38,6 +38,8 @@ class Times:
 
     @property
     def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) == 1:
+            return self.samples[0], self.samples[0]
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
 
