@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.chunks import Scratch, chunks
-from ds_optim.elementwise.momentum import Stored
+from ds_optim.elementwise.momentum import Stored, read_only
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,26 @@ def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, blend: Blend, 
     with torch.no_grad():
         for gradient, momentum, result, a, b in chunks(g, m, out, buffers=buffers):
             result.copy_(advance(momentum, gradient, blend, a, b))
+
+
+def direction_into(out: Tensor, m: Tensor | Stored, g: Tensor, blend: Blend, scratch: Scratch) -> None:
+    """Write the direction to ``out``, (n,) of any float dtype and device; nothing moves."""
+    check_flat(g, out=out, m=m)
+    with torch.no_grad():
+        for gradient, momentum, result, a, b in chunks(g, read_only(m), out, buffers=scratch.take(2, g)):
+            result.copy_(direction(momentum, gradient, blend, a, b))
+
+
+def direction_squares(m: Tensor | Stored, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+    """The sum of squares of the direction in fp64; nothing moves."""
+    check_flat(g, m=m)
+    buffers = [*scratch.take(2, g), *scratch.take(1, g, torch.float64)]
+    total = torch.zeros((), dtype=torch.float64, device=g.device)
+    with torch.no_grad():
+        for gradient, momentum, a, b, d in chunks(g, read_only(m), buffers=buffers):
+            d.copy_(direction(momentum, gradient, blend, a, b))
+            total += d.mul_(d).sum()
+    return total
 
 
 def advance(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> Tensor:

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import Stored
+from ds_optim.elementwise.native.steps import Weights
 
 logger = logging.getLogger("ds_optim")
-
-Weights = tuple[float, float, float, float]
-"""(d0, d1, k0, k1): direction d0 m + d1 g, next momentum k0 m + k1 g."""
 
 _broken: list[str] = []
 

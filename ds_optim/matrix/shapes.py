@@ -5,6 +5,7 @@ A shape says what travels to a matrix's owner, what it computes there, and what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,3 +79,11 @@ def normalized_in_weight_basis(c: Tensor, w: Tensor) -> Tensor:
         r = scaled @ v
         norm = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
         return r.div_(norm.add_(COLUMN_EPS * scale)) @ v.mT
+
+
+def smallest_gap(matrices: Tensor) -> Tensor:
+    """The smallest gap between singular values: (B, m, n) -> (B,); infinity for matrices that have but one."""
+    sigma = torch.linalg.svdvals(matrices.float())
+    if sigma.shape[-1] == 1:
+        return torch.full(sigma.shape[:1], math.inf, device=sigma.device)
+    return (sigma[:, :-1] - sigma[:, 1:]).amin(dim=-1)

@@ -125,10 +125,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: it was saved in another one than this optimizer's.
         """
-        super().load_state_dict(state_dict)
         saved = list(state_dict["state"].values())
-        for state, entry in zip(self.state.values(), saved, strict=True):
-            _restore_momentum(state, entry, self._momentum_dtype)
+        dtypes = [_stored_dtype(entry, self._momentum_dtype) for entry in saved]
+        super().load_state_dict(state_dict)
+        for state, dtype in zip(self.state.values(), dtypes, strict=True):
+            if dtype is not None:  # torch has made it the parameter's, which holds 16- and 8-bit values exactly
+                state[MOMENTUM] = state[MOMENTUM].to(dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -279,17 +281,17 @@ def _check_alike(answers: Sequence[Any]) -> None:
         )
 
 
-def _restore_momentum(state: dict[str, Any], saved: Mapping[str, Any], wanted: torch.dtype) -> None:
-    """Cast momentum back: torch makes every tensor the parameter's dtype, which holds 16- and 8-bit values exactly."""
+def _stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> torch.dtype | None:
+    """The dtype of a saved momentum that may be stored in fewer bits, which must be ``wanted``; None for others."""
     if MOMENTUM not in saved or SECOND_MOMENT in saved:
-        return
-    dtype = saved[MOMENTUM].dtype
+        return None
+    dtype: torch.dtype = saved[MOMENTUM].dtype
     if dtype != wanted:
         raise UserError(
             f"the checkpoint's momentum is {dtype} and this optimizer's is {wanted}: load it with the momentum_dtype "
             "it was saved with"
         )
-    state[MOMENTUM] = state[MOMENTUM].to(dtype)
+    return dtype
 
 
 def _finite(groups: Sequence[Group]) -> bool:

@@ -87,6 +87,11 @@ class Local:
         """The slices that this rank holds and that have a gradient."""
         return (held for held in self.unit.slices(self.comm.rank) if held.tensor not in self.absent)
 
+    def params(self) -> list[int]:
+        """The unit's parameters that take part: unsharded, those with a gradient."""
+        absent = self.absent if self.unit.cut == "none" else ()
+        return [param for param in range(len(self.unit.params)) if param not in absent]
+
     def piece(self, held: Slice) -> Piece:
         """A slice of weights, gradient and the rule's buffers."""
         gradient = self.g[held.tensor]

@@ -19,9 +19,8 @@ def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisi
     """Measure, decide and step every parameter of a unit; the scalars that the rule keeps move on."""
     rows = measured(local, update.measure) if update.measure else [[] for _ in local.unit.params]
     decisions: dict[int, Decision] = {}
-    for param, (spec, row) in enumerate(zip(local.unit.params, rows, strict=True)):
-        if local.unit.cut == "none" and param in local.absent:
-            continue
+    for param in local.params():
+        spec, row = local.unit.params[param], rows[param]
         kept = local.scalars(param) if rule.scalar else {}
         decisions[param] = update.decide(spec, row, kept.get(spec.name, 0.0))
         if rule.scalar:

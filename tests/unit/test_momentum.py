@@ -247,5 +247,7 @@ def test_a_load_keeps_dtype_and_bits(kind: str) -> None:
             if torch.is_tensor(value):
                 assert restored.dtype == value.dtype
                 assert torch.equal(restored, value)
+    other = build("LionMuon", model)
     with pytest.raises(UserError, match="momentum_dtype"):
-        build("LionMuon", model).load_state_dict(optimizer.state_dict())
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state, "what is refused must not be half loaded"

@@ -34,7 +34,7 @@ class _Blend(ctypes.Structure):
 
 
 Weights = tuple[float, float, float, float]
-"""(d0, d1, k0, k1) of a blend."""
+"""(d0, d1, k0, k1): direction d0 m + d1 g, next momentum k0 m + k1 g."""
 
 
 def sign_step(p: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights, lr: float, factor: float) -> bool:
