@@ -57,41 +57,58 @@ def param_groups(
     kept = None if parameters is None else {id(p) for p in parameters}
     if kept is not None and not kept <= {id(p) for _, p in aliases}:
         raise UserError("some of the parameters given are not the model's: pass only parameters of the model")
-    exclude = _Patterns("matrix_exclude", DEFAULT_EXCLUDE if matrix_exclude is None else matrix_exclude)
-    viewed = _Patterns("views", [_match_of(v) for v in views])
-    options = [{k: v for k, v in view.items() if k != "match"} for view in views]
-    transposed, embeddings, convolutions = _module_kinds(model)
+    router = _Router(model, matrix_exclude, views)
     by_role: dict[str, list[Member]] = {role: [] for role in ROLES}
     for names, parameter in aliases:
-        if not is_optimized(parameter) or (kept is not None and id(parameter) not in kept):
-            # Patterns may still mean it: a frozen layer must not turn a config into an error.
-            exclude.first(names)
-            _first_view(viewed, names, parameter)
-            continue
-        spec = ParamSpec(name=names[0], shape=full_shape(parameter))
-        excluded = exclude.first(names) is not None
-        if matrix_exclude is None:
-            excluded = excluded or id(parameter) in embeddings
-        number = _first_view(viewed, names, parameter)
-        chosen = dict(options[number]) if number is not None else {}
-        if id(parameter) in transposed:
-            chosen.setdefault("transpose", True)
-        is_matrix = len(spec.shape) == 2 or number is not None or id(parameter) in convolutions
-        if _stacks_vectors(chosen, spec.shape):
-            is_matrix = False
-        if is_matrix and not excluded:
-            view = MatrixView.from_options(spec.name, spec.shape, chosen)
-            by_role[MATRIX].append(Member(spec, parameter, view))
+        if is_optimized(parameter) and (kept is None or id(parameter) in kept):
+            role, member = router.route(names, parameter)
+            by_role[role].append(member)
         else:
-            by_role[AUX if len(spec.shape) >= 2 else VECTOR].append(Member(spec, parameter))
-    viewed.check_all_matched()
-    if matrix_exclude is not None:
-        exclude.check_all_matched()
+            router.pass_by(names, parameter)
+    router.check_all_matched()
     return [
         {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
         for role, members in by_role.items()
         if members
     ]
+
+
+class _Router:
+    """What the user's patterns and the model's modules say of a parameter."""
+
+    def __init__(
+        self, model: nn.Module, matrix_exclude: Sequence[str] | None, views: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._by_default = matrix_exclude is None
+        self._exclude = _Patterns("matrix_exclude", DEFAULT_EXCLUDE if matrix_exclude is None else matrix_exclude)
+        self._viewed = _Patterns("views", [_match_of(view) for view in views])
+        self._options = [{k: v for k, v in view.items() if k != "match"} for view in views]
+        self._transposed, self._embeddings, self._convolutions = _module_kinds(model)
+
+    def route(self, names: Sequence[str], parameter: nn.Parameter) -> tuple[str, Member]:
+        """The parameter's role, and the parameter with its view."""
+        spec = ParamSpec(name=names[0], shape=full_shape(parameter))
+        excluded = self._exclude.first(names) is not None
+        excluded = excluded or (self._by_default and id(parameter) in self._embeddings)
+        number = _first_view(self._viewed, names, parameter)
+        chosen = dict(self._options[number]) if number is not None else {}
+        if id(parameter) in self._transposed:
+            chosen.setdefault("transpose", True)
+        is_matrix = len(spec.shape) == 2 or number is not None or id(parameter) in self._convolutions
+        if is_matrix and not excluded and not _stacks_vectors(chosen, spec.shape):
+            return MATRIX, Member(spec, parameter, MatrixView.from_options(spec.name, spec.shape, chosen))
+        return (AUX if len(spec.shape) >= 2 else VECTOR), Member(spec, parameter)
+
+    def pass_by(self, names: Sequence[str], parameter: nn.Parameter) -> None:
+        """Patterns may mean a parameter that is not stepped: a frozen layer must not turn a config into an error."""
+        self._exclude.first(names)
+        _first_view(self._viewed, names, parameter)
+
+    def check_all_matched(self) -> None:
+        """Refuse the user's patterns that have matched nothing."""
+        self._viewed.check_all_matched()
+        if not self._by_default:
+            self._exclude.check_all_matched()
 
 
 def _first_view(viewed: _Patterns, names: Sequence[str], parameter: nn.Parameter) -> int | None:

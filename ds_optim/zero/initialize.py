@@ -59,22 +59,7 @@ def initialize(
     import deepspeed
 
     _init_distributed(deepspeed, dist_init_required, distributed_port)
-    problem: UserError | None = None
-    loaded: Config = {}
-    built = optimizer
-    try:
-        check_versions()
-        if model is None:
-            raise UserError("ds_optim.initialize needs a model")
-        loaded = load_config(_given_config(args, config, config_params))
-        if isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded):
-            _check_parallelism(mpu, mesh_param)
-        built = _choose_optimizer(model, optimizer, loaded, model_parameters)
-    except UserError as error:
-        problem = error
-    # A mistake on one rank is raised on all, before DeepSpeed's first collective: the others would hang in it.
-    agree_on_start(problem, model, loaded)
-    assert model is not None
+    loaded, built = _read(args, model, optimizer, model_parameters, config, config_params, mpu, mesh_param)
     section = loaded.get("optimizer")
     if section is not None:
         name = type_of(section)
@@ -86,6 +71,7 @@ def initialize(
         prepare_config(loaded)
         parameters = None
     elif parameters is None and built is None:
+        assert model is not None
         parameters = [p for p in model.parameters() if p.requires_grad]
     engine, wrapped, loader, scheduler = deepspeed.initialize(
         args=_without_config(args),
@@ -107,6 +93,35 @@ def initialize(
             "something between ds_optim and the engine replaced the optimizer"
         )
     return engine, wrapped, loader, scheduler
+
+
+def _read(
+    args: Any,
+    model: nn.Module | None,
+    optimizer: Any,
+    model_parameters: Iterable[Any] | None,
+    config: Any,
+    config_params: Any,
+    mpu: Any,
+    mesh_param: Any,
+) -> tuple[Config, Any]:
+    """The config as a dict of our own, and the optimizer; a mistake on one rank is raised on all."""
+    problem: UserError | None = None
+    loaded: Config = {}
+    built = optimizer
+    try:
+        check_versions()
+        if model is None:
+            raise UserError("ds_optim.initialize needs a model")
+        loaded = load_config(_given_config(args, config, config_params))
+        if isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded):
+            _check_parallelism(mpu, mesh_param)
+        built = _choose_optimizer(model, optimizer, loaded, model_parameters)
+    except UserError as error:
+        problem = error
+    # Before DeepSpeed's first collective: the other ranks would hang in it.
+    agree_on_start(problem, model, loaded)
+    return loaded, built
 
 
 def _given_config(args: Any, config: Any, config_params: Any) -> Any:
