@@ -231,6 +231,9 @@ def compare(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a cell may take.")] = None,
     repeat: Annotated[int | None, typer.Option(help="Runs a cell.")] = None,
+    momentum_dtypes: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, int8, comma-separated; of optimizers with one buffer.")
+    ] = None,
 ) -> int:
     """Train every optimizer at every ZeRO stage and compare loss, time and memory in one table."""
     given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
@@ -241,6 +244,8 @@ def compare(
 
     given["optimizers"] = split_list(optimizers)
     given["stages"] = split_list(stages)
+    if momentum_dtypes is not None:
+        given["momentum_dtypes"] = split_list(momentum_dtypes)
     if optimizer_params is not None:
         given["optimizer_params"] = parse_object(optimizer_params, "--optimizer-params")
     try:

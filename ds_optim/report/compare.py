@@ -23,7 +23,7 @@ def _spread(row: Row) -> str:
 
 COMPARE_TABLE = TableSpec(
     columns=(
-        Column(title="Optimizer", value=lambda row: row.optimizer),
+        Column(title="Optimizer", value=lambda row: row.label),
         Column(title="Stage", value=lambda row: row.stage),
         Column(title="Val loss", value=lambda row: row.val_loss, text=lambda v: fixed(v, 3), compare=True),
         Column(title="Time/step", value=lambda row: row.ms_per_step, text=milliseconds, compare=True, detail=_spread),
@@ -98,7 +98,7 @@ def compare_plots(rows: Sequence[Row]) -> list[Plot]:
                 title=f"Training loss, ZeRO-{stage}",
                 x_label="step",
                 y_label="loss, nats per token",
-                series={r.optimizer: (range(1, len(r.train_loss) + 1), r.train_loss) for r in trained},
+                series={r.label: (range(1, len(r.train_loss) + 1), r.train_loss) for r in trained},
                 levels={} if entropy is None else {"unigram entropy": entropy},
             )
         )
@@ -108,7 +108,7 @@ def compare_plots(rows: Sequence[Row]) -> list[Plot]:
         ("peak_memory", "Peak memory per rank", lambda row: row.peak_bytes, size),
     ):
         groups = {
-            f"ZeRO-{stage}": [(row.optimizer, value(row)) for row in rows if row.stage == stage]
+            f"ZeRO-{stage}": [(row.label, value(row)) for row in rows if row.stage == stage]
             for stage in dict.fromkeys(row.stage for row in rows)
         }
         if any(v is not None for bars in groups.values() for _, v in bars):
@@ -124,7 +124,7 @@ def merge_repeats(rows: Sequence[Row]) -> list[Row]:
     """
     cells: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row.optimizer, row.stage, row.ranks, row.dtype), []).append(row)
+        cells.setdefault((row.optimizer, row.momentum_dtype, row.stage, row.ranks, row.dtype), []).append(row)
     return [_merged(repeats) for repeats in cells.values()]
 
 

@@ -46,7 +46,7 @@ def render(
     if table.unmeasured:
         note = f"Not measured in this run: {', '.join(table.unmeasured)}."
         info = info.model_copy(update={"notes": [*info.notes, note]})
-    colours = colour_map([row.optimizer for row in rows])
+    colours = colour_map([row.label for row in rows])
     drawn = [draw(plot, out_dir, colours) for plot in plots]
     footnotes = list(dict.fromkeys(note for line in table.lines for note in line.notes))
     marks = [", ".join(str(footnotes.index(note) + 1) for note in line.notes) for line in table.lines]

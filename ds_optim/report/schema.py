@@ -26,6 +26,7 @@ class Row(BaseModel):
     version: int = SCHEMA_VERSION
     kind: str = "compare"
     optimizer: str
+    momentum_dtype: str = Field(default="", description="what momentum is stored in; empty or float32 for fp32")
     stage: int | None = None
     ranks: int = 1
     dtype: str = ""
@@ -57,6 +58,11 @@ class Row(BaseModel):
     wire_bytes_per_step: float | None = Field(default=None, description="sent by a rank, mean over ranks")
 
     extra: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The optimizer, with its momentum's dtype where that is not fp32."""
+        return self.optimizer if self.momentum_dtype in ("", "float32") else f"{self.optimizer}, {self.momentum_dtype}"
 
 
 class RunInfo(BaseModel):

@@ -51,7 +51,7 @@ def run_compare(settings: CompareSettings, launcher: CellLauncher | None = None)
         local.prepare(settings.out / "logs", settings.optimizers)
     rows = []
     for index, cell in enumerate(cells):
-        _say(f"[{index + 1}/{len(cells)}] {cell.optimizer}, stage {cell.stage}: ", end="")
+        _say(f"[{index + 1}/{len(cells)}] {cell.label}, stage {cell.stage}: ", end="")
         row = run_cell(cell, settings, launch)
         append_row(settings.out / RESULTS, row)
         rows.append(row)
@@ -119,6 +119,7 @@ def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
 def _blank_row(cell: Cell, settings: CompareSettings, outcome: CellOutcome) -> Row:
     return Row(
         optimizer=cell.optimizer,
+        momentum_dtype=cell.momentum_dtype,
         stage=cell.stage,
         ranks=settings.ranks,
         dtype=settings.dtype,

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
+from ds_optim.memory.estimate_optimizers import takes_momentum_dtype
 from ds_optim.train.presets import PRESETS, plain_name
 from ds_optim.train.settings import TrainSettings, did_you_mean, make_settings
 
 #: Steps left out of the timing: kernels warm up, optimizer state is made, and memory is counted.
 UNTIMED_STEPS = 3
 DEEPSPEED = "deepspeed:"
+#: What momentum is kept in where nothing else is asked for.
+FP32 = "float32"
 #: DeepSpeed's own optimizers, by the names that its JSON knows.
 _DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon")
 #: Of them, those that a bare name means: DeepSpeed's Lion and Muon are written ``deepspeed:Lion``, ``deepspeed:Muon``.
@@ -45,8 +50,9 @@ class CompareSettings(BaseModel):
     optimizer_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     timeout: float = Field(900.0, gt=0, description="seconds that a cell may take")
     repeat: int = Field(1, ge=1)
+    momentum_dtypes: list[str] = Field(default_factory=lambda: [FP32], min_length=1)
 
-    @field_validator("optimizers", "stages")
+    @field_validator("optimizers", "stages", "momentum_dtypes")
     @classmethod
     def _once_each(cls, given: list[Any]) -> list[Any]:
         return list(dict.fromkeys(given))
@@ -59,12 +65,23 @@ class CompareSettings(BaseModel):
                 raise ValueError(f"there is no ZeRO stage {stage}; write 0, 1, 2 or 3")
         return given
 
+    @field_validator("momentum_dtypes")
+    @classmethod
+    def _known_dtypes(cls, given: list[str]) -> list[str]:
+        for dtype in given:
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"unknown momentum dtype {dtype!r}{did_you_mean(dtype, DTYPES)}; write {', '.join(DTYPES)}"
+                )
+        return given
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run: ``train`` says all of it but the ranks; ``notes`` say where it differs from the other cells."""
 
     optimizer: str
+    momentum_dtype: str
     stage: int
     repeat: int
     folder: Path
@@ -75,6 +92,11 @@ class Cell:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def label(self) -> str:
+        """The optimizer, with its momentum's dtype where that is not fp32."""
+        return self.optimizer if self.momentum_dtype == FP32 else f"{self.optimizer}, {self.momentum_dtype}"
+
 
 def plan_cells(settings: CompareSettings) -> list[Cell]:
     """The cells in the order in which they run: optimizers of one stage next to each other, repeats apart.
@@ -84,11 +106,17 @@ def plan_cells(settings: CompareSettings) -> list[Cell]:
     make_settings(preset=settings.preset)  # an unknown preset is told before anything is read from it
     check_optimizers(settings)
     return [
-        _cell(settings, optimizer, stage, repeat)
+        _cell(settings, optimizer, dtype, stage, repeat)
         for repeat in range(settings.repeat)
         for stage in settings.stages
         for optimizer in settings.optimizers
+        for dtype in momentum_dtypes(optimizer, settings.momentum_dtypes)
     ]
+
+
+def momentum_dtypes(optimizer: str, asked: Sequence[str]) -> Sequence[str]:
+    """Those of the asked for that the optimizer has: one that keeps two buffers, or is not ours, has its own alone."""
+    return asked if takes_momentum_dtype(optimizer) else (FP32,)
 
 
 def check_optimizers(settings: CompareSettings) -> None:
@@ -131,19 +159,22 @@ def reproduce(settings: CompareSettings) -> str:
             call_default_factory=True
         ):
             continue
-        words += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        words += [f"--{name.replace('_', '-')}", _flag(value)]
     return shlex.join([*words, "--out", settings.out.name])
 
 
-def _cell(settings: CompareSettings, optimizer: str, stage: int, repeat: int) -> Cell:
-    name = f"{optimizer.replace(':', '-').lower()}-stage{stage}" + (f"-repeat{repeat}" if repeat else "")
+def _cell(settings: CompareSettings, optimizer: str, dtype: str, stage: int, repeat: int) -> Cell:
+    name = cell_name(optimizer, dtype, stage, repeat)
+    params = dict(settings.optimizer_params.get(optimizer, {}))
+    if dtype != FP32:
+        params["momentum_dtype"] = dtype
     folder = settings.out / "logs" / name
     given: dict[str, Any] = {
         "preset": settings.preset,
         "accumulation": settings.accumulation,
         "steps": settings.steps,
         "optimizer": optimizer,
-        "optimizer_params": settings.optimizer_params.get(optimizer, {}),
+        "optimizer_params": params,
         "stage": stage,
         "dtype": settings.dtype,
         "seed": settings.seed,
@@ -163,8 +194,28 @@ def _cell(settings: CompareSettings, optimizer: str, stage: int, repeat: int) ->
             zero["reduce_scatter"] = False
             notes.append("reduce_scatter is false in this cell: DeepSpeed's Muon asks for it at stage 3.")
     return Cell(
-        optimizer=optimizer, stage=stage, repeat=repeat, folder=folder, train=make_settings(**given), notes=tuple(notes)
+        optimizer=optimizer,
+        momentum_dtype=dtype,
+        stage=stage,
+        repeat=repeat,
+        folder=folder,
+        train=make_settings(**given),
+        notes=tuple(notes),
     )
+
+
+def _flag(value: Any) -> str:
+    """A setting as its flag takes it."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def cell_name(optimizer: str, momentum_dtype: str, stage: int, repeat: int) -> str:
+    """The name of a cell's folder."""
+    parts = [optimizer.replace(":", "-").lower(), f"stage{stage}"]
+    parts += [momentum_dtype] * (momentum_dtype != FP32) + [f"repeat{repeat}"] * (repeat > 0)
+    return "-".join(parts)
 
 
 def bucket_settings(preset: str) -> dict[str, Any]:

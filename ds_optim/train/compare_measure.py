@@ -12,6 +12,7 @@ from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.train import ranks
 from ds_optim.train.compare_cells import UNTIMED_STEPS
 from ds_optim.train.models import next_token_losses
+from ds_optim.train.results import Moment
 from ds_optim.train.settings import TrainSettings
 
 
@@ -30,6 +31,9 @@ class CellObserver:
 
     def on_start(self, engine: Any) -> None:
         """Nothing is measured before the first step: it makes the state."""
+
+    def on_moment(self, engine: Any, moment: Moment) -> None:
+        """Nothing is measured within a step: looking would count into its time."""
 
     def on_step(self, engine: Any, step: int, loss: float, ms: float) -> None:
         if step > UNTIMED_STEPS:

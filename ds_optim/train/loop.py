@@ -17,7 +17,7 @@ from ds_optim.train.batches import BatchShape
 from ds_optim.train.data import TextData, load_data
 from ds_optim.train.deepspeed_json import deepspeed_config
 from ds_optim.train.evaluate import evaluate
-from ds_optim.train.results import Observer, TrainResult
+from ds_optim.train.results import Moment, Observer, TrainResult
 from ds_optim.train.run_log import RunLog
 from ds_optim.train.schedule import WarmupCosine
 from ds_optim.train.settings import TrainSettings
@@ -120,7 +120,9 @@ class _Run:
         own = torch.zeros((), dtype=torch.float64, device=ranks.device())
         for windows in batches:
             loss = models.next_token_losses(engine, windows).mean()
+            self._at("after forward")
             engine.backward(loss)
+            self._at("after backward")
             engine.step()
             own += loss.detach()
         ms = (_now() - begin) * 1e3
@@ -144,6 +146,10 @@ class _Run:
         if self.observer is not None:
             self.observer.on_step(engine, step, mean, ms)
         return settings.time_limit_s is not None and elapsed >= settings.time_limit_s
+
+    def _at(self, moment: Moment) -> None:
+        if self.observer is not None:
+            self.observer.on_moment(self.engine, moment)
 
     def _validate(self, step: int) -> None:
         loss = evaluate(self.engine, self.data.validation, self.shape, self.settings.eval_batches)

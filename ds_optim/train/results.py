@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+#: Moments of a micro-batch at which an observer may look at what is held.
+Moment = Literal["after forward", "after backward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,10 @@ class Observer(Protocol):
 
     def on_start(self, engine: Any) -> None:
         """Called once, before the first step."""
+        ...
+
+    def on_moment(self, engine: Any, moment: Moment) -> None:
+        """Called within each micro-batch; what it takes counts into the step's ``ms``."""
         ...
 
     def on_step(self, engine: Any, step: int, loss: float, ms: float) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from ds_optim.errors import UserError
 from ds_optim.train.loop import train
-from ds_optim.train.results import TrainResult
+from ds_optim.train.results import Moment, TrainResult
 from ds_optim.train.settings import make_settings
 from tests.distributed.harness import assert_all_raised, run_ranks
 
@@ -54,6 +54,9 @@ class StopAt:
         self.losses: list[float] = []
 
     def on_start(self, engine: Any) -> None:
+        pass
+
+    def on_moment(self, engine: Any, moment: Moment) -> None:
         pass
 
     def on_step(self, engine: Any, step: int, loss: float, ms: float) -> None:
