@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | estimate | bench | version``.
+"""The command line: ``ds-optim train | compare | estimate | bench | chaos | version``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.reshard_cli import reshard
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
@@ -29,11 +30,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(estimate)
+app.command()(reshard)
 app.add_typer(bench_app, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status: 0, or 2 for a user's mistake."""
+    """Run the command line and exit with its status: 0, 2 for a user's mistake, or one that a command documents."""
     _prefer_own_scripts()
     arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
@@ -58,10 +60,10 @@ def _prefer_own_scripts() -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 
-def fail(line: str) -> None:
-    """Print one line on stderr and exit with status 2."""
+def fail(line: str, status: int = 2) -> NoReturn:
+    """Print one line on stderr and exit, with status 2 for a user's mistake."""
     print(f"ds-optim: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def take_local_rank(arguments: list[str]) -> list[str]:
@@ -122,7 +124,16 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, and one at the end; 0: none. [0]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    keep: Annotated[int | None, typer.Option(help="Newest checkpoints to keep; 0: all of them. [0]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out.")
+    ] = False,
+    reset_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--reset-optimizer", help="With --resume: keep weights, schedule and place in the text; any --optimizer."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for log.jsonl, checkpoints, tokenizer, TensorBoard.")] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard events through DeepSpeed's monitor.")
@@ -133,12 +144,22 @@ def train(
     time_limit_s: Annotated[
         float | None, typer.Option(help="Stop cleanly after this many seconds of training.")
     ] = None,
+    hang_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds without progress after which a rank is named and all end; 0: never. [600]"),
+    ] = None,
+    max_skips: Annotated[
+        int | None, typer.Option(help="Stop after so many steps in a row without finite numbers; 0: never. [50]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON; flags win over it.")] = None,
 ) -> int:
     """Pretrain a causal language model under DeepSpeed ZeRO.
 
     One process: python -m ds_optim train --steps 40. Two ranks: deepspeed --num_accelerators 2 --module
     ds_optim train --stage 3.
+
+    Exit status: 0 done; 2 a mistake in the flags; 75 stopped by SIGTERM or SIGUSR1, saved: start again with --resume;
+    69 a rank died or hung: the same; 74 the last checkpoint could not be written; 65 no finite numbers (--max-skips).
     """
     flags = {
         name: value for name, value in locals().items() if value is not None and value is not False and name != "config"
@@ -161,18 +182,23 @@ def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
 
 
 def run_train(settings: TrainSettings) -> int:
-    """Train and print the outcome on rank 0."""
-    from ds_optim.train import ranks
+    """Train, print the outcome on rank 0, and return the status to exit with."""
+    from ds_optim.train import exits, ranks
     from ds_optim.train.loop import train as train_model
+    from ds_optim.train.watchdog import end_process
 
     quiet_deepspeed()
     try:
         result = train_model(settings)
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and result.status != exits.PREEMPTED:
             print_result(result, settings)
+    except exits.RankLost as error:
+        end_process(str(error), error.status)
+    except exits.RunStopped as error:
+        fail(str(error), error.status)
     finally:
         ranks.leave()
-    return 0
+    return result.status
 
 
 def print_result(result: Any, settings: TrainSettings) -> None:
@@ -258,3 +284,32 @@ def compare(
 def split_list(text: str) -> list[str]:
     """The parts of a comma-separated list."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@app.command()
+def chaos(
+    kills: Annotated[int, typer.Option(min=1, help="Random faults in all.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the faults: where, when and which.")] = 0,
+    lanes: Annotated[int, typer.Option(min=1, help="Runs side by side, of two ranks each.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where the runs live meanwhile. [the system's]")] = None,
+) -> int:
+    """Kill small runs at random points and damage their checkpoints; exit 1 if anything promised was lost.
+
+    Takes some minutes on two cores. What is promised: no run loses more than the steps since its last complete
+    checkpoint, none goes on from a part of one, and none hangs.
+    """
+    from ds_optim.train.chaos import ChaosSettings, run_chaos, table_of
+
+    settings = ChaosSettings(kills=kills, seed=seed, lanes=min(lanes, kills), folder=folder)
+    outcomes = run_chaos(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    print_rows(f"{kills} random kill points, seed {seed}", table_of(outcomes))
+    return int(any(outcome.wrong is not None for outcome in outcomes))
+
+
+def print_rows(title: str, rows: list[dict[str, str]]) -> None:
+    """Rows of equal keys on stdout, as a Markdown table that is also aligned."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [{name: name for name in widths}, {name: "-" * width for name, width in widths.items()}, *rows]
+    print(f"{title}\n")
+    for line in lines:
+        print("| " + " | ".join(line[name].ljust(width) for name, width in widths.items()) + " |")
