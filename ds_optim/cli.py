@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | estimate | bench | version``.
+"""The command line: ``ds-optim train | compare | memory | report | estimate | bench | version``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -17,6 +17,7 @@ import typer
 from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.memory_cli import memory, report
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
@@ -29,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(estimate)
+app.command()(memory)
+app.command()(report)
 app.add_typer(bench_app, name="bench")
 
 

@@ -12,19 +12,6 @@ from ds_optim.errors import UserError
 if TYPE_CHECKING:
     from ds_optim.train.estimate import EstimateRequest
 
-#: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
-_ZERO_KEYS = {
-    "reduce_bucket_size": "reduce_bucket_size",
-    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
-    "stage3_param_persistence_threshold": "param_persistence_threshold",
-    "stage3_model_persistence_threshold": "model_persistence_threshold",
-    "stage3_max_reuse_distance": "max_reuse_distance",
-    "stage3_max_live_parameters": "max_live_parameters",
-    "sub_group_size": "sub_group_size",
-    "overlap_comm": "overlap_comm",
-    "contiguous_gradients": "contiguous_gradients",
-}
-
 
 def estimate(
     model: Annotated[
@@ -118,25 +105,15 @@ def _offloaded(zero: Any, offload: bool) -> Any:
 
 
 def _zero_keys(config: Path | None) -> dict[str, Any]:
-    """What a DeepSpeed JSON says of buckets; "auto" leaves a setting to DeepSpeed's default."""
+    """What a DeepSpeed JSON says of buckets."""
     if config is None:
         return {}
     from ds_optim.train.deepspeed_json import read_json
+    from ds_optim.train.estimate_sources import zero_settings
 
-    section = read_json(config).get("zero_optimization", {})
-    if not isinstance(section, dict):
-        raise UserError(f'"zero_optimization" in {config} is no JSON object: write {{"stage": 3}}')
-    found = {}
-    for key, name in _ZERO_KEYS.items():
-        value = section.get(key, "auto")
-        if value == "auto" or value is None:
-            continue
-        if isinstance(value, bool) != (key in ("overlap_comm", "contiguous_gradients")) or not (
-            isinstance(value, (int, float)) and value >= 0
-        ):
-            raise UserError(f"{key} in {config} is {value!r}: write what DeepSpeed takes there")
-        found[name] = value if isinstance(value, bool) else int(value)
-    return found
+    settings = zero_settings(read_json(config), f" in {config}")
+    settings.pop("offload", None)  # the command's own flag says so
+    return settings
 
 
 def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[int, ...]:
