@@ -92,8 +92,7 @@ class HeatMap:
         width = 2.8 + max(4.0, 0.85 * len(self.columns))
         figure, axes = new_figure(min(width, 24.0), 0.9 + 0.28 * len(self.rows), ink)
         table = np.array([[np.nan if v is None else v for v in row] for row in self.values], dtype=float)
-        shades = colormaps["Blues"].copy()
-        shades.set_bad(alpha=0)
+        shades = colormaps["Blues"].with_extremes(bad=(0, 0, 0, 0))
         low, high = np.nanmin(table), np.nanmax(table)
         # The palest shade is kept off the page's white, the darkest off its ink.
         spread = (high - low) or max(abs(high), 1.0)

@@ -18,7 +18,7 @@ from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
-_CHUNK = 1 << 20  # elements converted to fp64 at a time: 8 MB of scratch, whatever the size of the slice
+_CHUNK = 1 << 17  # elements converted to fp64 at a time: 1 MiB of scratch, whatever the size of the slice
 
 Partial = Callable[[Slice], Sequence[Tensor | float]]
 
