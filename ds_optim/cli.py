@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | memory | report | estimate | bench | version``.
+"""The command line: ``ds-optim train | compare | memory | report | estimate | simulate | bench | version``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -18,6 +18,7 @@ from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
 from ds_optim.train.estimate_cli import estimate
 from ds_optim.train.memory_cli import memory, report
+from ds_optim.train.simulate_cli import simulate
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(estimate)
 app.command()(memory)
 app.command()(report)
+app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ds_optim.memory.estimate_exchange import MatrixWork, exchange_scratch
+from ds_optim.memory.estimate_exchange import exchange_scratch, work_of
 from ds_optim.memory.estimate_model import ModelShape, Transformer, numel_of
 from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
 from ds_optim.memory.estimate_terms import (
@@ -258,13 +258,7 @@ def _exchanges(
         views = {number: view for number, spec in enumerate(unit.params) if (view := by_name[spec.name]) is not None}
         if plan.shape is None or not views:
             continue
-        work = MatrixWork(
-            shape=plan.shape,
-            polar=optimizer.polar,
-            bucket_mb=optimizer.bucket_mb,
-            overlap=optimizer.overlap,
-            stacked=zero.device != "cpu",
-        )
+        work = work_of(plan.shape, optimizer, zero)
         for rank, size in exchange_scratch(unit, views, work).items():
             most[rank] = max(most.get(rank, 0), size)
     return most

@@ -58,7 +58,7 @@ def estimate(
         model=load_shape(model, params, seq_len),
         optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
         momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
-        stages=tuple(dict.fromkeys(_numbers("--stages", stages, least=0))),
+        stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0))),
         ranks=_ranks(ranks, nodes, gpus_per_node),
         zero=_offloaded(zero, offload),
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
@@ -120,19 +120,20 @@ def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[in
     if ranks is not None and nodes is not None:
         raise UserError("give --ranks or --nodes, one of the two")
     if nodes is None:
-        return tuple(dict.fromkeys(_numbers("--ranks", ranks or "8", least=1)))
+        return tuple(dict.fromkeys(numbers("--ranks", ranks or "8", least=1)))
     if gpus_per_node < 1:
         raise UserError(f"gpus-per-node is {gpus_per_node}: write a whole number from 1")
-    return tuple(dict.fromkeys(count * gpus_per_node for count in _numbers("--nodes", nodes, least=1)))
+    return tuple(dict.fromkeys(count * gpus_per_node for count in numbers("--nodes", nodes, least=1)))
 
 
-def _numbers(flag: str, text: str, *, least: int) -> list[int]:
-    numbers = []
+def numbers(flag: str, text: str, *, least: int) -> list[int]:
+    """The whole numbers of a comma-separated list; raises ``UserError`` for anything else."""
+    found = []
     for part in _parts(flag, text):
         if not part.isdecimal() or int(part) < least:
             raise UserError(f"{flag}: {part!r} is no whole number from {least}; write a list such as 1,2")
-        numbers.append(int(part))
-    return numbers
+        found.append(int(part))
+    return found
 
 
 def _parts(flag: str, text: str) -> list[str]:
