@@ -156,9 +156,18 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
 
 
+def uses_bf16_masters(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config asks for bf16 master weights, supported or not."""
+    return _masters_section(config) is not None
+
+
+def _masters_section(config: Mapping[str, Any]) -> str | None:
+    return next((section for section in _BF16 if _is_true(_at(config, f"{section}.{_MASTERS}"))), None)
+
+
 def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     """Refuse bf16 master weights where DeepSpeed has none to give, or gives them to its own optimizers alone."""
-    section = next((section for section in _BF16 if _is_true(_at(config, f"{section}.{_MASTERS}"))), None)
+    section = _masters_section(config)
     if section is None:
         return
     offload = _at(config, f"{_OFFLOAD}.device") not in (None, "none") or _is_true(_at(config, f"{_ZERO}.cpu_offload"))
