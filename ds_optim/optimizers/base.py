@@ -1,8 +1,8 @@
 """One step for all rules: bind, check, and carry out what each group's rule says.
 
-ZeRO calls ``step()`` with one flat fp32 partition in one of the groups (all groups at once under
-``BF16_Optimizer``, the parameters themselves where nothing is sharded). An optimizer of this package is a
-name for a rule and its hyperparameters; nothing here is ever overridden.
+ZeRO calls ``step()`` with one flat partition, fp32 or as DeepSpeed's JSON says bf16, in one of the groups (all
+groups at once under ``BF16_Optimizer``, the parameters themselves where nothing is sharded). An optimizer of this
+package is a name for a rule and its hyperparameters; nothing here is ever overridden.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import ds_optim
 from ds_optim.memory import account
 from ds_optim.memory.account import MemoryAccount, parameter_count
 from ds_optim.memory.estimate import estimate
@@ -20,7 +21,7 @@ from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.sharding import binding
 
-from .harness import run_ranks
+from .harness import assert_all_raised, run_ranks
 from .models import TinyNet, batch, share
 from .small_runs import BATCH, LION, LION_MUON, Cell, differences, local_tensors, one_step, snapshot, start
 from .training import Run, Weights, build_optimizer, new_model, random_gradients, train_sharded
@@ -223,3 +224,24 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     for found in run_ranks(2, saved_and_loaded, tmp_path):
         for label, facts in found.items():
             assert facts == (["torch.bfloat16"] if label.endswith("dtypes") else []), label
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def client_step(rank: int, world_size: int) -> None:
+    """A client optimizer whose config this package never saw, under a wrapper that keeps fp32 masters all the same."""
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    model = new_model("bf16")
+    config = Cell(stage=1, dtype="bf16", config={**MASTERS, **FP32_GRADIENTS}).json(world_size)
+    config["zero_allow_untested_optimizer"] = True
+    optimizer = ds_optim.Lion(ds_optim.param_groups(model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    one_step(engine, 0, rank, world_size)
+
+
+def test_a_client_optimizer_is_refused_at_its_first_step() -> None:
+    outcomes = run_ranks(2, client_step, expect_error=True)
+    assert_all_raised(outcomes, "UserError", "bf16.bf16_master_weights_and_grads", "use stage 2")
