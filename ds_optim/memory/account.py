@@ -33,7 +33,7 @@ class MemoryAccount:
         weights: parameters and buffers that the model computes with (at stage 3 this rank's slices, and the
             parameters that stay gathered).
         gradients: what ``.grad`` and ZeRO's gradient lists hold at the moment of the count.
-        master: the fp32 partitions, where they are not the weights themselves.
+        master: the fp32 (or bf16) partitions, where they are not the weights themselves.
         state: optimizer state by key, step counts and scalars left out; padding included.
         scalars: step counts and per-parameter scalars.
         buckets: ZeRO's communication buckets, and staging copies that live from backward to step.
@@ -131,7 +131,8 @@ def account(
     weights = ledger.take_all(_weight_tensors(model))
     partitions = _flat_partitions(wrapper)
     stepped = [p for group in inner.param_groups for p in group["params"]] if inner is not None else []
-    master = ledger.take_all([flat for flat, _ in partitions] + stepped)
+    held = [(ledger.take(flat), padded * flat.element_size()) for flat, padded in partitions]
+    master = sum(size for size, _ in held) + ledger.take_all(stepped)
     gradients = ledger.take_all(p.grad for p in model.parameters())
     gradients += ledger.take_all(getattr(p, "grad_accum", None) for p in model.parameters())
     gradients += ledger.take_all(p.grad for p in [flat for flat, _ in partitions] + stepped)
@@ -149,7 +150,7 @@ def account(
         other=found["other"],
         activations=ledger.take_all(saved),
         state_padding=_state_padding(inner, padding),
-        master_padding=sum(padded * flat.element_size() for flat, padded in partitions),
+        master_padding=sum(padded for size, padded in held if size),
         by_device=ledger.by_device,
     )
 

@@ -1,8 +1,8 @@
 """One step for all rules: bind, check, and carry out what each group's rule says.
 
-ZeRO calls ``step()`` with one flat fp32 partition in one of the groups (all groups at once under
-``BF16_Optimizer``, the parameters themselves where nothing is sharded). An optimizer of this package is a
-name for a rule and its hyperparameters; nothing here is ever overridden.
+ZeRO calls ``step()`` with one flat partition, fp32 or as DeepSpeed's JSON says bf16, in one of the groups (all
+groups at once under ``BF16_Optimizer``, the parameters themselves where nothing is sharded). An optimizer of this
+package is a name for a rule and its hyperparameters; nothing here is ever overridden.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import DTYPES
+from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
+from ds_optim.optimizers.loading import keep_dtypes
 from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_matrices
@@ -105,6 +106,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._sealed = False
         super().__init__(groups, {})
+        keep_dtypes(self)
         self._sealed = True
         # DeepSpeed hides groups by swapping the list; this one keeps seeing them all.
         self._all_groups = self.param_groups
@@ -231,7 +233,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         state, own = self.state[tensor], RULES[group["rule"]]
         for key in own.buffers:
             if key not in state:
-                dtype = self._momentum_dtype if own.keeps_one else tensor.dtype
+                narrow = own.keeps_one and self._momentum_dtype in NARROW
+                dtype = self._momentum_dtype if narrow else wide(tensor.dtype)
                 state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
         if own.keeps_one and self._momentum_dtype == torch.int8 and SCALES_OF_MOMENTUM not in state:
             blocks = blocks_of(unit, rank)

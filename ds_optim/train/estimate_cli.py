@@ -27,13 +27,18 @@ def estimate(
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
     offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    bf16_masters: Annotated[
+        bool, typer.Option("--bf16-masters", help="bf16_master_weights_and_grads with bf16_optimizer_states.")
+    ] = False,
     accumulation: Annotated[
         int, typer.Option(help="Micro-batches a step; with more than one, stage 1 holds whole gradients.")
     ] = 2,
     optimizer_params: Annotated[
         str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON, for its bucket settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A DeepSpeed JSON, for its buckets and bf16 master weights.")
+    ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
@@ -53,14 +58,15 @@ def estimate(
     from ds_optim.train.estimate_sources import load_shape
     from ds_optim.train.settings import parse_object
 
-    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(config))
+    loaded = _read(config)
+    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(config, loaded))
     request = EstimateRequest(
         model=load_shape(model, params, seq_len),
         optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
         momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
         stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0))),
         ranks=_ranks(ranks, nodes, gpus_per_node),
-        zero=_offloaded(zero, offload),
+        zero=_sharded(zero, offload=offload, bf16_masters=bf16_masters or _bf16_masters(loaded)),
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
         micro_batch=micro_batch,
@@ -97,23 +103,38 @@ def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -
     return 0
 
 
-def _offloaded(zero: Any, offload: bool) -> Any:
-    """The settings with offload, which stage 0 has not: rows of that stage are estimated without."""
+def _sharded(zero: Any, **settings: bool) -> Any:
+    """The settings with what stage 0 has not: rows of that stage are estimated without."""
     from dataclasses import replace
 
-    return replace(zero, stage=1, offload=True) if offload else zero
+    return replace(zero, stage=1, **settings) if any(settings.values()) else zero
 
 
-def _zero_keys(config: Path | None) -> dict[str, Any]:
-    """What a DeepSpeed JSON says of buckets."""
-    if config is None:
-        return {}
+def _read(config: Path | None) -> dict[str, Any]:
     from ds_optim.train.deepspeed_json import read_json
+
+    return {} if config is None else read_json(config)
+
+
+def _bf16_masters(loaded: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed JSON keeps master weights in bf16; what is not supported beside them is refused."""
+    from ds_optim.zero.support import check_config, uses_bf16_masters
+
+    if not uses_bf16_masters(loaded):
+        return False
+    # The stages that are estimated are the flags', not the JSON's.
+    zero = loaded.get("zero_optimization", {})
+    sections: dict[str, Any] = {key: loaded[key] for key in ("bf16", "bfloat16", "data_types") if key in loaded}
+    check_config({**sections, "zero_optimization": {**zero, "stage": 3}})
+    return True
+
+
+def _zero_keys(config: Path | None, loaded: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of buckets and gradients; offload and bf16 master weights have flags of their own."""
     from ds_optim.train.estimate_sources import zero_settings
 
-    settings = zero_settings(read_json(config), f" in {config}")
-    settings.pop("offload", None)  # the command's own flag says so
-    return settings
+    settings = zero_settings(loaded, f" in {config}")
+    return {name: value for name, value in settings.items() if name not in ("offload", "bf16_masters")}
 
 
 def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_
 from ds_optim.train.models import build_model, model_config, preset_config
 from ds_optim.train.presets import PRESETS
 from ds_optim.train.settings import did_you_mean
+from ds_optim.zero.support import uses_bf16_masters
 
 #: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
 _ZERO_KEYS = {
@@ -84,6 +85,8 @@ def zero_settings(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     offload = section.get("offload_optimizer")
     if isinstance(offload, Mapping) and offload.get("device", "none") != "none":
         found["offload"] = True
+    if uses_bf16_masters(config):
+        found["bf16_masters"] = True
     accumulated = config.get("data_types", {}).get("grad_accum_dtype")
     if accumulated is not None:
         found["grad_accum_dtype"] = accumulated
