@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | estimate | bench | chaos | version``.
+"""The command line: ``ds-optim train`` and, each in a module of its own, the other commands.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -16,8 +16,12 @@ import typer
 
 from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
+from ds_optim.train.chaos_cli import chaos
+from ds_optim.train.compare_cli import compare
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.memory_cli import memory, report
 from ds_optim.train.reshard_cli import reshard
+from ds_optim.train.simulate_cli import simulate
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
@@ -29,8 +33,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-app.command()(estimate)
-app.command()(reshard)
+for command in (compare, memory, report, estimate, simulate, reshard, chaos):
+    app.command()(command)
 app.add_typer(bench_app, name="bench")
 
 
@@ -232,84 +236,3 @@ def quiet_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Torch tells DeepSpeed, on every rank, that names of its collectives will change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-@app.command()
-def compare(
-    optimizers: Annotated[
-        str, typer.Option(help="Names, comma-separated; deepspeed:Muon is DeepSpeed's own.")
-    ] = "adamw,lion,muon,lion_muon",
-    stages: Annotated[str, typer.Option(help="ZeRO stages, comma-separated.")] = "1,2,3",
-    ranks: Annotated[int, typer.Option(help="Processes a cell.")] = 2,
-    steps: Annotated[int, typer.Option(help="Updates a cell.")] = 40,
-    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and the report.")] = Path("runs/compare"),
-    preset: Annotated[str | None, typer.Option(help="The model, as in train.")] = None,
-    data: Annotated[str | None, typer.Option(help="The text, as in train.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="As in train.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
-    eval_batches: Annotated[int | None, typer.Option(help="Global batches a validation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same for every cell.")] = None,
-    optimizer_params: Annotated[
-        str | None, typer.Option(help='By optimizer, as JSON: \'{"lion": {"lr": 0.001}}\'.')
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that a cell may take.")] = None,
-    repeat: Annotated[int | None, typer.Option(help="Runs a cell.")] = None,
-    momentum_dtypes: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, int8, comma-separated; of optimizers with one buffer.")
-    ] = None,
-) -> int:
-    """Train every optimizer at every ZeRO stage and compare loss, time and memory in one table."""
-    given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
-    from pydantic import ValidationError
-
-    from ds_optim.train.compare import CompareSettings, run_compare
-    from ds_optim.train.settings import one_line, parse_object
-
-    given["optimizers"] = split_list(optimizers)
-    given["stages"] = split_list(stages)
-    if momentum_dtypes is not None:
-        given["momentum_dtypes"] = split_list(momentum_dtypes)
-    if optimizer_params is not None:
-        given["optimizer_params"] = parse_object(optimizer_params, "--optimizer-params")
-    try:
-        settings = CompareSettings(**given)
-    except ValidationError as error:
-        raise UserError(one_line(error, CompareSettings.model_fields)) from None
-    return int(run_compare(settings))
-
-
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-@app.command()
-def chaos(
-    kills: Annotated[int, typer.Option(min=1, help="Random faults in all.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the faults: where, when and which.")] = 0,
-    lanes: Annotated[int, typer.Option(min=1, help="Runs side by side, of two ranks each.")] = 3,
-    folder: Annotated[Path | None, typer.Option(help="Where the runs live meanwhile. [the system's]")] = None,
-) -> int:
-    """Kill small runs at random points and damage their checkpoints; exit 1 if anything promised was lost.
-
-    Takes some minutes on two cores. What is promised: no run loses more than the steps since its last complete
-    checkpoint, none goes on from a part of one, and none hangs.
-    """
-    from ds_optim.train.chaos import ChaosSettings, run_chaos, table_of
-
-    settings = ChaosSettings(kills=kills, seed=seed, lanes=min(lanes, kills), folder=folder)
-    outcomes = run_chaos(settings, lambda line: print(line, file=sys.stderr, flush=True))
-    print_rows(f"{kills} random kill points, seed {seed}", table_of(outcomes))
-    return int(any(outcome.wrong is not None for outcome in outcomes))
-
-
-def print_rows(title: str, rows: list[dict[str, str]]) -> None:
-    """Rows of equal keys on stdout, as a Markdown table that is also aligned."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    lines = [{name: name for name in widths}, {name: "-" * width for name, width in widths.items()}, *rows]
-    print(f"{title}\n")
-    for line in lines:
-        print("| " + " | ".join(line[name].ljust(width) for name, width in widths.items()) + " |")

@@ -31,6 +31,7 @@ State = dict[str, Any]
 Hyper = dict[str, Any]
 StepFunction = Callable[[Array, Array, State, Hyper], Array]
 Observer = Callable[[str, int, State], None]
+Store = Callable[[str, int, Array], Array]
 
 KELLER = [(3.4445, -4.7750, 2.0315)] * 5
 YOU = [
@@ -340,13 +341,15 @@ def run(
     hyper: Mapping[str, Any] | None = None,
     schedule: Sequence[float] | None = None,
     observe: Observer | None = None,
+    store: Store | None = None,
 ) -> dict[str, Array]:
     """The weights after one step for each entry of ``grads``, as new arrays.
 
     hyper: what differs from the defaults of the spec.  schedule: a factor on every learning rate, one a step.
     A parameter that an entry does not name is not stepped; an entry with a NaN or Inf is no step at all. One
     step count for all parameters, as they share one flat partition.
-    observe(name, step, state) is called after each step of each parameter.
+    observe(name, step, state) is called after each step of each parameter. store(name, step, theta): what becomes of
+    new weights; None for themselves.
     """
     routes = {name: route(rule, name, np.ndim(theta), dict(hyper or {})) for name, theta in params.items()}
     weights = {name: np.array(theta, dtype=np.float64) for name, theta in params.items()}
@@ -362,7 +365,8 @@ def run(
             shape = weights[name].shape
             theta = weights[name].reshape(view or shape)
             gradient = np.asarray(g, dtype=np.float64).reshape(view or shape)
-            weights[name] = chosen.step(theta, gradient, states[name], h).reshape(shape)
+            theta = chosen.step(theta, gradient, states[name], h).reshape(shape)
+            weights[name] = theta if store is None else store(name, steps_taken, theta)
             if observe is not None:
                 observe(name, index, states[name])
         steps_taken += 1

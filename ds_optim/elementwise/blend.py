@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.chunks import Scratch, chunks
-from ds_optim.elementwise.momentum import Stored, read_only
+from ds_optim.elementwise.momentum import Flat, read_only
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Blend:
     momentum: tuple[float, float]
 
 
-def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, blend: Blend, scratch: Scratch | None = None) -> None:
+def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scratch | None = None) -> None:
     """Write the direction to ``out`` and move ``m`` on, in one pass over memory; g is never written.
 
     out: (n,) of any float dtype, on any device; it may be g itself where the caller owns g. m: (n,) in g's
@@ -40,7 +40,7 @@ def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, blend: Blend, 
             result.copy_(advance(momentum, gradient, blend, a, b))
 
 
-def direction_into(out: Tensor, m: Tensor | Stored, g: Tensor, blend: Blend, scratch: Scratch) -> None:
+def direction_into(out: Tensor, m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> None:
     """Write the direction to ``out``, (n,) of any float dtype and device; nothing moves."""
     check_flat(g, out=out, m=m)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def direction_into(out: Tensor, m: Tensor | Stored, g: Tensor, blend: Blend, scr
             result.copy_(direction(momentum, gradient, blend, a, b))
 
 
-def direction_squares(m: Tensor | Stored, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+def direction_squares(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """The sum of squares of the direction in fp64; nothing moves."""
     check_flat(g, m=m)
     buffers = [*scratch.take(2, g), *scratch.take(1, g, torch.float64)]
@@ -91,7 +91,7 @@ def move_on(m: Tensor, g: Tensor, blend: Blend, b: Tensor) -> Tensor:
     return m.mul_(blend.momentum[0]).add_(b)
 
 
-def check_flat(like: Tensor, **others: Tensor | Stored | None) -> None:
+def check_flat(like: Flat, **others: Flat | None) -> None:
     """Raise ValueError unless ``like`` and all others are one-dimensional and of one length."""
     for name, tensor in {"": like, **others}.items():
         if tensor is not None and (tensor.dim() != 1 or tensor.shape != like.shape):

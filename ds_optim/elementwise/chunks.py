@@ -6,7 +6,7 @@ would be as large as the tensors. Done over a chunk that stays in cache, memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise import native
-from ds_optim.elementwise.momentum import Stored
+from ds_optim.elementwise.momentum import Flat, Stored
 
 # CPU, one thread: small chunks pay for dispatch, large ones for memory. Lion's step over 10M elements took
 # 53, 43, 29, 28, 31, 32 and 50 ms with chunks of 2^14 ... 2^20 (1 MiB L2, 32 MiB L3).
@@ -41,7 +41,7 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
-    def take(self, count: int, like: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def take(self, count: int, like: Flat, dtype: torch.dtype | None = None) -> list[Tensor]:
         """``count`` buffers as long as the first chunk of ``like``, on its device, contents undefined.
 
         Of its dtype where ``dtype`` is None. They stay valid until the next ``take`` of that dtype.
@@ -62,32 +62,48 @@ class Scratch:
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
 
-def chunks(*tensors: Tensor | Stored | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
+def chunks(*tensors: Flat | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
     """Views of equally long flat tensors, chunk by chunk in step, None for None, and ``buffers`` cut to their length.
 
-    Of a :class:`Stored` momentum a chunk of values in fp32, which are rounded back to it, unless it is read only, when
-    the caller asks for the next chunk. The views come from ``split``: slicing one by one costs a dispatch each.
+    Of a :class:`Stored` one a chunk of values in fp32, which are rounded back to it, unless it is read only, when the
+    caller asks for the next chunk. The views come from ``split``: slicing one by one costs a dispatch each.
     """
-    stored = [tensor for tensor in tensors if isinstance(tensor, Stored)]
+    if any(isinstance(tensor, Stored) for tensor in tensors):
+        yield from _stored_chunks(tensors, buffers)
+        return
     like = next(tensor for tensor in tensors if isinstance(tensor, Tensor))
     step = chunk_elements(like.device)
-    sizes = _sizes(like.numel(), stored[0].first_chunk(step), step) if stored else step
-    loaded = torch.empty(min(like.numel(), step), device=like.device) if stored else None
-    views = (tensor.split(sizes) if isinstance(tensor, Tensor) else repeat(tensor) for tensor in tensors)
-    position = 0
+    views = (tensor.split(step) if isinstance(tensor, Tensor) else repeat(tensor) for tensor in tensors)
     for row in zip(*views, strict=False):
         numel = next(view for view in row if isinstance(view, Tensor)).numel()
-        cut = buffers if not buffers or numel == buffers[0].numel() else [buffer[:numel] for buffer in buffers]
-        if loaded is None:
-            yield *row, *cut
-            continue
-        values = loaded[:numel]
-        if not native.load(stored[0], position, values):
-            stored[0].load(position, values)
-        yield *(values if view is stored[0] else view for view in row), *cut
-        if stored[0].writable and not native.store(stored[0], position, values):
-            stored[0].store(position, values)
+        yield *row, *_cut(buffers, numel)
+
+
+def _stored_chunks(tensors: Sequence[Flat | None], buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
+    like = next(tensor for tensor in tensors if tensor is not None)
+    step = chunk_elements(like.device)
+    first = next(tensor for tensor in tensors if isinstance(tensor, Stored)).first_chunk(step)
+    sizes = _sizes(like.numel(), first, step)
+    views = [tensor.split(sizes) if isinstance(tensor, Tensor) else None for tensor in tensors]
+    stored = {place: tensor for place, tensor in enumerate(tensors) if isinstance(tensor, Stored)}
+    room = {place: torch.empty(max(sizes), device=tensor.device) for place, tensor in stored.items()}
+    position = 0
+    for number, numel in enumerate(sizes):
+        row: list[Tensor | None] = [None if view is None else view[number] for view in views]
+        for place, tensor in stored.items():
+            values = row[place] = room[place][:numel]
+            if not native.load(tensor, position, values):
+                tensor.load(position, values)
+        yield *row, *_cut(buffers, numel)
+        for place, tensor in stored.items():
+            values = room[place][:numel]
+            if tensor.writable and not native.store(tensor, position, values):
+                tensor.store(position, values)
         position += numel
+
+
+def _cut(buffers: list[Tensor], numel: int) -> list[Tensor]:
+    return buffers if not buffers or numel == buffers[0].numel() else [buffer[:numel] for buffer in buffers]
 
 
 def _sizes(numel: int, first: int, step: int) -> list[int]:

@@ -13,12 +13,12 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.momentum import Stored
+from ds_optim.elementwise.momentum import Flat, Stored
 from ds_optim.elementwise.native.steps import Weights
 
 logger = logging.getLogger("ds_optim")
@@ -26,23 +26,23 @@ logger = logging.getLogger("ds_optim")
 _broken: list[str] = []
 
 
-def sign_step(p: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights, lr: float, factor: float) -> bool:
+def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, factor: float) -> bool:
     """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g. Whether it was done."""
-    if not _suits(p) or isinstance(m, Stored):
+    if not _suits(p) or not _suits(g) or isinstance(m, Stored):
         return False
     if m is None:
         return _run(_sign_of_gradient, (p, g), (weights[1], lr, factor))
     return _run(_sign, (p, m, g), (*weights, lr, factor))
 
 
-def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights) -> bool:
+def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
     """out <- d0 m + d1 g; m <- k0 m + k1 g. Whether it was done."""
     if not _suits(g) or m is None or isinstance(m, Stored) or out.device != g.device:
         return False
     return _run(_blend, (out, m, g), weights)
 
 
-def apply_update(p: Tensor, update: Tensor, rate: float, factor: float) -> bool:
+def apply_update(p: Flat, update: Tensor, rate: float, factor: float) -> bool:
     """p <- factor p - rate update. Whether it was done."""
     if not _suits(p) or update.device != p.device:
         return False
@@ -73,8 +73,8 @@ def _apply(p: Tensor, update: Tensor, s: Tensor) -> None:
     p.copy_(p * factor - update.to(p.dtype) * rate)
 
 
-def _suits(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _wanted()
+def _suits(tensor: Flat) -> TypeGuard[Tensor]:
+    return isinstance(tensor, Tensor) and tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _wanted()
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import check_flat
 from ds_optim.elementwise.chunks import Scratch, chunks
-from ds_optim.elementwise.momentum import Stored, read_only
+from ds_optim.elementwise.momentum import Flat, read_only
 from ds_optim.elementwise.steps import decayed
 
 
@@ -48,13 +48,13 @@ def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> No
     root.copy_(d.add_(e).sqrt_())
 
 
-def _walk(scratch: Scratch, count: int, first: Tensor, *others: Tensor | Stored) -> Iterator[tuple[Any, ...]]:
+def _walk(scratch: Scratch, count: int, first: Flat, *others: Flat) -> Iterator[tuple[Any, ...]]:
     """Chunks of the tensors, ``count`` buffers of their dtype and two of fp64."""
     buffers = [*scratch.take(count, first), *scratch.take(2, first, torch.float64)]
     return chunks(first, *others, buffers=buffers)
 
 
-def lasm_difference(m: Tensor | Stored, g: Tensor, scratch: Scratch) -> Tensor:
+def lasm_difference(m: Flat, g: Flat, scratch: Scratch) -> Tensor:
     """The sum of (g - m)^2 in fp64. Moves nothing."""
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
@@ -65,10 +65,10 @@ def lasm_difference(m: Tensor | Stored, g: Tensor, scratch: Scratch) -> Tensor:
 
 
 def lasm_element_step(
-    p: Tensor,
+    p: Flat,
     m: Tensor,
     root: Tensor,
-    g: Tensor,
+    g: Flat,
     *,
     betas: tuple[float, float],
     lr: float,
@@ -88,7 +88,7 @@ def lasm_element_step(
             decayed(weights, lr, decay).sub_(torch.sign(momentum, out=a), alpha=lr * scale)
 
 
-def advance_moments(m: Tensor, root: Tensor, g: Tensor, moments: Moments, scratch: Scratch) -> None:
+def advance_moments(m: Tensor, root: Tensor, g: Flat, moments: Moments, scratch: Scratch) -> None:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2, kept as its root."""
     check_flat(m, root=root, g=g)
     with torch.no_grad():
@@ -104,11 +104,11 @@ def _ratio(mean: Tensor, root: Tensor, moments: Moments, a: Tensor, b: Tensor) -
     return torch.div(mean, moments.mean_correction, out=b).div_(a)
 
 
-def lamb_norms(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: float, scratch: Scratch) -> list[Tensor]:
+def lamb_norms(p: Flat, m: Tensor, root: Tensor, moments: Moments, decay: float, scratch: Scratch) -> list[Tensor]:
     """The sums of p^2 and r^2 in fp64, r = m_hat / (sqrt(v_hat) + eps) + decay p."""
     sums = [torch.zeros((), dtype=torch.float64, device=p.device) for _ in range(2)]
     with torch.no_grad():
-        for weights, mean, square, a, b, d, _ in _walk(scratch, 2, p, m, root):
+        for weights, mean, square, a, b, d, _ in _walk(scratch, 2, read_only(p), m, root):
             update = _lamb_update(weights, mean, square, moments, decay, a, b)
             for total, values in zip(sums, (weights, update), strict=True):
                 d.copy_(values)
@@ -116,9 +116,7 @@ def lamb_norms(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: floa
     return sums
 
 
-def lamb_step(
-    p: Tensor, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch
-) -> None:
+def lamb_step(p: Flat, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch) -> None:
     """p <- p - lr r, r as in :func:`lamb_norms`; lr has the trust ratio in it."""
     check_flat(p, m=m, root=root)
     buffers = scratch.take(2, p)
@@ -132,7 +130,7 @@ def _lamb_update(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: fl
     return update.add_(torch.mul(p, decay, out=a)) if decay else update
 
 
-def stable_ratio(root: Tensor, g: Tensor, moments: Moments, scratch: Scratch) -> Tensor:
+def stable_ratio(root: Tensor, g: Flat, moments: Moments, scratch: Scratch) -> Tensor:
     """The sum of g^2 / max(v_hat, eps^2) in fp64."""
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
@@ -144,7 +142,7 @@ def stable_ratio(root: Tensor, g: Tensor, moments: Moments, scratch: Scratch) ->
 
 
 def stable_step(
-    p: Tensor, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch
+    p: Flat, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch
 ) -> None:
     """p <- p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)."""
     check_flat(p, m=m, root=root)

@@ -1,8 +1,9 @@
-"""Momentum in 16 or 8 bits: read into a chunk of scratch, moved on there, and rounded back without a bias.
+"""Momentum in 16 or 8 bits, weights in 16: read into a chunk of scratch, moved on there, rounded back without a bias.
 
 Rounding is stochastic: a value between two that can be stored becomes either, with the probabilities that
 keep its mean. Increments below half a step are then not lost: they arrive one time in so many. The random bits are
-a function of (seed, step, parameter, element) alone (see ``noise``), in a stream of their own.
+a function of (seed, step, parameter, element) alone (see ``noise``), in a stream of their own for momentum and one for
+weights.
 
 bfloat16: 2 bytes a value. int8: a code q of one byte, and for each block of 256 elements of a parameter the largest
 |m| in it, s, in fp32: 1.0156 bytes a value; m = s (q/127) |q/127|, so that small values keep more digits than large
@@ -22,7 +23,11 @@ from ds_optim.elementwise.noise import rounding_bits
 BLOCK = 256
 LEVELS = 127
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_LARGEST_BF16 = 0x7F7F0000
+NARROW = (torch.bfloat16, torch.int8)
+"""What nothing is computed in: values of these dtypes are brought to fp32 first."""
+WEIGHTS = 1 << 63
+"""Added to the step in the rounding of weights: no step of training gets there, so no number is momentum's too."""
+_LARGEST_BF16, _INFINITE = 0x7F7F0000, 0x7F800000
 _MAGNITUDE, _SIGN, _KEPT = 0x7FFFFFFF, -0x80000000, -0x10000
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -39,7 +44,7 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored(ABC):
-    """A slice of momentum that is not in the dtype of computation.
+    """A slice of weights, gradient or momentum that is not in the dtype of computation.
 
     writable: whether what a chunk becomes is stored; a pass that only measures must not round.
     """
@@ -68,8 +73,29 @@ class Stored(ABC):
     def shape(self) -> torch.Size:
         return self.data.shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values in work."""
+        return torch.float32
+
     def dim(self) -> int:
         return self.data.dim()
+
+    def numel(self) -> int:
+        return self.data.numel()
+
+
+Flat = Tensor | Stored
+"""Values (n,) in the dtype of computation, or stored in fewer bits."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are computed with."""
+    return torch.float32 if dtype in NARROW else dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +113,13 @@ class Bfloat16(Stored):
 
     def store(self, position: int, values: Tensor) -> None:
         bits = values.view(torch.int32)
-        sign = bits & _SIGN
+        sign, odd = bits & _SIGN, (bits & _MAGNITUDE) >= _INFINITE
         noise = rounding_bits(bits, **_key(self.rounding, position))
         # What lies between two values of bfloat16 is the low half of an fp32: add up to one step, and cut. The largest
-        # finite value stays what it is.
+        # finite value stays what it is, and so do infinities and NaN: nothing that went wrong is to look sound.
         magnitude = (bits & _MAGNITUDE).clamp_(max=_LARGEST_BF16).add_(noise).clamp_(max=_LARGEST_BF16)
-        rounded = (magnitude & _KEPT).bitwise_or_(sign).view(torch.float32)
-        self.values[position : position + values.numel()].copy_(rounded)
+        rounded = torch.where(odd, bits, (magnitude & _KEPT).bitwise_or_(sign))
+        self.values[position : position + values.numel()].copy_(rounded.view(torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +184,9 @@ def scales_numel(start: int, numel: int) -> int:
     return -(-(start + numel) // BLOCK) - start // BLOCK if numel else 0
 
 
-def read_only(m: Tensor | Stored) -> Tensor | Stored:
-    """The same momentum for a pass that measures and stores nothing."""
-    return m if isinstance(m, Tensor) else replace(m, writable=False)
+def read_only(values: Flat) -> Flat:
+    """The same for a pass that measures and stores nothing."""
+    return values if isinstance(values, Tensor) else replace(values, writable=False)
 
 
 def _in_blocks(values: Tensor, head: int, blocks: int) -> Tensor:

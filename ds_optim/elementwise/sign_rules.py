@@ -13,14 +13,12 @@ from torch import Tensor
 from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend, advance, check_flat, direction, move_on
 from ds_optim.elementwise.chunks import Scratch, chunks
-from ds_optim.elementwise.momentum import Stored, read_only
+from ds_optim.elementwise.momentum import Flat, read_only
 from ds_optim.elementwise.noise import uniform_noise
 from ds_optim.elementwise.steps import decayed
 
-Momentum = Tensor | Stored
 
-
-def agreement(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+def agreement(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """How many elements' gradients point where the direction does: u g > 0, u = sign(direction). Moves nothing."""
     a, b = scratch.take(2, g)
     count = torch.zeros((), dtype=torch.float64, device=g.device)
@@ -32,7 +30,7 @@ def agreement(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
 
 
 def cautious_step(
-    p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, decay: float, scale: float, scratch: Scratch
+    p: Flat, m: Flat, g: Flat, *, blend: Blend, lr: float, decay: float, scale: float, scratch: Scratch
 ) -> None:
     """p <- p (1 - lr decay) - lr scale u [u g > 0], u = sign(direction); m moves on."""
     check_flat(p, m=m, g=g)
@@ -50,7 +48,7 @@ def _mask_agreeing(u: Tensor, g: Tensor, out: Tensor) -> Tensor:
     return torch.mul(u, g, out=out).gt_(0)
 
 
-def smallest_nonzero(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+def smallest_nonzero(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """The smallest |direction| that is not 0; infinity where all are. Moves nothing."""
     a, b = scratch.take(2, g)
     least = torch.full((), float("inf"), dtype=torch.float64, device=g.device)
@@ -61,7 +59,7 @@ def smallest_nonzero(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> 
     return least
 
 
-def count_from(m: Momentum, g: Tensor, blend: Blend, nu: float, scratch: Scratch) -> Tensor:
+def count_from(m: Flat, g: Flat, blend: Blend, nu: float, scratch: Scratch) -> Tensor:
     """How many elements have |direction| >= nu. Moves nothing."""
     a, b = scratch.take(2, g)
     count = torch.zeros((), dtype=torch.float64, device=g.device)
@@ -72,7 +70,7 @@ def count_from(m: Momentum, g: Tensor, blend: Blend, nu: float, scratch: Scratch
 
 
 def gated_step(
-    p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, decay: float, nu: float, scratch: Scratch
+    p: Flat, m: Flat, g: Flat, *, blend: Blend, lr: float, decay: float, nu: float, scratch: Scratch
 ) -> None:
     """p <- p (1 - lr decay) - lr h(c), c the direction: h = sign where |c| >= nu, c itself below; m moves on."""
     check_flat(p, m=m, g=g)
@@ -88,7 +86,7 @@ def gated_step(
             move_on(momentum, gradient, blend, b)
 
 
-def raw_step(p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, decay: float, scratch: Scratch) -> None:
+def raw_step(p: Flat, m: Flat, g: Flat, *, blend: Blend, lr: float, decay: float, scratch: Scratch) -> None:
     """p <- p (1 - lr decay) - lr direction; m moves on."""
     check_flat(p, m=m, g=g)
     buffers = scratch.take(2, p)
@@ -98,7 +96,7 @@ def raw_step(p: Tensor, m: Momentum, g: Tensor, *, blend: Blend, lr: float, deca
             decayed(weights, lr, decay).sub_(a.mul_(lr))
 
 
-def move_momentum(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Tensor:
+def move_momentum(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """m moves on; the largest |m| of the new ones, 0 for none."""
     (b,) = scratch.take(1, g)
     largest = torch.zeros((), dtype=torch.float64, device=g.device)
@@ -109,7 +107,7 @@ def move_momentum(m: Momentum, g: Tensor, blend: Blend, scratch: Scratch) -> Ten
     return largest
 
 
-def raise_bounds(bounds: Tensor, m: Momentum, scratch: Scratch) -> None:
+def raise_bounds(bounds: Tensor, m: Flat, scratch: Scratch) -> None:
     """bounds <- max(bounds, |m|), element by element."""
     with torch.no_grad():
         for limit, momentum, a in chunks(bounds, read_only(m), buffers=scratch.take(1, bounds)):
@@ -117,8 +115,8 @@ def raise_bounds(bounds: Tensor, m: Momentum, scratch: Scratch) -> None:
 
 
 def stochastic_sign_step(
-    p: Tensor,
-    m: Momentum,
+    p: Flat,
+    m: Flat,
     bound: Tensor | float,
     *,
     lr: float,

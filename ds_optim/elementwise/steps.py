@@ -2,8 +2,8 @@
 
 All are decoupled: p <- p * (1 - lr * decay) first, then the update. Scalars are computed in Python's
 float64 and rounded once to p's dtype. Every operation rounds once (see ``blend.advance``), so an element's
-bits depend on its values alone: not on its offset, on chunk borders or on the tensor's length. Finite
-gradients are the caller's job.
+bits depend on its values alone: not on its offset, on chunk borders or on the tensor's length. Where p is stored
+in fewer bits all this is done in fp32, and the new p is rounded without bias. Finite gradients are the caller's job.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, advance, check_flat
 from ds_optim.elementwise.chunks import Scratch, chunks
-from ds_optim.elementwise.momentum import Stored, read_only
+from ds_optim.elementwise.momentum import Flat, read_only
 
 
 def sign_step(
-    p: Tensor,
-    m: Tensor | Stored | None,
-    g: Tensor,
+    p: Flat,
+    m: Flat | None,
+    g: Flat,
     *,
     blend: Blend,
     lr: float,
@@ -47,10 +47,10 @@ def sign_step(
 
 
 def adamw_step(
-    p: Tensor,
+    p: Flat,
     m: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Flat,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -82,7 +82,7 @@ def adamw_step(
 
 
 def apply_update(
-    p: Tensor, update: Tensor | Stored, *, lr: float, decay: float, scale: float = 1.0, scratch: Scratch | None = None
+    p: Flat, update: Flat, *, lr: float, decay: float, scale: float = 1.0, scratch: Scratch | None = None
 ) -> None:
     """p <- p (1 - lr decay) - lr scale update; update (n,) of any float dtype, on any device, is not written.
 

@@ -33,11 +33,12 @@ class MemoryAccount:
         weights: parameters and buffers that the model computes with (at stage 3 this rank's slices, and the
             parameters that stay gathered).
         gradients: what ``.grad`` and ZeRO's gradient lists hold at the moment of the count.
-        master: the fp32 partitions, where they are not the weights themselves.
+        master: the fp32 (or bf16) partitions, where they are not the weights themselves.
         state: optimizer state by key, step counts and scalars left out; padding included.
         scalars: step counts and per-parameter scalars.
         buckets: ZeRO's communication buckets, and staging copies that live from backward to step.
         other: what else the wrapper holds.
+        activations: of the tensors saved for the backward pass, what is none of the above; where they were given.
         state_padding, master_padding: the part of ``state`` and ``master`` that stands for no parameter.
         by_device: the same bytes by device type, for offload.
     """
@@ -49,6 +50,7 @@ class MemoryAccount:
     scalars: int = 0
     buckets: int = 0
     other: int = 0
+    activations: int = 0
     state_padding: int = 0
     master_padding: int = 0
     by_device: Mapping[str, int] = field(default_factory=dict)
@@ -62,6 +64,24 @@ class MemoryAccount:
     def model_state_bytes(self) -> int:
         """Weights, gradients, master weights and optimizer state, padding included, bytes."""
         return self.weights + self.gradients + self.master + sum(self.state.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """All that was counted."""
+        return self.model_state_bytes + self.scalars + self.buckets + self.other + self.activations
+
+    def owners(self) -> dict[str, int]:
+        """Bytes by owner, the optimizer's state as one; they add up to ``total_bytes``."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "master": self.master,
+            "state": sum(self.state.values()),
+            "scalars": self.scalars,
+            "buckets": self.buckets,
+            "activations": self.activations,
+            "other": self.other,
+        }
 
 
 class _Ledger:
@@ -90,12 +110,15 @@ class _Ledger:
         return sum(self.take(tensor) for tensor in tensors)
 
 
-def account(engine: Any, optimizer: torch.optim.Optimizer | None = None) -> MemoryAccount:
+def account(
+    engine: Any, optimizer: torch.optim.Optimizer | None = None, *, saved: Iterable[torch.Tensor] = ()
+) -> MemoryAccount:
     """Count what this rank holds now.
 
     Args:
         engine: a DeepSpeed engine, or any object with ``module`` and, where there is one, ``optimizer``.
         optimizer: the optimizer that steps; by default the innermost one that ``engine.optimizer`` wraps.
+        saved: tensors that autograd keeps for the backward pass.
 
     Gradients live between ``backward`` and ``step`` only (at stages 1 and 2 they are dropped after it): call it
     there for a count of model states, from the second step on, when the optimizer's state exists.
@@ -108,7 +131,8 @@ def account(engine: Any, optimizer: torch.optim.Optimizer | None = None) -> Memo
     weights = ledger.take_all(_weight_tensors(model))
     partitions = _flat_partitions(wrapper)
     stepped = [p for group in inner.param_groups for p in group["params"]] if inner is not None else []
-    master = ledger.take_all([flat for flat, _ in partitions] + stepped)
+    held = [(ledger.take(flat), padded * flat.element_size()) for flat, padded in partitions]
+    master = sum(size for size, _ in held) + ledger.take_all(stepped)
     gradients = ledger.take_all(p.grad for p in model.parameters())
     gradients += ledger.take_all(getattr(p, "grad_accum", None) for p in model.parameters())
     gradients += ledger.take_all(p.grad for p in [flat for flat, _ in partitions] + stepped)
@@ -124,8 +148,9 @@ def account(engine: Any, optimizer: torch.optim.Optimizer | None = None) -> Memo
         scalars=scalars,
         buckets=found["buckets"],
         other=found["other"],
+        activations=ledger.take_all(saved),
         state_padding=_state_padding(inner, padding),
-        master_padding=sum(padded * flat.element_size() for flat, padded in partitions),
+        master_padding=sum(padded for size, padded in held if size),
         by_device=ledger.by_device,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ds_optim.memory.estimate_exchange import MatrixWork, exchange_scratch
+from ds_optim.memory.estimate_exchange import exchange_scratch, work_of
 from ds_optim.memory.estimate_model import ModelShape, Transformer, numel_of
 from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
 from ds_optim.memory.estimate_terms import (
@@ -41,11 +41,11 @@ class RankMemory:
     Attributes:
         weights: what the model computes with, its buffers, and at stage 3 the parameters that stay gathered.
         gradients: held before the optimizer's step. accumulating: more of them between a step's micro-batches.
-        master: fp32 weights, where they are not the model's own.
+        master: fp32 (or bf16) weights, where they are not the model's own.
         state: the optimizer's, by name. scalars: step counts and numbers kept for each parameter.
         padding: the part of master and state that stands for no parameter.
         buckets: DeepSpeed's. gathered: parameters that are whole for a while at stage 3.
-        step_gradients: fp32 gradients made for the step. exchange: messages, stacks and scratch of matrices in
+        step_gradients: gradients made for the step. exchange: messages, stacks and scratch of matrices in
         work. chunks: scratch of elementwise steps.
         host: the part of gradients, master and state that lies in the host's memory. host_buckets: there too.
         persistent_buckets: the buckets are held all the time.
@@ -178,6 +178,8 @@ def _rank(
         empty = unit.partition_numel - share.held
         for key, itemsize in plan.buffers.items():
             numel = share.touched if plan.whole and zero.stage in (1, 2) else unit.partition_numel
+            if zero.bf16_masters and not optimizer.ours:
+                itemsize = min(itemsize, zero.master_itemsize)  # others keep state in the dtype of what they step
             state[key] = state.get(key, 0) + numel * itemsize
             padding += 0 if plan.whole else empty * itemsize
             if plan.whole and zero.stage in (1, 2):  # DeepSpeed's Muon: a copy until the step is known to be sound,
@@ -185,11 +187,11 @@ def _rank(
                 extra_gradients += numel * itemsize  # and updates beside the gradients that they were made from
         if plan.int8:
             state[SCALES_OF_MOMENTUM] = state.get(SCALES_OF_MOMENTUM, 0) + share.blocks * _FP32
-        padding += empty * _FP32 if zero.stage else 0
+        padding += empty * zero.master_itemsize if zero.stage else 0
         scalars += plan.scalar * len(unit.params)
         scalars += optimizer.step_scalar * (len(unit.params) if unit.cut == "none" else 1)
     partitions = sum(unit.partition_numel for unit in units)
-    master = 0 if zero.stage == 0 and zero.dtype == "fp32" else partitions * _FP32
+    master = 0 if zero.stage == 0 and zero.dtype == "fp32" else partitions * zero.master_itemsize
     before_step = gradients(units, rank, zero) + extra_gradients
     on_device, on_host = buckets(units, rank, zero)
     nearest = max((sampled for sampled in scratch if sampled <= rank), default=0)
@@ -258,13 +260,7 @@ def _exchanges(
         views = {number: view for number, spec in enumerate(unit.params) if (view := by_name[spec.name]) is not None}
         if plan.shape is None or not views:
             continue
-        work = MatrixWork(
-            shape=plan.shape,
-            polar=optimizer.polar,
-            bucket_mb=optimizer.bucket_mb,
-            overlap=optimizer.overlap,
-            stacked=zero.device != "cpu",
-        )
+        work = work_of(plan.shape, optimizer, zero)
         for rank, size in exchange_scratch(unit, views, work).items():
             most[rank] = max(most.get(rank, 0), size)
     return most

@@ -9,6 +9,8 @@ from itertools import groupby
 from ds_optim.matrix.polar import PolarSpec, scratch_elements
 from ds_optim.matrix.shapes import Shape
 from ds_optim.matrix.views import MatrixView
+from ds_optim.memory.estimate_optimizers import OptimizerPlan
+from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.sharding.layout import Unit
 from ds_optim.sharding.plan import Bucket, ExchangePlan, plan_exchange
 
@@ -59,10 +61,22 @@ def exchange_scratch(unit: Unit, views: Mapping[int, MatrixView], work: MatrixWo
     """
     plan = plan_exchange(unit, views, cost=work.cost, bucket_elements=max(1, int(work.bucket_mb * _MIB) // work.there))
     every = max(1, -(-unit.world_size // _SAMPLED_RANKS))
-    return {rank: _peak(plan, rank, work) for rank in range(0, unit.world_size, every)}
+    return {rank: peak_scratch(plan, rank, work) for rank in range(0, unit.world_size, every)}
 
 
-def _peak(plan: ExchangePlan, rank: int, work: MatrixWork) -> int:
+def work_of(shape: Shape, optimizer: OptimizerPlan, zero: ZeroSettings) -> MatrixWork:
+    """How an optimizer's matrices are worked on under these settings."""
+    return MatrixWork(
+        shape=shape,
+        polar=optimizer.polar,
+        bucket_mb=optimizer.bucket_mb,
+        overlap=optimizer.overlap,
+        stacked=zero.device != "cpu",
+    )
+
+
+def peak_scratch(plan: ExchangePlan, rank: int, work: MatrixWork) -> int:
+    """The most bytes that a rank holds at once in an exchange: messages, stacks, results, and matrices in work."""
     owned = [sum(plan.unit.params[p].numel for p in bucket.owned[rank]) for bucket in plan.buckets]
     flying = [_flying(plan, bucket, rank) for bucket in plan.buckets]
     arriving = [(moving + own) * work.there for moving, own in zip(flying, owned, strict=True)]

@@ -31,6 +31,7 @@ class ZeroSettings:
         grad_accum_dtype: ``data_types.grad_accum_dtype``; None for the model's dtype.
         offload: ``offload_optimizer`` to the CPU.
         overlap_comm: None for DeepSpeed's default, which is true at stage 3.
+        bf16_masters: ``bf16_master_weights_and_grads`` with ``bf16_optimizer_states``.
         device: where matrices are worked on, "cuda" or "cpu".
     """
 
@@ -50,6 +51,7 @@ class ZeroSettings:
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
     param_alignment: int = 1
+    bf16_masters: bool = False
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -65,11 +67,28 @@ class ZeroSettings:
                 raise UserError(f"{key} is {value!r}: write {', '.join(WEIGHT_BYTES)}")
         if self.offload and self.stage == 0:
             raise UserError("the optimizer is offloaded at stages 1 to 3 only: take offload out or raise the stage")
+        if self.bf16_masters:
+            self._check_bf16_masters()
+
+    def _check_bf16_masters(self) -> None:
+        if self.dtype != "bf16":
+            raise UserError(f"bf16 master weights go with dtype bf16, not {self.dtype}: change one of them")
+        if self.stage == 0:
+            raise UserError("bf16 master weights are for stages 1 to 3: take them out or raise the stage")
+        if self.offload:
+            raise UserError("bf16 master weights are not supported with offload: take one of the two out")
+        if self.stage == 1 and self.grad_accum_dtype == "fp32":
+            raise UserError("at stage 1 fp32 gradients make DeepSpeed keep fp32 masters: use stage 2 or bf16 gradients")
 
     @property
     def itemsize(self) -> int:
         """Bytes of a weight."""
         return WEIGHT_BYTES[self.dtype]
+
+    @property
+    def master_itemsize(self) -> int:
+        """Bytes of a master weight, and of the gradient that a step is given."""
+        return WEIGHT_BYTES["bf16"] if self.bf16_masters else _FP32
 
     @property
     def grad_itemsize(self) -> int:
@@ -163,9 +182,10 @@ def buckets(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> tuple[int, 
 
 
 def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
-    """Bytes of the fp32 gradients that a step makes: all at stage 0, of the unit in work at the others.
+    """Bytes of the gradients that a step makes in the masters' dtype: all at stage 0, of the unit in work at others.
 
-    Sharded, the partition is first flattened in the dtype of accumulation, and both live for a moment.
+    Sharded, the partition is first flattened in the dtype of accumulation, and both live for a moment where they
+    differ.
     """
     if zero.offload or (zero.stage == 0 and zero.dtype == "fp32"):
         return 0
@@ -174,11 +194,14 @@ def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
     largest = max((unit.partition_numel for unit in units), default=0)
     if zero.stage == 1 and zero.grad_itemsize > zero.itemsize:
         return 0
-    return largest * ((_FP32 if zero.grad_itemsize < _FP32 else 0) + zero.grad_itemsize)
+    cast = zero.master_itemsize if zero.grad_itemsize != zero.master_itemsize else 0
+    return largest * (cast + zero.grad_itemsize)
 
 
 def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool) -> int:
-    """Bytes of the two fp32 chunks that an elementwise step works in, and the one that rounded momentum is read to."""
+    """Bytes of the fp32 chunks that an elementwise step works in: two, one that rounded momentum is read to, and with
+    bf16 masters two that weights and gradient are read to.
+    """
     chunk = CPU_CHUNK if zero.offload or zero.device == "cpu" else CUDA_CHUNK
     lengths = [max(s.numel for s in u.params) if u.cut == "none" else u.partition_numel for u in units]
-    return min(chunk, max(lengths, default=0)) * _FP32 * (3 if stored else 2)
+    return min(chunk, max(lengths, default=0)) * _FP32 * (2 + stored + 2 * zero.bf16_masters)

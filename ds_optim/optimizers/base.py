@@ -1,8 +1,8 @@
 """One step for all rules: bind, check, and carry out what each group's rule says.
 
-ZeRO calls ``step()`` with one flat fp32 partition in one of the groups (all groups at once under
-``BF16_Optimizer``, the parameters themselves where nothing is sharded). An optimizer of this package is a
-name for a rule and its hyperparameters; nothing here is ever overridden.
+ZeRO calls ``step()`` with one flat partition, fp32 or as DeepSpeed's JSON says bf16, in one of the groups (all
+groups at once under ``BF16_Optimizer``, the parameters themselves where nothing is sharded). An optimizer of this
+package is a name for a rule and its hyperparameters; nothing here is ever overridden.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import DTYPES
+from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
+from ds_optim.optimizers.loading import unwrap, wrapped
 from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_matrices
@@ -33,7 +34,6 @@ from ds_optim.optimizers.options import (
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.routing import MEMBERS
 from ds_optim.optimizers.rules import (
-    MOMENTUM,
     RULES,
     SCALARS,
     SCALES_OF_MOMENTUM,
@@ -46,9 +46,9 @@ from ds_optim.optimizers.saved import (
     SAVED,
     Identity,
     check_saved,
+    check_stored_dtype,
     restore_groups,
     settle_state,
-    stored_dtype,
     with_description,
     without_description,
 )
@@ -140,7 +140,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return with_description(super().state_dict(), self.identity(), self.param_groups, parameters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but that momentum keeps the dtype in which it was saved.
+        """As torch's, but that state keeps the dtype in which it was saved.
 
         Raises:
             UserError: it was saved in another one than this optimizer's, or by another optimizer, or for other
@@ -148,12 +148,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         plain, description = without_description(state_dict)
         check_saved(plain["param_groups"], description, self.identity())
-        saved = list(plain["state"].values())
-        dtypes = [stored_dtype(entry, self._momentum_dtype) for entry in saved]
-        super().load_state_dict(plain)
-        for state, dtype in zip(self.state.values(), dtypes, strict=True):
-            if dtype is not None:  # torch has made it the parameter's, which holds 16- and 8-bit values exactly
-                state[MOMENTUM] = state[MOMENTUM].to(dtype)
+        for entry in plain["state"].values():
+            check_stored_dtype(entry, self._momentum_dtype)
+        super().load_state_dict(wrapped(plain))
+        unwrap(self)
 
     def identity(self) -> Identity:
         """What a checkpoint must be of to be loaded here."""
@@ -279,7 +277,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         settle_state(state, own, self._momentum_dtype, carried=self._universal)
         for key in own.buffers:
             if key not in state:
-                dtype = self._momentum_dtype if own.keeps_one else tensor.dtype
+                narrow = own.keeps_one and self._momentum_dtype in NARROW
+                dtype = self._momentum_dtype if narrow else wide(tensor.dtype)
                 state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
         if own.keeps_one and self._momentum_dtype == torch.int8 and SCALES_OF_MOMENTUM not in state:
             blocks = blocks_of(unit, rank)

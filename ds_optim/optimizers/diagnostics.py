@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise.momentum import NARROW, wide
 from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.rules import Decision, MatrixUpdate, ParameterUpdate, Update
 
@@ -48,9 +49,12 @@ class Diagnostics:
         """
         counts = torch.zeros(4, dtype=torch.float64)
         for held in local.slices():
-            was, now = run(old[held.tensor], held), run(local.p[held.tensor], held)
+            was, now = (run(values[held.tensor], held) for values in (old, local.p))
+            # Weights that are rounded without bias do not say what decay alone had made of them: they moved or not.
+            factors = [1.0] if was.dtype in NARROW else _decay_factors(update, own.get(held.param))
+            was, now = was.to(wide(was.dtype)), now.to(wide(now.dtype))
             still = torch.zeros(was.shape, dtype=torch.bool, device=was.device)
-            for factor in _decay_factors(update, own.get(held.param)):
+            for factor in factors:
                 still |= now == was * factor
             change = (now - was).double()
             sums = torch.stack([still.sum().double(), change.square().sum(), was.double().square().sum()])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import Bfloat16, Int8, Rounding, Stored, scales_numel
+from ds_optim.elementwise.momentum import NARROW, WEIGHTS, Bfloat16, Flat, Int8, Rounding, scales_numel
 from ds_optim.elementwise.noise import stream_of
 from ds_optim.optimizers.rules import MOMENTUM, SCALARS, SCALES_OF_MOMENTUM, SECOND_MOMENT, STEP, Piece
 from ds_optim.sharding.comm import Comm
@@ -24,7 +24,7 @@ class Local:
         tensors: the flat partition, or the parameters themselves where nothing is sharded.
         state: the optimizer's state of each of them.
         scratch: of this call.
-        seed: of the noise in rounding momentum.
+        seed: of the noise in rounding momentum and weights.
     """
 
     def __init__(
@@ -55,18 +55,48 @@ class Local:
         """Gradients, flat, by tensor."""
         return [None if t.grad is None else t.grad.detach().reshape(-1) for t in self.tensors]
 
-    def momentum(self, held: Slice) -> Tensor | Stored:
+    @property
+    def rounds(self) -> bool:
+        """Whether weights or momentum are stored in fewer bits: the noise of that is a function of the parameter."""
+        state = self.states[0]
+        return self.p[0].dtype in NARROW or (MOMENTUM in state and state[MOMENTUM].dtype in NARROW)
+
+    def weights(self, held: Slice) -> Flat:
+        """The weights of a slice, as they are stored."""
+        values = run(self.p[held.tensor], held)
+        if values.dtype not in NARROW:
+            return values
+        return Bfloat16(rounding=self._rounding(held, WEIGHTS + self.step), values=values)
+
+    def gradient(self, held: Slice) -> Flat:
+        """The gradient of a slice, to be read only."""
+        gradient = self.g[held.tensor]
+        assert gradient is not None
+        values = run(gradient, held)
+        if values.dtype not in NARROW:
+            return values
+        return Bfloat16(rounding=self._rounding(held, self.step), values=values, writable=False)
+
+    def momentum(self, held: Slice) -> Flat:
         """The momentum of a slice, as it is stored."""
         state = self.states[held.tensor]
         values = run(flat(state[MOMENTUM]), held)
-        if values.dtype == self.p[held.tensor].dtype:
+        if values.dtype not in NARROW:
             return values
-        name = self.unit.params[held.param].name
-        rounding = Rounding(seed=self.seed, stream=stream_of(name), step=self.step, start=held.start)
+        rounding = self._rounding(held, self.step)
         if values.dtype == torch.bfloat16:
             return Bfloat16(rounding=rounding, values=values)
         first, count = self._blocks[held.param]
         return Int8(rounding=rounding, codes=values, scales=state[SCALES_OF_MOMENTUM][first : first + count])
+
+    def second(self, held: Slice) -> Tensor | None:
+        """The second buffer of a slice, of rules that keep two."""
+        state = self.states[held.tensor]
+        return run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None
+
+    def _rounding(self, held: Slice, step: int) -> Rounding:
+        name = self.unit.params[held.param].name
+        return Rounding(seed=self.seed, stream=stream_of(name), step=step, start=held.start)
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:
@@ -94,16 +124,13 @@ class Local:
 
     def piece(self, held: Slice) -> Piece:
         """A slice of weights, gradient and the rule's buffers."""
-        gradient = self.g[held.tensor]
-        assert gradient is not None
-        state = self.states[held.tensor]
         return Piece(
             spec=self.unit.params[held.param],
             start=held.start,
-            p=run(self.p[held.tensor], held),
-            g=run(gradient, held),
+            p=self.weights(held),
+            g=self.gradient(held),
             m=self.momentum(held),
-            second=run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None,
+            second=self.second(held),
             scratch=self.scratch,
         )
 

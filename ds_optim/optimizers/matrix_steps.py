@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend, blend_into, direction_into, direction_squares
-from ds_optim.elementwise.momentum import Stored
+from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.sign_rules import move_momentum
 from ds_optim.elementwise.steps import apply_update
 from ds_optim.matrix.shapes import smallest_gap
@@ -33,17 +33,14 @@ def step_matrices(local: Local, worker: MatrixWorker, update: MatrixUpdate) -> O
         if update.gate.figure == "frobenius" and not any(opened.values()):  # known alike on all ranks
             _step_raw(local, update)
             return opened
-    parameters, gradients = local.p, local.g
 
     def fill(held: Slice, messages: Sequence[Tensor]) -> None:
-        gradient = gradients[held.tensor]
-        assert gradient is not None
-        blend_into(messages[0], local.momentum(held), run(gradient, held), update.blend, local.scratch)
+        blend_into(messages[0], local.momentum(held), local.gradient(held), update.blend, local.scratch)
         for weights in messages[1:]:
-            weights.copy_(run(parameters[held.tensor], held))
+            weights.copy_(run(local.p[held.tensor], held))
 
     def apply(held: Slice, result: Tensor) -> None:
-        weights = run(parameters[held.tensor], held)
+        weights = local.weights(held)
         if opened[held.param]:
             scale = worker.scale(held.param, update.scale)
             apply_update(weights, result, lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
@@ -62,7 +59,7 @@ def _step_raw(local: Local, update: MatrixUpdate) -> None:
         _apply_raw(local, update, piece.p, piece.m)
 
 
-def _apply_raw(local: Local, update: MatrixUpdate, weights: Tensor, momentum: Tensor | Stored) -> None:
+def _apply_raw(local: Local, update: MatrixUpdate, weights: Flat, momentum: Flat) -> None:
     """By the momentum itself, which has moved on and is the direction of every rule with a gate."""
     assert update.gate is not None
     assert update.blend.direction == update.blend.momentum

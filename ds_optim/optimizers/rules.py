@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import Stored
+from ds_optim.elementwise.momentum import Flat
 from ds_optim.matrix.shapes import Shape
 from ds_optim.sharding.layout import ParamSpec
 
@@ -89,9 +89,9 @@ class Piece:
 
     spec: ParamSpec
     start: int
-    p: Tensor
-    g: Tensor
-    m: Tensor | Stored
+    p: Flat
+    g: Flat
+    m: Flat
     second: Tensor | None
     scratch: Scratch
 

@@ -212,14 +212,13 @@ def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype,
         state[MOMENTUM] = state[MOMENTUM].to(momentum_dtype)
 
 
-def stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> torch.dtype | None:
-    """The dtype of a saved momentum that may be stored in fewer bits, which must be ``wanted``; None for others."""
+def check_stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> None:
+    """Refuse a saved momentum that may be stored in fewer bits and was in another dtype than ``wanted``."""
     if MOMENTUM not in saved or SECOND_MOMENT in saved:
-        return None
-    dtype: torch.dtype = saved[MOMENTUM].dtype
+        return
+    dtype = saved[MOMENTUM].dtype
     if dtype != wanted:
         raise UserError(
             f"the checkpoint's momentum is {dtype} and this optimizer's is {wanted}: load it with the momentum_dtype "
             "it was saved with"
         )
-    return dtype

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 # Ink that no plot uses otherwise: in the SVG it is replaced by currentColor, so that axes and text follow the page.
 _INK = "#010203"
@@ -39,6 +39,9 @@ class Curves:
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     levels: Mapping[str, float]
 
+    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
+        return _curves(self, colours, ink)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
@@ -49,8 +52,22 @@ class Bars:
     groups: Mapping[str, Sequence[tuple[str, float | None]]]
     text: Callable[[float | None], str]
 
+    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
+        return _bars(self, colours, ink)
 
-Plot = Curves | Bars
+
+class Plot(Protocol):
+    """Anything with a name for its file, a title, and a way to be drawn with matplotlib."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
+        """The figure; ``colours`` by label, ``ink`` of axes and text."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +89,9 @@ def draw(plot: Plot, folder: Path, colours: Mapping[str, str]) -> DrawnPlot:
     png = Path("plots") / f"{plot.name}.png"
     settings = {"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": plot.name}
     with matplotlib.rc_context(settings):
-        figure = _figure_of(plot, colours, _PAPER_INK)
+        figure = plot.figure(colours, _PAPER_INK)
         figure.savefig(folder / png, dpi=150, facecolor="white")
-        figure = _figure_of(plot, colours, _INK)
+        figure = plot.figure(colours, _INK)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return DrawnPlot(name=plot.name, title=plot.title, svg=_inline(buffer.getvalue(), plot.title), png=png.as_posix())
@@ -85,12 +102,8 @@ def colour_map(names: Sequence[str]) -> dict[str, str]:
     return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
 
 
-def _figure_of(plot: Plot, colours: Mapping[str, str], ink: str) -> Any:
-    return _curves(plot, colours, ink) if isinstance(plot, Curves) else _bars(plot, colours, ink)
-
-
 def _curves(plot: Curves, colours: Mapping[str, str], ink: str) -> Any:
-    figure, axes = _figure(6.4, 3.6, ink)
+    figure, axes = new_figure(6.4, 3.6, ink)
     for index, (name, (x, y)) in enumerate(plot.series.items()):
         axes.plot(x, y, label=name, color=colours.get(name), linewidth=1.8, linestyle=_DASHES[index % len(_DASHES)])
     for name, level in plot.levels.items():
@@ -110,7 +123,7 @@ def _curves(plot: Curves, colours: Mapping[str, str], ink: str) -> Any:
 
 def _bars(plot: Bars, colours: Mapping[str, str], ink: str) -> Any:
     count = sum(len(bars) for bars in plot.groups.values())
-    figure, axes = _figure(6.4, 0.2 + 0.25 * count + 0.36 * len(plot.groups), ink)
+    figure, axes = new_figure(6.4, 0.2 + 0.25 * count + 0.36 * len(plot.groups), ink)
     position, ticks, labels = 0.0, [], []
     lengths = [_length(value) for bars in plot.groups.values() for _, value in bars]
     longest = max((length for length in lengths if length is not None), default=0.0) or 1.0
@@ -138,7 +151,8 @@ def _bars(plot: Bars, colours: Mapping[str, str], ink: str) -> Any:
     return figure
 
 
-def _figure(width: float, height: float, ink: str) -> Any:
+def new_figure(width: float, height: float, ink: str) -> Any:
+    """A figure and its axes, without a frame above and to the right, in the page's ink."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def render(
     *,
     plots: Sequence[Plot] = (),
     summary: Sequence[str] = (),
+    tables: Mapping[str, Table] | None = None,
 ) -> Report:
     """Write ``report.md`` (with ``plots/*.png``) and ``report.html`` into ``out_dir``.
 
@@ -41,7 +42,9 @@ def render(
         table_spec: columns and baseline; columns that no row measured are named beneath the table instead.
         plots: drawn in this order; an optimizer has the same colour in each.
         summary: lines that stand above the table.
+        tables: more tables by their titles, beneath the plots.
     """
+    tables = tables or {}
     table = build_table(rows, table_spec)
     if table.unmeasured:
         note = f"Not measured in this run: {', '.join(table.unmeasured)}."
@@ -51,8 +54,8 @@ def render(
     footnotes = list(dict.fromkeys(note for line in table.lines for note in line.notes))
     marks = [", ".join(str(footnotes.index(note) + 1) for note in line.notes) for line in table.lines]
     report = Report(table=table, markdown=out_dir / MARKDOWN, html=out_dir / HTML)
-    report.markdown.write_text(_markdown(info, table, drawn, footnotes, summary), encoding="utf-8")
-    report.html.write_text(_html(info, table, drawn, footnotes, marks, summary), encoding="utf-8")
+    report.markdown.write_text(_markdown(info, table, drawn, footnotes, summary, tables), encoding="utf-8")
+    report.html.write_text(_html(info, table, drawn, footnotes, marks, summary, tables), encoding="utf-8")
     return report
 
 
@@ -63,6 +66,7 @@ def _html(
     footnotes: Sequence[str],
     marks: Sequence[str],
     summary: Sequence[str],
+    tables: Mapping[str, Table],
 ) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -74,11 +78,18 @@ def _html(
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html.j2")
-    return template.render(info=info, table=table, plots=plots, footnotes=footnotes, marks=marks, summary=summary)
+    return template.render(
+        info=info, table=table, plots=plots, footnotes=footnotes, marks=marks, summary=summary, tables=tables
+    )
 
 
 def _markdown(
-    info: RunInfo, table: Table, plots: Sequence[DrawnPlot], footnotes: Sequence[str], summary: Sequence[str]
+    info: RunInfo,
+    table: Table,
+    plots: Sequence[DrawnPlot],
+    footnotes: Sequence[str],
+    summary: Sequence[str],
+    tables: Mapping[str, Table],
 ) -> str:
     parts = [f"# {info.title}", *([info.started] if info.started else []), *summary, "## Results", to_markdown(table)]
     notes = [*info.notes, *_marked_notes(table, footnotes)]
@@ -86,6 +97,8 @@ def _markdown(
         parts.append("\n".join(f"- {note}" for note in notes))
     if plots:
         parts += ["## Plots", *(f"![{plot.title}]({plot.png})" for plot in plots)]
+    for title, more in tables.items():
+        parts += [f"## {title}", to_markdown(more)]
     for title, facts in (("Settings", info.settings), ("Machine", info.machine)):
         if facts:
             parts += [f"## {title}", "\n".join(f"- {name}: {value}" for name, value in facts.items())]

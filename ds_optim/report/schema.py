@@ -25,6 +25,7 @@ class Row(BaseModel):
 
     version: int = SCHEMA_VERSION
     kind: str = "compare"
+    run: str = Field(default="", description="which of several runs, nodes or machines, where a report merges them")
     optimizer: str
     momentum_dtype: str = Field(default="", description="what momentum is stored in; empty or float32 for fp32")
     stage: int | None = None

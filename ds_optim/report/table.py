@@ -158,7 +158,8 @@ def to_rich(table: Table, title: str = "") -> RichTable:
         texts = []
         for cell in line.cells:
             change = f"\n[{colours[cell.verdict]}]{cell.change}[/]" if cell.change else ""
-            texts.append(cell.text + change)
+            detail = f"\n[dim]{cell.detail}[/]" if cell.detail else ""
+            texts.append(cell.text + change + detail)
         if line.failure:
             texts.append("[red]failed[/]")
         rich.add_row(*texts)

@@ -31,10 +31,7 @@ def assign_owners(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
     return owners
 
 
-def makespan_ratio(costs: Sequence[float], owners: Sequence[int], loads: Sequence[float]) -> float:
-    """The busiest rank's load over max(mean load, largest job): 1.0 is the best there is."""
-    totals = list(loads)
-    for cost, owner in zip(costs, owners, strict=True):
-        totals[owner] += cost
-    bound = max([sum(totals) / len(totals), *costs])
-    return max(totals) / bound if bound else 1.0
+def makespan_ratio(loads: Sequence[float], jobs: Sequence[float]) -> float:
+    """The busiest rank's load over max(mean load, largest of the jobs that were dealt): 1.0 is the best there is."""
+    bound = max([sum(loads) / len(loads), *jobs])
+    return max(loads) / bound if bound else 1.0

@@ -72,12 +72,18 @@ class ExchangePlan:
         return sum(sum(self.received_counts(bucket, rank)) for bucket in self.buckets)
 
     @cached_property
+    def loads(self) -> list[float]:
+        """Each rank's modelled work."""
+        found = [sum(self.costs[p] for batch in batches for p in batch) for batches in self.whole]
+        for bucket in self.buckets:
+            for rank, params in enumerate(bucket.owned):
+                found[rank] += sum(self.costs[p] for p in params)
+        return found
+
+    @cached_property
     def makespan(self) -> float:
         """The busiest rank's modelled work over the best that any assignment could reach."""
-        owner = {p: r for b in self.buckets for r, params in enumerate(b.owned) for p in params}
-        loads = [sum(self.costs[p] for batch in batches for p in batch) for batches in self.whole]
-        cut = sorted(owner)
-        return makespan_ratio([self.costs[p] for p in cut], [owner[p] for p in cut], loads)
+        return makespan_ratio(self.loads, [self.costs[p] for bucket in self.buckets for o in bucket.owned for p in o])
 
     def digest(self) -> str:
         """A hash that two ranks share only if they will post the same messages."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise import native
+from ds_optim.elementwise.chunks import chunks
+from ds_optim.elementwise.momentum import Flat, Stored, read_only
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
-_CHUNK = 1 << 20  # elements converted to fp64 at a time: 8 MB of scratch, whatever the size of the slice
+_CHUNK = 1 << 17  # elements converted to fp64 at a time: 1 MiB of scratch, whatever the size of the slice
 
 Partial = Callable[[Slice], Sequence[Tensor | float]]
 
@@ -44,8 +46,13 @@ def reduce_parameters(
     return comm.all_reduce(rows, op)
 
 
-def square_sum(values: Tensor) -> Tensor:
+def square_sum(values: Flat) -> Tensor:
     """The sum of squares of a 1-D tensor in fp64, with bounded scratch."""
+    if isinstance(values, Stored):
+        total = torch.zeros((), dtype=torch.float64, device=values.device)
+        for (chunk,) in chunks(read_only(values), buffers=[]):
+            total += square_sum(chunk).to(total.device)
+        return total
     compiled = native.square_sum(values)
     if compiled is not None:
         return torch.tensor(compiled, dtype=torch.float64)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_optim.zero.checkpoints.safe import allowed_classes
+
 _FULL_BYTES = 1 << 20
 
 
@@ -49,7 +51,7 @@ class CheckpointFiles:
 
         Raises ``pickle.UnpicklingError`` where it holds more than tensors, plain values and DeepSpeed's own records.
         """
-        with torch.serialization.safe_globals(deepspeed_records()):
+        with torch.serialization.safe_globals(list(allowed_classes())):
             return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -72,12 +74,3 @@ def write_reason(error: BaseException, folder: Path) -> str:
         if shutil.disk_usage(folder).free < _FULL_BYTES:
             return "No space left on device"
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def deepspeed_records() -> list[Any]:
-    """The classes that DeepSpeed's own checkpoints hold beside tensors."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

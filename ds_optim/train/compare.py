@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -11,20 +9,16 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from ds_optim.errors import UserError
 from ds_optim.report.compare import render_compare
 from ds_optim.report.machine import describe_machine
-from ds_optim.report.schema import Row, RunInfo, append_row
+from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import milliseconds
 from ds_optim.train.compare_cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce
-from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
-from ds_optim.train.compare_worker import CELL_FILE, FAILURE_FILE, RESULT_FILE
+from ds_optim.train.compare_launch import CellLauncher
+from ds_optim.train.sweep import RESULTS, Sweep, largest, run_sweep
 
 __all__ = ["CompareSettings", "run_compare"]
-
-RESULTS = "results.jsonl"
-RUN_FILE = "run.json"
 
 
 def run_compare(settings: CompareSettings, launcher: CellLauncher | None = None) -> int:
@@ -36,46 +30,21 @@ def run_compare(settings: CompareSettings, launcher: CellLauncher | None = None)
     Args:
         launcher: how the ranks of a cell start; by default as processes of this machine.
     """
-    _check_writable(settings.out)
-    # Started before the checks: the parent of all ranks imports what they need meanwhile.
-    local = ForkserverLauncher(settings.ranks) if launcher is None else None
-    launch = launcher or local
-    assert launch is not None
-    cells = plan_cells(settings)
-    _check_data(cells[0], settings)
-    _clear(settings.out)
-    info = _describe(settings, cells[0])
-    (settings.out / RUN_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    if local is not None:
-        _say("preparing: DeepSpeed builds its C++ ops at first use, which takes minutes once a machine")
-        local.prepare(settings.out / "logs", settings.optimizers)
-    rows = []
-    for index, cell in enumerate(cells):
-        _say(f"[{index + 1}/{len(cells)}] {cell.label}, stage {cell.stage}: ", end="")
-        row = run_cell(cell, settings, launch)
-        append_row(settings.out / RESULTS, row)
-        rows.append(row)
-        _say(_one_line(row))
+    rows, info = run_sweep(sweep_of(settings), launcher)
     _report(rows, info, settings.out)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 
-def run_cell(cell: Cell, settings: CompareSettings, launch: CellLauncher) -> Row:
-    """Run one cell to its end and make its row, failed or not."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    for tokenizer in settings.out.glob("tokenizer-*.json"):
-        shutil.copy(tokenizer, cell.folder)
-    for name in (RESULT_FILE, *(FAILURE_FILE.format(rank=rank) for rank in range(settings.ranks))):
-        (cell.folder / name).unlink(missing_ok=True)
-    (cell.folder / CELL_FILE).write_text(cell.train.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    outcome = launch(CellJob(folder=cell.folder, ranks=settings.ranks, timeout_s=settings.timeout))
-    row = _blank_row(cell, settings, outcome)
-    result = cell.folder / RESULT_FILE
-    if outcome.reason is None and not result.exists():
-        row.reason = "every rank ended, but none left a result"
-    if outcome.reason is not None or row.reason is not None:
-        return row.model_copy(update={"status": "failed"})
-    return fill_row(row, json.loads(result.read_text(encoding="utf-8")), cell)
+def sweep_of(settings: CompareSettings) -> Sweep:
+    """The comparison as cells to run."""
+    return Sweep(
+        settings=settings,
+        kind="compare",
+        plan=lambda: plan_cells(settings),
+        describe=lambda cell: _describe(settings, cell),
+        fill=fill_row,
+        one_line=_one_line,
+    )
 
 
 def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
@@ -96,10 +65,10 @@ def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
             "ms_high": high,
             "tokens_per_s": tokens / middle * 1e3,
             "state_bytes_per_param": sum(rank["state_bytes"] for rank in ranks) / result["parameters"],
-            "model_state_bytes": _largest(ranks, "model_state_bytes"),
-            "peak_bytes": _largest(ranks, "peak_bytes"),
+            "model_state_bytes": largest(ranks, "model_state_bytes"),
+            "peak_bytes": largest(ranks, "peak_bytes"),
             "peak_kind": ranks[0]["peak_kind"],
-            "rss_peak_bytes": _largest(ranks, "rss_peak_bytes"),
+            "rss_peak_bytes": largest(ranks, "rss_peak_bytes"),
             "wire_bytes_per_step": _mean(ranks, "sent_bytes_per_step"),
             "extra": {
                 **row.extra,
@@ -116,65 +85,9 @@ def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
     )
 
 
-def _blank_row(cell: Cell, settings: CompareSettings, outcome: CellOutcome) -> Row:
-    return Row(
-        optimizer=cell.optimizer,
-        momentum_dtype=cell.momentum_dtype,
-        stage=cell.stage,
-        ranks=settings.ranks,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        repeat=cell.repeat,
-        reason=outcome.reason,
-        notes=list(cell.notes),
-        extra={"wall_s": round(outcome.wall_s, 2), "optimizer_params": cell.train.resolved_params()},
-    )
-
-
-def _largest(ranks: Sequence[dict[str, Any]], key: str) -> int | None:
-    values = [rank[key] for rank in ranks if rank[key] is not None]
-    return max(values) if values else None
-
-
 def _mean(ranks: Sequence[dict[str, Any]], key: str) -> float | None:
     values = [rank[key] for rank in ranks if rank[key] is not None]
     return sum(values) / len(values) if len(values) == len(ranks) else None
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --out {str(out)!r}: {error.strerror}; give a folder that you may write to"
-        ) from None
-
-
-def _check_data(cell: Cell, settings: CompareSettings) -> None:
-    """Read the text once, as a run will: a missing, empty or too short one is an error here and not in every cell."""
-    from ds_optim.train.batches import BatchShape
-    from ds_optim.train.data import load_data
-    from ds_optim.train.models import preset_config
-
-    train = cell.train.model_copy(update={"out": settings.out})
-    shape = BatchShape(
-        seq_len=train.seq_len,
-        micro_batch=train.micro_batch,
-        accumulation=train.accumulation,
-        rank=0,
-        world_size=settings.ranks,
-    )
-    data = load_data(train, shape)
-    preset_config(settings.preset, data.vocab_size, train.seq_len)
-
-
-def _clear(out: Path) -> None:
-    """Take away what an earlier comparison left in ``out``, and nothing else."""
-    for name in (RESULTS, "report.md", "report.html"):
-        (out / name).unlink(missing_ok=True)
 
 
 def _describe(settings: CompareSettings, cell: Cell) -> RunInfo:
@@ -222,11 +135,4 @@ def _report(rows: Sequence[Row], info: RunInfo, out: Path) -> None:
 
 
 def _one_line(row: Row) -> str:
-    seconds = f"{row.extra['wall_s']:.1f} s"
-    if row.status != "ok":
-        return f"failed after {seconds}: {row.reason}"
-    return f"validation loss {row.val_loss:.3f}, {milliseconds(row.ms_per_step)} a step ({seconds})"
-
-
-def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, flush=True)
+    return f"validation loss {row.val_loss:.3f}, {milliseconds(row.ms_per_step)} a step"

@@ -51,6 +51,7 @@ class CompareSettings(BaseModel):
     timeout: float = Field(900.0, gt=0, description="seconds that a cell may take")
     repeat: int = Field(1, ge=1)
     momentum_dtypes: list[str] = Field(default_factory=lambda: [FP32], min_length=1)
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="what else the DeepSpeed JSON of a cell says")
 
     @field_validator("optimizers", "stages", "momentum_dtypes")
     @classmethod
@@ -148,16 +149,19 @@ def check_optimizers(settings: CompareSettings) -> None:
             )
 
 
-def reproduce(settings: CompareSettings) -> str:
-    """The command line that runs this comparison again; settings left at their defaults are left out."""
-    words = ["ds-optim", "compare", "--optimizers", ",".join(settings.optimizers)]
+def reproduce(settings: CompareSettings, command: str = "compare") -> str:
+    """The command line that runs this sweep again; settings left at their defaults are left out."""
+    words = ["ds-optim", command, "--optimizers", ",".join(settings.optimizers)]
     words += ["--stages", ",".join(map(str, settings.stages)), "--ranks", str(settings.ranks)]
-    words += ["--steps", str(settings.steps)]
-    for name, field in CompareSettings.model_fields.items():
+    words += ["--steps", str(settings.steps)] if command == "compare" else []
+    for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if name in ("optimizers", "stages", "ranks", "steps", "out") or value == field.get_default(
             call_default_factory=True
         ):
+            continue
+        if value is True:
+            words.append(f"--{name}")
             continue
         words += [f"--{name.replace('_', '-')}", _flag(value)]
     return shlex.join([*words, "--out", settings.out.name])
@@ -183,8 +187,8 @@ def _cell(settings: CompareSettings, optimizer: str, dtype: str, stage: int, rep
     for optional in ("data", "tokenizer", "seq_len", "micro_batch", "eval_batches"):
         if getattr(settings, optional) is not None:
             given[optional] = getattr(settings, optional)
-    zero = bucket_settings(settings.preset)
-    given["deepspeed"] = {"zero_optimization": zero}
+    zero = {**bucket_settings(settings.preset), **settings.deepspeed.get("zero_optimization", {})}
+    given["deepspeed"] = {**settings.deepspeed, "zero_optimization": zero}
     notes = []
     if optimizer.lower() == DEEPSPEED + "muon":
         notes.append("DeepSpeed's Muon clips the orthogonalized update, not the gradient; clipping is left as it is.")

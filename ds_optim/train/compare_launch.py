@@ -31,6 +31,7 @@ PRELOAD = (
     "transformers.models.qwen3.modeling_qwen3",
     "ds_optim.train.loop",
     "ds_optim.train.compare_measure",
+    "ds_optim.train.memory_measure",
     "ds_optim.train.compare_worker",
 )
 #: A rank that lost its peer fails with it; this long after the first one ended, the others' own reasons are read.

@@ -1,7 +1,8 @@
 """One rank of a cell: it trains, measures, and rank 0 writes what all ranks measured.
 
 Runs in a process forked by ``compare_launch``, or as ``python -m ds_optim.train.compare_worker FOLDER`` under any
-launcher that sets RANK and WORLD_SIZE. It reads ``cell.json`` in FOLDER; it leaves ``result.json`` there, a log per
+launcher that sets RANK and WORLD_SIZE. It reads ``cell.json`` in FOLDER (the run's settings, and who
+measures it); it leaves ``result.json`` there, a log per
 rank, and the last exception of a rank that failed.
 """
 
@@ -17,7 +18,12 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_optim.train.compare_measure import CellObserver
+    from ds_optim.train.memory_measure import MemoryObserver
+    from ds_optim.train.settings import TrainSettings
 
 CELL_FILE = "cell.json"
 RESULT_FILE = "result.json"
@@ -77,14 +83,16 @@ def _train_and_measure(folder: Path) -> None:
     import torch
 
     from ds_optim.train import ranks
-    from ds_optim.train.compare_measure import CellObserver
     from ds_optim.train.loop import train
     from ds_optim.train.settings import TrainSettings
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    settings = TrainSettings(**json.loads((folder / CELL_FILE).read_text(encoding="utf-8")))
-    observer = CellObserver(settings)
+    told = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
+    settings = TrainSettings(**told["train"])
+    observer = _observer(told["kind"], settings, told["options"], folder)
     result = train(settings, observer)
+    if result.status:
+        raise RuntimeError(f"the run was stopped before its end (status {result.status})")
     measured = ranks.gather(observer.measured())
     if ranks.rank() == 0:
         record = {
@@ -98,6 +106,19 @@ def _train_and_measure(folder: Path) -> None:
         }
         _write_whole(folder / RESULT_FILE, record)
     ranks.leave()
+
+
+def _observer(
+    kind: str, settings: TrainSettings, options: Mapping[str, Any], folder: Path
+) -> CellObserver | MemoryObserver:
+    """Who watches a cell of this kind of sweep."""
+    if kind == "memory":
+        from ds_optim.train.memory_measure import MemoryObserver
+
+        return MemoryObserver(settings, folder=folder, **options)
+    from ds_optim.train.compare_measure import CellObserver
+
+    return CellObserver(settings)
 
 
 def _write_whole(path: Path, record: Mapping[str, Any]) -> None:

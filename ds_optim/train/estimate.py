@@ -79,8 +79,19 @@ class EstimateRequest:
         )
 
     def at(self, stage: int, ranks: int) -> ZeroSettings:
-        """The settings of a stage and a number of ranks; nothing is offloaded at stage 0, which has no such thing."""
-        return replace(self.zero, stage=stage, ranks=ranks, offload=self.zero.offload and stage > 0)
+        """The settings of a stage and a number of ranks; stage 0 has neither offload nor bf16 master weights."""
+        sharded = stage > 0
+        return replace(
+            self.zero,
+            stage=stage,
+            ranks=ranks,
+            offload=self.zero.offload and sharded,
+            bf16_masters=self.zero.bf16_masters and sharded,
+        )
+
+    def baseline_at(self, stage: int, ranks: int) -> ZeroSettings:
+        """The same for AdamW with fp32 master weights: in bf16 it rounds small updates away."""
+        return replace(self.at(stage, ranks), bf16_masters=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +172,10 @@ def estimate_rows(request: EstimateRequest) -> list[EstimateRow]:
     for ranks in request.ranks:
         for stage in request.stages:
             settings = request.at(stage, ranks)
-            base = estimate(request.model, baseline, settings)
+            usual = request.baseline_at(stage, ranks)
+            base = estimate(request.model, baseline, usual)
             for plan in plans:
-                own = base if plan == baseline else estimate(request.model, plan, settings)
+                same = plan == baseline and settings == usual
+                own = base if same else estimate(request.model, plan, settings)
                 rows.append(EstimateRow(request=request, estimate=own, baseline=base))
     return rows

@@ -12,19 +12,6 @@ from ds_optim.errors import UserError
 if TYPE_CHECKING:
     from ds_optim.train.estimate import EstimateRequest
 
-#: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
-_ZERO_KEYS = {
-    "reduce_bucket_size": "reduce_bucket_size",
-    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
-    "stage3_param_persistence_threshold": "param_persistence_threshold",
-    "stage3_model_persistence_threshold": "model_persistence_threshold",
-    "stage3_max_reuse_distance": "max_reuse_distance",
-    "stage3_max_live_parameters": "max_live_parameters",
-    "sub_group_size": "sub_group_size",
-    "overlap_comm": "overlap_comm",
-    "contiguous_gradients": "contiguous_gradients",
-}
-
 
 def estimate(
     model: Annotated[
@@ -40,13 +27,18 @@ def estimate(
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
     offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    bf16_masters: Annotated[
+        bool, typer.Option("--bf16-masters", help="bf16_master_weights_and_grads with bf16_optimizer_states.")
+    ] = False,
     accumulation: Annotated[
         int, typer.Option(help="Micro-batches a step; with more than one, stage 1 holds whole gradients.")
     ] = 2,
     optimizer_params: Annotated[
         str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON, for its bucket settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A DeepSpeed JSON, for its buckets and bf16 master weights.")
+    ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
@@ -66,14 +58,15 @@ def estimate(
     from ds_optim.train.estimate_sources import load_shape
     from ds_optim.train.settings import parse_object
 
-    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(config))
+    loaded = _read(config)
+    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(config, loaded))
     request = EstimateRequest(
         model=load_shape(model, params, seq_len),
         optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
         momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
-        stages=tuple(dict.fromkeys(_numbers("--stages", stages, least=0))),
+        stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0))),
         ranks=_ranks(ranks, nodes, gpus_per_node),
-        zero=_offloaded(zero, offload),
+        zero=_sharded(zero, offload=offload, bf16_masters=bf16_masters or _bf16_masters(loaded)),
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
         micro_batch=micro_batch,
@@ -110,52 +103,58 @@ def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -
     return 0
 
 
-def _offloaded(zero: Any, offload: bool) -> Any:
-    """The settings with offload, which stage 0 has not: rows of that stage are estimated without."""
+def _sharded(zero: Any, **settings: bool) -> Any:
+    """The settings with what stage 0 has not: rows of that stage are estimated without."""
     from dataclasses import replace
 
-    return replace(zero, stage=1, offload=True) if offload else zero
+    return replace(zero, stage=1, **settings) if any(settings.values()) else zero
 
 
-def _zero_keys(config: Path | None) -> dict[str, Any]:
-    """What a DeepSpeed JSON says of buckets; "auto" leaves a setting to DeepSpeed's default."""
-    if config is None:
-        return {}
+def _read(config: Path | None) -> dict[str, Any]:
     from ds_optim.train.deepspeed_json import read_json
 
-    section = read_json(config).get("zero_optimization", {})
-    if not isinstance(section, dict):
-        raise UserError(f'"zero_optimization" in {config} is no JSON object: write {{"stage": 3}}')
-    found = {}
-    for key, name in _ZERO_KEYS.items():
-        value = section.get(key, "auto")
-        if value == "auto" or value is None:
-            continue
-        if isinstance(value, bool) != (key in ("overlap_comm", "contiguous_gradients")) or not (
-            isinstance(value, (int, float)) and value >= 0
-        ):
-            raise UserError(f"{key} in {config} is {value!r}: write what DeepSpeed takes there")
-        found[name] = value if isinstance(value, bool) else int(value)
-    return found
+    return {} if config is None else read_json(config)
+
+
+def _bf16_masters(loaded: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed JSON keeps master weights in bf16; what is not supported beside them is refused."""
+    from ds_optim.zero.support import check_config, uses_bf16_masters
+
+    if not uses_bf16_masters(loaded):
+        return False
+    # The stages that are estimated are the flags', not the JSON's.
+    zero = loaded.get("zero_optimization", {})
+    sections: dict[str, Any] = {key: loaded[key] for key in ("bf16", "bfloat16", "data_types") if key in loaded}
+    check_config({**sections, "zero_optimization": {**zero, "stage": 3}})
+    return True
+
+
+def _zero_keys(config: Path | None, loaded: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of buckets and gradients; offload and bf16 master weights have flags of their own."""
+    from ds_optim.train.estimate_sources import zero_settings
+
+    settings = zero_settings(loaded, f" in {config}")
+    return {name: value for name, value in settings.items() if name not in ("offload", "bf16_masters")}
 
 
 def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[int, ...]:
     if ranks is not None and nodes is not None:
         raise UserError("give --ranks or --nodes, one of the two")
     if nodes is None:
-        return tuple(dict.fromkeys(_numbers("--ranks", ranks or "8", least=1)))
+        return tuple(dict.fromkeys(numbers("--ranks", ranks or "8", least=1)))
     if gpus_per_node < 1:
         raise UserError(f"gpus-per-node is {gpus_per_node}: write a whole number from 1")
-    return tuple(dict.fromkeys(count * gpus_per_node for count in _numbers("--nodes", nodes, least=1)))
+    return tuple(dict.fromkeys(count * gpus_per_node for count in numbers("--nodes", nodes, least=1)))
 
 
-def _numbers(flag: str, text: str, *, least: int) -> list[int]:
-    numbers = []
+def numbers(flag: str, text: str, *, least: int) -> list[int]:
+    """The whole numbers of a comma-separated list; raises ``UserError`` for anything else."""
+    found = []
     for part in _parts(flag, text):
         if not part.isdecimal() or int(part) < least:
             raise UserError(f"{flag}: {part!r} is no whole number from {least}; write a list such as 1,2")
-        numbers.append(int(part))
-    return numbers
+        found.append(int(part))
+    return found
 
 
 def _parts(flag: str, text: str) -> list[str]:

@@ -47,9 +47,11 @@ def notes(request: EstimateRequest) -> list[str]:
     lines = [
         "GiB of the rank that needs most. Gradients: "
         + ("at their most between micro-batches. " if request.zero.accumulation > 1 else "before the step. ")
-        + "Step: fp32 gradients, exchanged matrices and scratch of an update.",
+        + "Step: its gradients, exchanged matrices and scratch of an update.",
         "Peak: model states with the larger of backward (buckets, gathered layers, activations) and step.",
     ]
+    if request.zero.bf16_masters:
+        lines.append("Master weights are bf16 from stage 1 on; savings are against AdamW with fp32 ones.")
     if request.sequence_bytes:
         amount = size(request.sequence_bytes * request.micro_batch)
         how = "with" if request.checkpointing else "without"
@@ -128,10 +130,12 @@ def _gib(value: int) -> str:
 
 def _points(request: EstimateRequest, ranks: Sequence[int]) -> Points:
     plans = {_label(plan.name, plan.momentum_dtype): plan for plan in (request.plan(BASELINE), *request.plans())}
+    baseline = next(iter(plans))
     points: Points = {}
     for stage in request.stages:
         for label, plan in plans.items():
-            found = [estimate(request.model, plan, request.at(stage, n), transients=False).largest for n in ranks]
+            at = request.baseline_at if label == baseline else request.at
+            found = [estimate(request.model, plan, at(stage, n), transients=False).largest for n in ranks]
             points[label, stage] = [(memory.most_model_states, memory.optimizer_state) for memory in found]
     return _merged(points, request.stages)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,21 @@ from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_
 from ds_optim.train.models import build_model, model_config, preset_config
 from ds_optim.train.presets import PRESETS
 from ds_optim.train.settings import did_you_mean
+from ds_optim.zero.support import uses_bf16_masters
 
+#: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
+_ZERO_KEYS = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "param_persistence_threshold",
+    "stage3_model_persistence_threshold": "model_persistence_threshold",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "sub_group_size": "sub_group_size",
+    "overlap_comm": "overlap_comm",
+    "contiguous_gradients": "contiguous_gradients",
+}
+_SWITCHES = ("overlap_comm", "contiguous_gradients")
 #: Tokens of the tokenizer that presets without a vocabulary of their own take.
 BYTES_VOCABULARY = 257
 
@@ -47,6 +62,35 @@ def load_shape(model: str | None, params: float | None, seq_len: int = 1024) -> 
         f"there is no model {model!r}{did_you_mean(model, PRESETS)}: write one of {', '.join(PRESETS)}, the path of a"
         " config.json or of a JSON with parameters, or a hub name"
     )
+
+
+def zero_settings(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """What a DeepSpeed JSON says of buckets, offload and gradients, as fields of ``ZeroSettings``.
+
+    "auto" leaves a setting to DeepSpeed's default. Raises ``UserError`` for what DeepSpeed would not take; ``where``
+    ends its line.
+    """
+    section = config.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        raise UserError(f'"zero_optimization"{where} is no JSON object: write {{"stage": 3}}')
+    found: dict[str, Any] = {}
+    for key, name in _ZERO_KEYS.items():
+        value = section.get(key, "auto")
+        if value == "auto" or value is None:
+            continue
+        is_number = isinstance(value, (int, float)) and value >= 0
+        if isinstance(value, bool) != (key in _SWITCHES) or not is_number:
+            raise UserError(f"{key}{where} is {value!r}: write what DeepSpeed takes there")
+        found[name] = value if isinstance(value, bool) else int(value)
+    offload = section.get("offload_optimizer")
+    if isinstance(offload, Mapping) and offload.get("device", "none") != "none":
+        found["offload"] = True
+    if uses_bf16_masters(config):
+        found["bf16_masters"] = True
+    accumulated = config.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated is not None:
+        found["grad_accum_dtype"] = accumulated
+    return found
 
 
 def _of_config(name: str, config: Any) -> ModelShape:

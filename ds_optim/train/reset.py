@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ds_optim.train.checkpoint import position
-from ds_optim.train.checkpoint_files import deepspeed_records, guarded
+from ds_optim.train.checkpoint_files import guarded
 from ds_optim.train.resume import Checkpoint
+from ds_optim.zero.checkpoints.safe import allowed_classes
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -65,7 +66,7 @@ def _data_only() -> Iterator[None]:
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals(deepspeed_records()):
+        with torch.serialization.safe_globals(list(allowed_classes())):
             yield
     finally:
         if before is None:

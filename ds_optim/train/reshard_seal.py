@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_optim.errors import UserError
 from ds_optim.train import manifest
+from ds_optim.train.resume import OF_THE_OPTIMIZER
 from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.target import Target
 
@@ -32,8 +33,12 @@ def sealed_notes(source: Path) -> dict[str, Any] | None:
     return sealed.notes
 
 
-def seal_like(notes: Mapping[str, Any] | None) -> Callable[[Path, Target], None] | None:
-    """Seals the new folder with these notes, for its own ranks and stage; None where there are none."""
+def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> Callable[[Path, Target], None] | None:
+    """Seals the new folder with these notes, for its own ranks and stage; None where there are none.
+
+    Args:
+        handed_over: the state is another optimizer's now, whose settings the run that resumes says.
+    """
     if notes is None:
         return None
 
@@ -41,7 +46,8 @@ def seal_like(notes: Mapping[str, Any] | None) -> Callable[[Path, Target], None]
         changed: dict[str, Any] = {**notes, "world_size": target.ranks}
         trajectory = notes.get("trajectory")
         if isinstance(trajectory, Mapping):
-            changed["trajectory"] = {**trajectory, "stage": target.stage, **_same_batch(notes, target)}
+            kept = {key: value for key, value in trajectory.items() if not handed_over or key not in OF_THE_OPTIMIZER}
+            changed["trajectory"] = {**kept, "stage": target.stage, **_same_batch(notes, target)}
         manifest.seal_folder(folder, changed)
 
     return seal

@@ -19,7 +19,7 @@ FIRST_RELEASE = "whole.json"
 """Sealed the checkpoints of the first release, without names and checksums of the files."""
 SEALS = (manifest.NAME, FIRST_RELEASE)
 
-_OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
+OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -145,15 +145,18 @@ def _check(checkpoint: Checkpoint, settings: TrainSettings) -> None:
     if checkpoint.notes["world_size"] != ranks.world_size():
         raise UserError(
             f"--resume: the checkpoint is of {checkpoint.notes['world_size']} ranks,"
-            f" this run has {ranks.world_size()}; start as many, or convert it with ds_to_universal"
+            f" this run has {ranks.world_size()}; start as many, or cut it anew with"
+            f" ds-optim reshard {checkpoint.folder.parent} NEW_OUT/{FOLDER} --ranks {ranks.world_size()}"
         )
     before, now = checkpoint.notes["trajectory"], json.loads(json.dumps(settings.trajectory()))
-    free = _OF_THE_OPTIMIZER if settings.reset_optimizer else ()
+    free: tuple[str, ...] = OF_THE_OPTIMIZER if settings.reset_optimizer else ()
+    # A checkpoint that was handed to another optimizer notes none; its state says which one may load it.
+    free += tuple(name for name in OF_THE_OPTIMIZER if name not in before)
     for name in now:
         if name not in free and before.get(name) != now[name]:
             raise UserError(
                 f"--resume: the run in {settings.out} had {name} = {before.get(name)!r},"
                 f" this one has {now[name]!r};"
                 f" give the same {name}, or another --out"
-                f"{', or --reset-optimizer' if name in _OF_THE_OPTIMIZER else ''}"
+                f"{', or --reset-optimizer' if name in OF_THE_OPTIMIZER else ''}"
             )

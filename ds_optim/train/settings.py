@@ -170,3 +170,8 @@ def parse_object(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{flag} takes a JSON object such as '{{\"lr\": 0.001}}', not {text!r}")
     return value
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]

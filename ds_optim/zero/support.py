@@ -15,6 +15,12 @@ from ds_optim.errors import UserError
 
 _ZERO = "zero_optimization"
 _OFFLOAD = f"{_ZERO}.offload_optimizer"
+_MASTERS, _STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
+_MASTERS_ALONE = (
+    f"without {_STATES} DeepSpeed takes its own CPU Adam alone; set {_STATES} to true too, or set it to false"
+)
+_BF16 = ("bf16", "bfloat16")
+_STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 
 Test = Callable[[Any], bool]
 
@@ -74,10 +80,10 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"{_ZERO}.mics_hierarchical_params_gather", _is_given, "MiCS groups are not supported; leave it out"),
     (f"{_ZERO}.elastic_checkpoint", _is_true, "it cuts optimizer state at other borders; set it to false"),
     ("fp16.fp16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
-    ("bf16.bf16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
-    ("bfloat16.bf16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
-    ("bf16.bf16_optimizer_states", _is_true, "momentum is fp32; set it to false"),
-    ("bfloat16.bf16_optimizer_states", _is_true, "momentum is fp32; set it to false"),
+    (f"bf16.{_MASTERS}", _is_true, _MASTERS_ALONE),
+    (f"bfloat16.{_MASTERS}", _is_true, _MASTERS_ALONE),
+    (f"bf16.{_STATES}", _is_true, _STATES_ALONE),
+    (f"bfloat16.{_STATES}", _is_true, _STATES_ALONE),
     ("torch_autocast.enabled", _is_true, 'use "bf16": {"enabled": true}'),
     ("amp.enabled", _is_true, 'use "bf16": {"enabled": true}'),
     ("fp8.enabled", _is_true, 'use "bf16": {"enabled": true}'),
@@ -94,6 +100,14 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     ("pipeline.stages", _above(1), "the pipeline engine is not supported; leave it out"),
 )
 
+# Settings of the list above that are supported beside each other.
+_TOGETHER = {
+    f"{section}.{one}": f"{section}.{other}"
+    for section in _BF16
+    for one, other in ((_MASTERS, _STATES), (_STATES, _MASTERS))
+}
+_OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{_MASTERS} and bf16.{_STATES} and without offload"
+
 # The same, as attributes of DeepSpeed's wrappers: for who steps a wrapper without its engine.
 REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("round_robin_gradients", _is_true, f"set {_ZERO}.round_robin_gradients to false"),
@@ -109,7 +123,7 @@ REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("model_parallel_group", _is_given, "tensor parallelism is not supported: a shard is no whole matrix"),
     ("has_moe_layers", _is_true, "DeepSpeed's MoE groups are not supported"),
     ("torch_autocast_gradscaler", _is_given, 'use "bf16": {"enabled": true} instead of torch_autocast'),
-    ("low_precision_master_weights_and_grads", _is_true, "master weights must be fp32"),
+    ("low_precision_master_weights_and_grads", _is_true, _OTHER_MASTERS),
     ("elastic_checkpoint", _is_true, f"set {_ZERO}.elastic_checkpoint to false"),
 )
 _REFUSED_WRAPPERS = {
@@ -129,16 +143,48 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UserError(f'{_ZERO} is {config[_ZERO]!r}: write {{"stage": 1}}')
     for path, refused, remedy in REFUSED_SETTINGS:
         value = _at(config, path)
-        if refused(value):
+        if refused(value) and not (path in _TOGETHER and _is_true(_at(config, _TOGETHER[path]))):
             raise UserError(f"{path} = {value!r} is not supported with ds_optim's optimizers: {remedy}")
     stage = _at(config, f"{_ZERO}.stage")
     if stage not in (None, "auto", 0, 1, 2, 3):
         raise UserError(f"{_ZERO}.stage is {stage!r}: write 0, 1, 2 or 3")
+    _check_bf16_masters(config, stage)
     if stage in (None, "auto", 0) and _is_true(_at(config, "fp16.enabled")) and _at(config, "fp16.loss_scale") != 1:
         raise UserError(
             "fp16 at ZeRO stage 0 is not supported with a loss scale: DeepSpeed 0.19 unscales gradients there whose "
             "loss it never scaled; use stage 1, bf16, or fp16.loss_scale 1"
         )
+
+
+def uses_bf16_masters(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config asks for bf16 master weights, supported or not."""
+    return _masters_section(config) is not None
+
+
+def _masters_section(config: Mapping[str, Any]) -> str | None:
+    return next((section for section in _BF16 if _is_true(_at(config, f"{section}.{_MASTERS}"))), None)
+
+
+def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
+    """Refuse bf16 master weights where DeepSpeed has none to give, or gives them to its own optimizers alone."""
+    section = _masters_section(config)
+    if section is None:
+        return
+    offload = _at(config, f"{_OFFLOAD}.device") not in (None, "none") or _is_true(_at(config, f"{_ZERO}.cpu_offload"))
+    accumulated = str(_at(config, "data_types.grad_accum_dtype")).removeprefix("torch.")
+    problems = (
+        (_at(config, f"{section}.enabled") in (None, False, 0), f'set "enabled" to true in "{section}" as well'),
+        (stage in (None, 0), f"master weights are ZeRO's; set {_ZERO}.stage to 1, 2 or 3"),
+        (offload, f"DeepSpeed offloads them for its own CPU Adam alone; leave {_ZERO}.offload_optimizer out"),
+        (
+            stage == 1 and accumulated in ("fp32", "float32", "float"),
+            "at stage 1 DeepSpeed keeps fp32 masters where gradients are accumulated in fp32; leave "
+            "data_types.grad_accum_dtype out, or use stage 2",
+        ),
+    )
+    for refused, remedy in problems:
+        if refused:
+            raise UserError(f"{section}.{_MASTERS} = true is not supported with these settings: {remedy}")
 
 
 def check_engine(engine: Any) -> None:
@@ -164,13 +210,21 @@ def check_wrapper(wrapper: Any) -> None:
             raise UserError(
                 f"{cls.__name__} is not supported with ds_optim's optimizers: {_REFUSED_WRAPPERS[cls.__name__]}"
             )
+    masters = getattr(wrapper, "master_weights_and_grads_dtype", torch.float32)
+    bf16_masters = masters == torch.bfloat16 and _is_true(getattr(wrapper, _STATES, None)) and not _offloads(wrapper)
+    if masters != torch.float32 and not bf16_masters:
+        raise UserError(f"master weights in {masters} are not supported with ds_optim's optimizers: {_OTHER_MASTERS}")
     for name, refused, remedy in REFUSED_ATTRIBUTES:
         value = getattr(wrapper, name, None)
-        if refused(value):
+        if refused(value) and not (bf16_masters and name == "low_precision_master_weights_and_grads"):
             shown = f" = {value!r}" if isinstance(value, (bool, int, float)) else ""
             raise UserError(f"DeepSpeed's {name}{shown} is not supported with ds_optim's optimizers: {remedy}")
     if getattr(wrapper, "check_grad_overflow", True) is False and getattr(wrapper, "dtype", None) == torch.bfloat16:
         raise UserError("bf16.check_grad_overflow = False is not supported with ds_optim's optimizers: leave it true")
+
+
+def _offloads(wrapper: Any) -> bool:
+    return any(getattr(wrapper, name, False) is True for name in ("cpu_offload", "offload_optimizer"))
 
 
 def check_parameters(named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:

@@ -82,7 +82,7 @@ class Run:
             **self.config,
         }
         if self.dtype == "bf16":
-            loaded["bf16"] = {"enabled": True}
+            loaded["bf16"] = {"enabled": True, **self.config.get("bf16", {})}
         return loaded
 
 

@@ -99,7 +99,7 @@ def test_a_failed_cell_is_a_row_and_the_rest_goes_on(tmp_path: Path, capsys: pyt
     def launcher(job: CellJob) -> CellOutcome:
         if "stage2" in job.folder.name:
             return CellOutcome(reason="rank 1: OutOfMemoryError: tried to allocate 20 GiB", wall_s=1.0)
-        train = json.loads((job.folder / "cell.json").read_text())
+        train = json.loads((job.folder / "cell.json").read_text())["train"]
         sizes = dict.fromkeys(("weights", "gradients", "master", "buckets", "other", "peak_bytes"), 1)
         sent = {"sent_bytes_per_step": 1.0, "sent_by_operator": {}}
         rank = {"times_ms": [10.0, 20.0], "peak_kind": "live tensors", "rss_peak_bytes": None, **sizes, **sent}

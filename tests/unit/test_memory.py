@@ -98,6 +98,17 @@ def test_flat_partitions_and_their_padding(model: torch.nn.Module, single_rank: 
     assert held.other == held.buckets == 0
 
 
+def test_master_weights_that_are_the_weights_count_once(model: torch.nn.Module, single_rank: None) -> None:
+    wrapper = zero_like_wrapper(model)
+    total = parameter_count(model)
+    wrapper.single_partition_of_fp32_groups = wrapper.bit16_groups_flat
+    wrapper.optimizer = torch.optim.SGD(wrapper.bit16_groups_flat)
+    held = account(SimpleNamespace(module=model, optimizer=wrapper))
+    assert held.weights == 2 * (total + 8)
+    assert held.master == held.master_padding == 0
+    assert held.model_state_bytes == 2 * (total + 8) + 2 * total
+
+
 def test_what_no_owner_claims_is_not_lost(model: torch.nn.Module, single_rank: None) -> None:
     wrapper = zero_like_wrapper(model)
     wrapper.ipg_buckets[torch.bfloat16].buffer = [torch.zeros(100)]

@@ -154,6 +154,8 @@ static inline void store(const Momentum *m, const Block *b, const float *restric
             magnitude = magnitude > 0x7F7F0000u ? 0x7F7F0000u : magnitude;
             magnitude += bits[i];
             magnitude = magnitude > 0x7F7F0000u ? 0x7F7F0000u : magnitude;
+            magnitude = (whole & 0x7FFFFFFFu) == 0x7F800000u ? 0x7F800000u : magnitude;
+            magnitude = (whole & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : magnitude;
             out[i] = (uint16_t)((magnitude | (whole & 0x80000000u)) >> 16);
         }
         return;

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Int8, Rounding, Stored
+from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Rounding, Stored
 from ds_optim.elementwise.native.library import library
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -37,10 +38,10 @@ Weights = tuple[float, float, float, float]
 """(d0, d1, k0, k1): direction d0 m + d1 g, next momentum k0 m + k1 g."""
 
 
-def sign_step(p: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights, lr: float, factor: float) -> bool:
+def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, factor: float) -> bool:
     """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
     lib = library()
-    if lib is None or not _plain(p, g) or not _known(m):
+    if lib is None or not _plain(p) or not _plain(g) or not _known(m):
         return False
     blend = _Blend(*weights)
 
@@ -53,7 +54,7 @@ def sign_step(p: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights,
     return True
 
 
-def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weights) -> bool:
+def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
     """out <- d0 m + d1 g; m <- k0 m + k1 g."""
     lib = library()
     if lib is None or not _plain(g) or not _known(m) or not _is_flat_cpu(out) or out.dtype not in _KINDS:
@@ -72,7 +73,7 @@ def blend_into(out: Tensor, m: Tensor | Stored | None, g: Tensor, weights: Weigh
     return True
 
 
-def apply_update(p: Tensor, update: Tensor, rate: float, factor: float) -> bool:
+def apply_update(p: Flat, update: Tensor, rate: float, factor: float) -> bool:
     """p <- factor p - rate update."""
     lib = library()
     if lib is None or not _plain(p) or not _is_flat_cpu(update) or update.dtype not in _KINDS:
@@ -128,11 +129,11 @@ def _is_flat_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def _plain(*tensors: Tensor) -> bool:
-    return all(_is_flat_cpu(tensor) and tensor.dtype == torch.float32 for tensor in tensors)
+def _plain(tensor: Flat) -> TypeGuard[Tensor]:
+    return isinstance(tensor, Tensor) and _is_flat_cpu(tensor) and tensor.dtype == torch.float32
 
 
-def _known(m: Tensor | Stored | None) -> bool:
+def _known(m: Flat | None) -> bool:
     if isinstance(m, Stored):
         return isinstance(m, Bfloat16 | Int8) and _is_flat_cpu(m.data)
     return m is None or _plain(m)
@@ -142,7 +143,7 @@ def _at(tensor: Tensor, begin: int) -> c_void_p:
     return c_void_p(tensor.data_ptr() + begin * tensor.element_size())
 
 
-def _momentum(m: Tensor | Stored | None, begin: int) -> _Momentum:
+def _momentum(m: Flat | None, begin: int) -> _Momentum:
     """The part of a momentum that starts at its element ``begin``."""
     if m is None:
         return _Momentum(0, None, None, _Key(0, 0, 0, 0))
@@ -159,7 +160,7 @@ def _key(rounding: Rounding, begin: int) -> _Key:
     return _Key(rounding.seed, rounding.stream, rounding.step, rounding.start + begin)
 
 
-def _in_parts(numel: int, m: Tensor | Stored | None, part: Callable[[int, int], None]) -> None:
+def _in_parts(numel: int, m: Flat | None, part: Callable[[int, int], None]) -> None:
     """Deal a tensor out to torch's threads, cut where no block of momentum is."""
     threads = min(torch.get_num_threads(), numel // _GRAIN)
     if threads < 2:

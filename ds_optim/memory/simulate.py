@@ -1,0 +1,125 @@
+"""An exchange of matrices on a cluster that is not there: bytes inside and between nodes, scratch, balance of owners.
+
+The layout and the plan are those that a run makes, without weights; nothing is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ds_optim.memory.estimate import layout_of
+from ds_optim.memory.estimate_exchange import MatrixWork, peak_scratch, work_of
+from ds_optim.memory.estimate_model import ModelShape
+from ds_optim.memory.estimate_optimizers import OptimizerPlan
+from ds_optim.memory.estimate_terms import ZeroSettings
+from ds_optim.sharding.plan import ExchangePlan, plan_exchange
+
+#: Of more ranks, so many spread evenly are looked at.
+SAMPLED_RANKS = 64
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One exchange of all matrices, at one stage and number of ranks.
+
+    Attributes:
+        matrix_elements: of all matrices. bytes_an_element: there and back together.
+        mean_bytes, most_bytes: that a rank sends, over the ranks looked at.
+        inside, between: of ``mean_bytes``, what stays on a node and what leaves it.
+        scratch: the most bytes that any rank holds for it.
+        jobs: matrices by rank, the mean. makespan: the busiest rank's modelled work over max(mean, largest job).
+        idle: the share of ranks' time that is spent waiting for the busiest one.
+    """
+
+    stage: int
+    ranks: int
+    matrix_elements: int
+    bytes_an_element: int
+    mean_bytes: float
+    most_bytes: int
+    inside: float
+    between: float
+    scratch: int
+    jobs: float
+    makespan: float
+    idle: float
+
+    @property
+    def formula(self) -> float:
+        """Bytes a rank sends at stage 3 by 2 (N-1) / N^2 elements: each matrix element goes there and comes back."""
+        return (self.ranks - 1) / self.ranks**2 * self.matrix_elements * self.bytes_an_element
+
+
+def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ranks_per_node: int = 8) -> Simulated:
+    """The exchange that a step with matrices makes.
+
+    Args:
+        ranks_per_node: rank r is on node r // ranks_per_node.
+    """
+    exchanges = list(_exchanges(optimizer, zero))
+    sampled = _sample(zero.ranks)
+    sent = [(0, 0)] * len(sampled)
+    scratch = 0
+    busy = [0.0] * zero.ranks
+    largest = 0.0
+    jobs = elements = 0
+    for plan, work in exchanges:
+        jobs += len(plan.views)
+        elements += sum(plan.unit.params[param].numel for param in plan.views)
+        for rank, load in enumerate(plan.loads):
+            busy[rank] += load
+        largest = max([largest, *plan.costs.values()])
+        for place, rank in enumerate(sampled):
+            inside, between = _sent(plan, work, rank, ranks_per_node)
+            sent[place] = sent[place][0] + inside, sent[place][1] + between
+            scratch = max(scratch, peak_scratch(plan, rank, work))
+    mean = sum(busy) / len(busy)
+    most = max(busy, default=0.0)
+    totals = [inside + between for inside, between in sent]
+    works = [work for _, work in exchanges]
+    return Simulated(
+        stage=zero.stage,
+        ranks=zero.ranks,
+        matrix_elements=elements,
+        bytes_an_element=max((work.there + work.back for work in works), default=0),
+        mean_bytes=sum(totals) / len(totals),
+        most_bytes=max(totals),
+        inside=sum(inside for inside, _ in sent) / len(sent),
+        between=sum(between for _, between in sent) / len(sent),
+        scratch=scratch,
+        jobs=jobs / zero.ranks,
+        makespan=most / max(mean, largest) if most else 1.0,
+        idle=1 - mean / most if most else 0.0,
+    )
+
+
+def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings) -> Iterator[tuple[ExchangePlan, MatrixWork]]:
+    """The plan of each unit that holds matrices, and how they are worked on."""
+    for unit in layout_of(optimizer, zero).units:
+        group = optimizer.groups[unit.group]
+        by_name = {parameter.name: parameter.view for parameter in group.parameters}
+        views = {number: view for number, spec in enumerate(unit.params) if (view := by_name[spec.name]) is not None}
+        if group.shape is None or not views:
+            continue
+        work = work_of(group.shape, optimizer, zero)
+        elements = max(1, int(work.bucket_mb * _MIB) // work.there)
+        yield plan_exchange(unit, views, cost=work.cost, bucket_elements=elements), work
+
+
+def _sample(ranks: int) -> Sequence[int]:
+    return range(0, ranks, max(1, -(-ranks // SAMPLED_RANKS)))
+
+
+def _sent(plan: ExchangePlan, work: MatrixWork, rank: int, ranks_per_node: int) -> tuple[int, int]:
+    """Bytes that a rank sends inside its node, and to others."""
+    inside = between = 0
+    node = rank // ranks_per_node
+    for bucket in plan.buckets:
+        counts = ((plan.sent_counts(bucket, rank), work.there), (plan.received_counts(bucket, rank), work.back))
+        for by_peer, itemsize in counts:
+            near = sum(by_peer[node * ranks_per_node : (node + 1) * ranks_per_node])
+            inside += near * itemsize
+            between += (sum(by_peer) - near) * itemsize
+    return inside, between

@@ -1,0 +1,35 @@
+"""State is loaded in the dtype in which it was saved: torch would make it the parameter's.
+
+That would make narrow momentum wide, and beside bf16 master weights round fp32 momentum and the scales of int8.
+Torch leaves alone what it does not know: tensors pass its ``load_state_dict`` in a wrapping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Wrapped:
+    tensor: Tensor
+
+
+def wrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` for torch's ``load_state_dict``, after which ``unwrap`` is due."""
+    state = {
+        number: {key: _Wrapped(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for number, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def unwrap(optimizer: torch.optim.Optimizer) -> None:
+    """Put the loaded tensors into the state, on their parameters' devices, in their own dtypes."""
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if isinstance(value, _Wrapped):
+                entry[key] = value.tensor.to(parameter.device)

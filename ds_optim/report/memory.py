@@ -1,0 +1,250 @@
+"""The report of ``ds-optim memory``: savings against AdamW, where the bytes lie, and how far figures agree."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from ds_optim.report.memory_csv import write_csv
+from ds_optim.report.memory_plots import HeatMap, SavingOverRanks, StackedBars
+from ds_optim.report.plots import Plot
+from ds_optim.report.render import Report, render
+from ds_optim.report.schema import Row, RunInfo
+from ds_optim.report.table import Cell, Column, Line, Table, TableSpec
+from ds_optim.report.units import fixed, percent_change, size
+
+BASELINE = "adamw"
+CSV = "results.csv"
+_OWNERS = ("weights", "gradients", "master", "state")
+
+
+def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
+    """Write ``report.md``, ``report.html``, ``plots/`` and ``results.csv``; repeats of a cell become one row."""
+    merged = with_savings(merge_repeats(rows))
+    several = len({row.run for row in merged}) > 1
+    merged.sort(key=lambda row: (row.run, row.ranks, -1 if row.stage is None else row.stage))
+    write_csv(merged, out_dir / CSV)
+    return render(
+        merged,
+        info,
+        out_dir,
+        _table_spec(several),
+        plots=memory_plots(merged),
+        summary=summary(merged),
+        tables={"Differences between what was estimated, accounted and measured": reconciliation(merged)},
+    )
+
+
+def merge_repeats(rows: Sequence[Row]) -> list[Row]:
+    """One row a cell: of its repeats the median peak, least and most of all; a cell of which one failed has failed."""
+    cells: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        cells.setdefault((*_key(row), row.optimizer, row.momentum_dtype), []).append(row)
+    return [_merged(repeats) for repeats in cells.values()]
+
+
+def with_savings(rows: Sequence[Row]) -> list[Row]:
+    """Rows with ``extra["saving"]``: bytes less than AdamW in the same run at the same ranks and stage, if it ran."""
+    base = {_key(row): row for row in rows if row.status == "ok" and row.optimizer.lower() == BASELINE}
+    found = []
+    for row in rows:
+        other = base.get(_key(row))
+        saving: dict[str, Any] | None = None
+        if row.status == "ok" and other is not None and other is not row:
+            sizes = {name: (_size_of(other, name), _size_of(row, name)) for name in _SIZES}
+            saving = {name: theirs - own for name, (theirs, own) in sizes.items()}
+            percent = {name: 100 * (1 - own / theirs) if theirs else 0.0 for name, (theirs, own) in sizes.items()}
+            saving = {**saving, "percent": percent}
+        found.append(row.model_copy(update={"extra": {**row.extra, "saving": saving}}))
+    return found
+
+
+_SIZES = ("optimizer state", "model states", "peak")
+
+
+def _size_of(row: Row, name: str) -> int:
+    sizes = {
+        "optimizer state": row.extra["optimizer_state_bytes"],
+        "model states": row.model_state_bytes,
+        "peak": row.peak_bytes,
+    }
+    return int(sizes[name] or 0)
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row.run, row.ranks, row.dtype, row.stage
+
+
+def _merged(repeats: Sequence[Row]) -> Row:
+    failed = next((row for row in repeats if row.status != "ok"), None)
+    if failed is not None:
+        return failed.model_copy()
+    first = repeats[0]
+    peaks = [row.peak_bytes for row in repeats if row.peak_bytes is not None]
+    every = [entry for row in repeats for entry in row.extra["peaks"]]
+    spread = {"min": min(e["min"] for e in every), "max": max(e["max"] for e in every)}
+    extra = {**first.extra, "repeats": len(repeats), "peak_spread": spread, "wall_s": None}
+    extra["first_step_peak"] = max(row.extra["first_step_peak"] for row in repeats)
+    return first.model_copy(update={"peak_bytes": int(median(peaks)), "extra": extra})
+
+
+def _spread(row: Row) -> str:
+    spread = row.extra.get("peak_spread")
+    if spread is None:
+        return ""
+    where = f"rank {row.extra['peak_rank']}"
+    if spread["min"] == spread["max"]:
+        return f"always, {where}"
+    return f"{size(spread['min'])} to {size(spread['max'])}, {where}"
+
+
+def _saved(name: str) -> Column:
+    def share(row: Row) -> str:
+        saving = row.extra.get("saving")
+        return "" if saving is None else f"{fixed(saving['percent'][name], 1)} %"
+
+    def amount(row: Row) -> float | None:
+        saving = row.extra.get("saving")
+        return None if saving is None else float(saving[name])
+
+    return Column(title=f"Saved of {name}", value=amount, text=size, detail=share)
+
+
+def _table_spec(several_runs: bool) -> TableSpec:
+    keys = [Column(title="Run", value=lambda row: row.run)] if several_runs else []
+    keys += [
+        Column(title="Optimizer", value=lambda row: row.label),
+        Column(title="Stage", value=lambda row: row.stage),
+        Column(title="Ranks", value=lambda row: row.ranks),
+    ]
+    return TableSpec(
+        columns=(
+            *keys,
+            Column(title="State B/param", value=lambda r: r.state_bytes_per_param, text=lambda v: fixed(v, 2)),
+            Column(title="State/rank", value=lambda row: row.extra.get("optimizer_state_bytes"), text=size),
+            Column(title="Model states/rank", value=lambda row: row.model_state_bytes, text=size),
+            Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, detail=_spread),
+            Column(title="First step", value=lambda row: row.extra.get("first_step_peak"), text=size),
+            *(_saved(name) for name in _SIZES),
+            Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
+        ),
+        group=_key,
+        baseline_name="AdamW",
+        key_columns=len(keys),
+    )
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What was run and how the figures are to be read."""
+    ran = sum(row.status == "ok" for row in rows)
+    lines = [f"{ran} of {len(rows)} cells ran."]
+    if any(row.extra.get("saving") for row in rows):
+        lines[0] += " Savings are against AdamW in the same run, at the same stage and number of ranks."
+    else:
+        lines[0] += " No savings are shown, because AdamW did not run: add adamw to --optimizers."
+    kinds = sorted({row.peak_kind for row in rows if row.peak_kind})
+    if kinds:
+        lines.append(
+            f"Peaks are those of {', '.join(kinds)} in a steady step, the median of the steps and process groups;"
+            " beneath, the least and the most of any rank, and the fullest rank. The first step's peak, when state is"
+            " made, stands apart. Sizes are of the rank that holds most."
+        )
+    flagged = sum(line["flagged"] for row in rows for line in row.extra.get("reconciliation", ()))
+    lines.append(
+        "Each estimate lies within 2 % of what was counted, and that of what was measured."
+        if flagged == 0
+        else f"{flagged} figures differ by more than 2 %: the second table says which and why."
+    )
+    return lines
+
+
+def reconciliation(rows: Sequence[Row]) -> Table:
+    """Of each cell, estimated minus accounted and accounted minus measured, and why where they differ."""
+    ran = [row for row in rows if row.extra.get("reconciliation")]
+    first = ran[0].extra["reconciliation"] if ran else []
+    titles = ["Optimizer", "Stage", "Ranks", *(f"{entry['what']}: {' − '.join(entry['sides'])}" for entry in first)]
+    lines: list[Line] = []
+    for number, row in enumerate(ran):
+        cells = [Cell(text=row.label, numeric=False), Cell(text=str(row.stage)), Cell(text=str(row.ranks))]
+        causes = []
+        for entry in row.extra["reconciliation"]:
+            left, right = (entry[side] for side in entry["sides"])
+            verdict: Literal["worse", ""] = "worse" if entry["flagged"] else ""
+            cells.append(Cell(text=size(entry["difference"]), change=percent_change(left, right), verdict=verdict))
+            causes += [f"{entry['what']}: {entry['cause']}"] * entry["flagged"]
+        cells.append(Cell(text="; ".join(causes), numeric=False))
+        lines.append(Line(cells=cells, starts_group=bool(number) and _key(row) != _key(ran[number - 1])))
+    return Table(titles=[*titles, "Cause"], lines=lines, unmeasured=(), key_columns=3)
+
+
+def memory_plots(rows: Sequence[Row]) -> list[Plot]:
+    """Stacked bars, a map over ranks, and the saving over the number of ranks."""
+    ran = [row for row in rows if row.status == "ok"]
+    if not ran:
+        return []
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_group_title(row, rows), []).append((row.label, _parts(row) if row.status == "ok" else None))
+    columns = max((row.extra["peaks"] for row in ran), key=len)
+    hosts = len({entry["host"] for entry in columns}) > 1
+    plots: list[Plot] = [
+        StackedBars(name="owners", title="Peak per rank, and what of it are model states", groups=groups, text=size),
+        HeatMap(
+            name="ranks",
+            title="Peak of each rank",
+            rows=[f"{row.label}, {_group_title(row, rows)}" for row in ran],
+            columns=[f"{e['host']}: {e['rank']}" if hosts else f"rank {e['rank']}" for e in columns],
+            values=[_padded([entry["median"] for entry in row.extra["peaks"]], len(columns)) for row in ran],
+            text=size,
+        ),
+    ]
+    saving = _saving(ran)
+    return plots if saving is None else [*plots, saving]
+
+
+def _padded(values: Sequence[float], length: int) -> list[float | None]:
+    return [*values, *[None] * (length - len(values))]
+
+
+def _group_title(row: Row, rows: Sequence[Row]) -> str:
+    """The stage, and what else not all rows share."""
+    parts = [f"ZeRO-{row.stage}"]
+    if len({other.ranks for other in rows}) > 1:
+        parts.append(f"{row.ranks} ranks")
+    if len({other.run for other in rows}) > 1:
+        parts.append(row.run)
+    return ", ".join(parts)
+
+
+def _parts(row: Row) -> dict[str, float]:
+    owners = {name: float(row.extra["owners"][name]) for name in _OWNERS}
+    return {**owners, "the rest of the peak": max(0.0, (row.peak_bytes or 0) - sum(owners.values()))}
+
+
+def _saving(rows: Sequence[Row]) -> SavingOverRanks | None:
+    """The estimate's curves, and what was counted; None where there is nothing to compare with."""
+    base = {_key(row): row for row in rows if row.optimizer.lower() == BASELINE}
+    saved: dict[str, tuple[float, list[tuple[int, float]]]] = {}
+    shares: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    measured: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for row in rows:
+        other = base.get(_key(row))
+        if other is None or other is row or not row.stage:
+            continue
+        formula = _bytes_a_parameter(other) - _bytes_a_parameter(row)
+        absolute = row.extra["saving"]["optimizer state"] / row.extra["parameters"]
+        saved.setdefault(row.label, (round(formula, 2), []))[1].append((row.ranks, absolute))
+        own, theirs = row.extra["model_states_over_ranks"], other.extra["model_states_over_ranks"]
+        shares[row.label, row.stage] = [(int(n), 100 * (1 - own[n][0] / theirs[n][0])) for n in own if n in theirs]
+        percent = row.extra["saving"]["percent"]["model states"]
+        measured.setdefault((row.label, row.stage), []).append((row.ranks, percent))
+    if not saved:
+        return None
+    title = "What is saved against AdamW: formula (lines) and count (points)"
+    return SavingOverRanks(name="saving", title=title, saved=saved, shares=shares, measured=measured)
+
+
+def _bytes_a_parameter(row: Row) -> float:
+    return row.state_bytes_per_param or 0.0

@@ -1,0 +1,160 @@
+"""Cells run one after another, each in a fresh process group; every one becomes a row, failed or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_optim.errors import UserError
+from ds_optim.report.schema import Row, RunInfo, append_row
+from ds_optim.train.compare_cells import Cell, CompareSettings
+from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
+from ds_optim.train.compare_worker import CELL_FILE, FAILURE_FILE, RESULT_FILE
+
+RESULTS = "results.jsonl"
+RUN_FILE = "run.json"
+#: What torch's allocators, Python and the kernel say when there is no memory left.
+_OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "memoryerror")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is run, and how a cell's result becomes a row.
+
+    Attributes:
+        kind: which of the observers of ``compare_worker`` measures, also the rows' ``kind``.
+        options: that observer's, as JSON.
+        plan: the cells; raises ``UserError`` for what no run can have.
+        describe: the run as a whole, given its first cell.
+        fill: the row of a cell that ran, from the blank row and what the ranks left.
+        one_line: the row in a few words, for the terminal.
+    """
+
+    settings: CompareSettings
+    kind: str
+    plan: Callable[[], list[Cell]]
+    describe: Callable[[Cell], RunInfo]
+    fill: Callable[[Row, dict[str, Any], Cell], Row]
+    one_line: Callable[[Row], str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_sweep(sweep: Sweep, launcher: CellLauncher | None = None) -> tuple[list[Row], RunInfo]:
+    """Run every cell, each row written to ``results.jsonl`` as soon as it is there.
+
+    Raises ``UserError`` for a mistake in the settings, before the first cell starts.
+
+    Args:
+        launcher: how the ranks of a cell start; by default as processes of this machine.
+    """
+    settings = sweep.settings
+    _check_writable(settings.out)
+    # Started before the checks: the parent of all ranks imports what they need meanwhile.
+    local = ForkserverLauncher(settings.ranks) if launcher is None else None
+    launch = launcher or local
+    assert launch is not None
+    cells = sweep.plan()
+    _check_data(cells[0], settings)
+    _clear(settings.out)
+    info = sweep.describe(cells[0])
+    (settings.out / RUN_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if local is not None:
+        _say("preparing: DeepSpeed builds its C++ ops at first use, which takes minutes once a machine")
+        local.prepare(settings.out / "logs", settings.optimizers)
+    rows = []
+    for index, cell in enumerate(cells):
+        _say(f"[{index + 1}/{len(cells)}] {cell.label}, stage {cell.stage}: ", end="")
+        row = run_cell(cell, sweep, launch)
+        append_row(settings.out / RESULTS, row)
+        rows.append(row)
+        seconds = f"{row.extra['wall_s']:.1f} s"
+        ended = f"failed after {seconds}: {row.reason}" if row.status != "ok" else f"{sweep.one_line(row)} ({seconds})"
+        _say(ended)
+    return rows, info
+
+
+def run_cell(cell: Cell, sweep: Sweep, launch: CellLauncher) -> Row:
+    """Run one cell to its end and make its row, failed or not."""
+    settings = sweep.settings
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    for tokenizer in settings.out.glob("tokenizer-*.json"):
+        shutil.copy(tokenizer, cell.folder)
+    for name in (RESULT_FILE, *(FAILURE_FILE.format(rank=rank) for rank in range(settings.ranks))):
+        (cell.folder / name).unlink(missing_ok=True)
+    told = {"kind": sweep.kind, "options": dict(sweep.options), "train": cell.train.model_dump(mode="json")}
+    (cell.folder / CELL_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    outcome = launch(CellJob(folder=cell.folder, ranks=settings.ranks, timeout_s=settings.timeout))
+    row = _blank_row(cell, sweep, outcome)
+    result = cell.folder / RESULT_FILE
+    if outcome.reason is None and not result.exists():
+        row.reason = "every rank ended, but none left a result"
+    if row.reason is not None:
+        row.extra["out_of_memory"] = any(sign in row.reason.lower() for sign in _OUT_OF_MEMORY)
+        return row.model_copy(update={"status": "failed"})
+    return sweep.fill(row, json.loads(result.read_text(encoding="utf-8")), cell)
+
+
+def largest(ranks: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    """The largest of what the ranks measured, of those that did."""
+    values = [rank[key] for rank in ranks if rank[key] is not None]
+    return max(values) if values else None
+
+
+def _blank_row(cell: Cell, sweep: Sweep, outcome: CellOutcome) -> Row:
+    return Row(
+        kind=sweep.kind,
+        optimizer=cell.optimizer,
+        momentum_dtype=cell.momentum_dtype,
+        stage=cell.stage,
+        ranks=sweep.settings.ranks,
+        dtype=sweep.settings.dtype,
+        seed=sweep.settings.seed,
+        repeat=cell.repeat,
+        reason=outcome.reason,
+        notes=list(cell.notes),
+        extra={"wall_s": round(outcome.wall_s, 2), "optimizer_params": cell.train.resolved_params()},
+    )
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --out {str(out)!r}: {error.strerror}; give a folder that you may write to"
+        ) from None
+
+
+def _check_data(cell: Cell, settings: CompareSettings) -> None:
+    """Read the text once, as a run will: a missing, empty or too short one is an error here and not in every cell."""
+    from ds_optim.train.batches import BatchShape
+    from ds_optim.train.data import load_data
+    from ds_optim.train.models import preset_config
+
+    train = cell.train.model_copy(update={"out": settings.out})
+    shape = BatchShape(
+        seq_len=train.seq_len,
+        micro_batch=train.micro_batch,
+        accumulation=train.accumulation,
+        rank=0,
+        world_size=settings.ranks,
+    )
+    data = load_data(train, shape)
+    preset_config(settings.preset, data.vocab_size, train.seq_len)
+
+
+def _clear(out: Path) -> None:
+    """Take away what an earlier sweep left in ``out``, and nothing else."""
+    for name in (RESULTS, "results.csv", "report.md", "report.html"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, flush=True)
