@@ -44,7 +44,8 @@ def flat_state(portable: Portable, unit: Unit, rank: int) -> dict[str, Tensor]:
     A buffer that a parameter lacks, which never had a gradient in a run without ZeRO, is zero.
     """
     held = list(unit.slices(rank))
-    flats = {MASTER: torch.zeros(unit.partition_numel, dtype=torch.float32)}
+    dtype = dtype_of(portable, unit.params[0].name, MASTER)  # bfloat16 where DeepSpeed keeps its masters so
+    flats = {MASTER: torch.zeros(unit.partition_numel, dtype=dtype)}
     keys = dict.fromkeys(key for spec in unit.params for key in portable.buffers[spec.name])
     for key in keys:
         owner = next(spec.name for spec in unit.params if key in portable.buffers[spec.name])
