@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -16,7 +13,7 @@ from typing import Any
 
 from ds_optim.train.chaos_faults import Fault
 from ds_optim.train.chaos_worker import LIFE_FILE, work
-from ds_optim.train.compare_launch import PRELOAD, free_port, parent_environment, worker_environment
+from ds_optim.train.compare_launch import PRELOAD, environment, free_port, parent_environment, worker_environment
 from ds_optim.train.compare_worker import LOG_FILE
 
 RANKS = 2
@@ -53,7 +50,7 @@ class Nursery:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "ds_optim.train.chaos_faults", "ds_optim.train.chaos_worker"])
-        with _environment({**parent_environment(RANKS), "OMP_NUM_THREADS": "1"}):
+        with environment({**parent_environment(RANKS), "OMP_NUM_THREADS": "1"}):
             forkserver.ensure_running()
 
     def start(self, folder: Path, settings: dict[str, Any], fault: Fault | None, bound_s: float = 0.0) -> Running:
@@ -130,17 +127,3 @@ def _read(life: Life, folder: Path) -> float | None:
         log = folder / LOG_FILE.format(rank=rank)
         life.lines.append(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "")
     return fired
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
