@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,14 @@ def chosen(kind: str, **params: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """An optimizer, the dtype of weights, and settings at stage 3 or of wrappers."""
+    """An optimizer, the dtype of weights, settings at stage 3 or of wrappers, and what else the JSON says."""
 
     optimizer: Mapping[str, Any]
     dtype: str = "fp32"
     zero3: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    sharded: bool = False
+    """Whether stage 0 has no such thing."""
 
     @property
     def momentum_dtype(self) -> str:
@@ -45,7 +48,7 @@ class Kind:
 
     def cell(self, stage: int) -> Cell:
         zero = self.zero3 if stage == 3 and self.zero3 is not None else {}
-        return Cell(stage=stage, dtype=self.dtype, zero=zero, config=SCHEDULE)
+        return Cell(stage=stage, dtype=self.dtype, zero=zero, config={**SCHEDULE, **self.config})
 
 
 FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
@@ -58,6 +61,12 @@ KINDS = {
     "bf16 weights": Kind(optimizer=chosen("Muon", **FP32), dtype="bf16"),
     "sub-groups": Kind(optimizer=chosen("Signum"), zero3={"sub_group_size": 300}),
     "no buffer": Kind(optimizer=chosen("SignSGD")),
+    "bf16 masters": Kind(
+        optimizer=chosen("LionMuon", momentum_dtype="bfloat16", **FP32),
+        dtype="bf16",
+        config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+        sharded=True,
+    ),
 }
 
 Shape = tuple[int, int]
