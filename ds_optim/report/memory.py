@@ -94,10 +94,8 @@ def _spread(row: Row) -> str:
     spread = row.extra.get("peak_spread")
     if spread is None:
         return ""
-    where = f"rank {row.extra['peak_rank']}"
-    if spread["min"] == spread["max"]:
-        return f"always, {where}"
-    return f"{size(spread['min'])} to {size(spread['max'])}, {where}"
+    low, high, where = size(spread["min"]), size(spread["max"]), f"rank {row.extra['peak_rank']}"
+    return where if low == high else f"{low} to {high}, {where}"
 
 
 def _saved(name: str) -> Column:

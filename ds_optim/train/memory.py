@@ -76,7 +76,7 @@ def _report(rows: Sequence[Row], info: RunInfo, settings: MemorySettings) -> Non
     from rich.console import Console
 
     report = render_memory(rows, info, settings.out)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(to_rich(report.table, info.title))
     for line in failures(report.table):
         console.print(f"failed: {line}", markup=False, soft_wrap=True)
