@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | memory | report | estimate | simulate | bench | version``.
+"""The command line: ``ds-optim train | compare | memory | report | hostfile | ...``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -17,6 +17,7 @@ import typer
 from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
 from ds_optim.train.simulate_cli import simulate
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(estimate)
+app.command()(hostfile)
 app.command()(memory)
 app.command()(report)
 app.command()(simulate)
