@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | memory | report | hostfile | ...``.
+"""The command line: ``ds-optim train | compare | memory | report | doctor | hostfile | ...``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -16,6 +16,7 @@ import typer
 
 from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
+from ds_optim.train.doctor_cli import doctor
 from ds_optim.train.estimate_cli import estimate
 from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
@@ -31,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+app.command()(doctor)
 app.command()(estimate)
 app.command()(hostfile)
 app.command()(memory)
