@@ -57,9 +57,13 @@ ranks_left() {
 
 # pdsh tells that a node has failed, and goes on with the others, whose ranks wait for it.
 start_command() {
+    rm -f "$folder/status"
     {
         env "${environment[@]}" "${command[@]}" "$@" 2>&1 >&3 | watch_nodes >&2
-        return "${PIPESTATUS[0]}"
+        local status="${PIPESTATUS[0]}"
+        # The first node's status tells why; later ones may be of ranks that were ended for it.
+        [[ ! -f $folder/status ]] || status="$(<"$folder/status")"
+        return "$status"
     } 3>&1
 }
 watch_nodes() {
@@ -68,6 +72,7 @@ watch_nodes() {
         printf '%s\n' "$line"
         if [[ -z $failed && $line =~ ^pdsh@[^:]*:\ ([^:]*):\ ssh\ exited\ with\ exit\ code\ ([0-9]+) ]]; then
             failed="${BASH_REMATCH[1]}"
+            echo "${BASH_REMATCH[2]}" >"$folder/status"
             if [[ ${BASH_REMATCH[2]} == 255 ]]; then
                 say "$failed is lost (ssh could not reach it, or its link is down): ending the run on the other nodes"
             else

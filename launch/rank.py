@@ -25,12 +25,18 @@ def main(arguments: list[str]) -> None:
     token, command, *rest = arguments
     name_rank(os.environ)
     tag_output(f"[rank {rank_of(os.environ)} {socket.gethostname()}] ")
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    missing = [package for package in NEEDED if not installed(package)]
     if missing:
         sys.exit(mistake(f"{sys.executable} has no {', '.join(missing)}: install it on {socket.gethostname()} too"))
     module = ["ds_optim.train.compare_worker"] if command == "cell" else ["ds_optim", command]
     # -X is where a process can carry a name that pkill finds and that Python ignores.
     os.execv(sys.executable, [sys.executable, "-X", f"ds_optim_run={token}", "-u", "-m", *module, *rest])
+
+
+def installed(package: str) -> bool:
+    # A folder that has only the package's name has no origin.
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def name_rank(environment: MutableMapping[str, str]) -> None:
