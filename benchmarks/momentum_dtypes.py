@@ -9,10 +9,13 @@ seed, and how far the mean over the seeds lies from that of float32; ``summary.j
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
+from ds_optim.report.machine import describe_machine
 from ds_optim.report.schema import Row, read_rows, write_rows
 from ds_optim.train.compare import CompareSettings, run_compare
 
@@ -21,8 +24,12 @@ DTYPES = ("float32", "bfloat16", "int8")
 ALLOWED = 0.005
 
 
-def summarize(rows: Sequence[Row]) -> list[Row]:
-    """One row for each optimizer and dtype: the losses by seed, and the change of their mean against float32's."""
+def summarize(rows: Sequence[Row], stamp: Mapping[str, Any]) -> list[Row]:
+    """One row for each optimizer and dtype: the losses by seed, and the change of their mean against float32's.
+
+    Args:
+        stamp: machine and date, which each row keeps.
+    """
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.status == "ok":
@@ -34,7 +41,8 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         both = [seed for seed in losses if reference.get(seed) is not None]
         average = mean(losses.values())
         change = mean(losses[s] for s in both) / mean(float(reference[s] or 0) for s in both) - 1 if both else None
-        extra = {"by_seed": losses, "change": change, "spread": stdev(losses.values()) if len(losses) > 1 else None}
+        spread = stdev(losses.values()) if len(losses) > 1 else None
+        extra = {"by_seed": losses, "change": change, "spread": spread, **stamp}
         summary.append(runs[0].model_copy(update={"val_loss": average, "train_loss": [], "extra": extra}))
     return summary
 
@@ -79,7 +87,8 @@ def main() -> int:
             )
         )
         rows += read_rows(out / "results.jsonl")
-    summary = summarize(rows)
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    summary = summarize(rows, {"machine": describe_machine(), "date": date})
     write_rows(given.out / "results.jsonl", rows)
     write_rows(given.out / "summary.jsonl", summary)
     (given.out / "summary.md").write_text(markdown(summary), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line: ``ds-optim train | compare | memory | report | doctor | hostfile | ...``.
+"""The command line: ``ds-optim train`` and, each in a module of its own, the other commands.
 
 Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
 stderr and exit status 2.
@@ -10,16 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
+from ds_optim.train.chaos_cli import chaos
+from ds_optim.train.compare_cli import compare
 from ds_optim.train.doctor_cli import doctor
 from ds_optim.train.estimate_cli import estimate
 from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
+from ds_optim.train.reshard_cli import reshard
 from ds_optim.train.simulate_cli import simulate
 
 if TYPE_CHECKING:
@@ -32,17 +35,13 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-app.command()(doctor)
-app.command()(estimate)
-app.command()(hostfile)
-app.command()(memory)
-app.command()(report)
-app.command()(simulate)
+for command in (compare, memory, report, estimate, simulate, reshard, chaos, doctor, hostfile):
+    app.command()(command)
 app.add_typer(bench_app, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status: 0, or 2 for a user's mistake."""
+    """Run the command line and exit with its status: 0, 2 for a user's mistake, or one that a command documents."""
     _prefer_own_scripts()
     arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
@@ -67,10 +66,10 @@ def _prefer_own_scripts() -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 
-def fail(line: str) -> None:
-    """Print one line on stderr and exit with status 2."""
+def fail(line: str, status: int = 2) -> NoReturn:
+    """Print one line on stderr and exit, with status 2 for a user's mistake."""
     print(f"ds-optim: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def take_local_rank(arguments: list[str]) -> list[str]:
@@ -131,7 +130,16 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, and one at the end; 0: none. [0]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    keep: Annotated[int | None, typer.Option(help="Newest checkpoints to keep; 0: all of them. [0]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out.")
+    ] = False,
+    reset_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--reset-optimizer", help="With --resume: keep weights, schedule and place in the text; any --optimizer."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for log.jsonl, checkpoints, tokenizer, TensorBoard.")] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard events through DeepSpeed's monitor.")
@@ -142,12 +150,22 @@ def train(
     time_limit_s: Annotated[
         float | None, typer.Option(help="Stop cleanly after this many seconds of training.")
     ] = None,
+    hang_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds without progress after which a rank is named and all end; 0: never. [600]"),
+    ] = None,
+    max_skips: Annotated[
+        int | None, typer.Option(help="Stop after so many steps in a row without finite numbers; 0: never. [50]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON; flags win over it.")] = None,
 ) -> int:
     """Pretrain a causal language model under DeepSpeed ZeRO.
 
     One process: python -m ds_optim train --steps 40. Two ranks: deepspeed --num_accelerators 2 --module
     ds_optim train --stage 3.
+
+    Exit status: 0 done; 2 a mistake in the flags; 75 stopped by SIGTERM or SIGUSR1, saved: start again with --resume;
+    69 a rank died or hung: the same; 74 the last checkpoint could not be written; 65 no finite numbers (--max-skips).
     """
     flags = {
         name: value for name, value in locals().items() if value is not None and value is not False and name != "config"
@@ -170,18 +188,23 @@ def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
 
 
 def run_train(settings: TrainSettings) -> int:
-    """Train and print the outcome on rank 0."""
-    from ds_optim.train import ranks
+    """Train, print the outcome on rank 0, and return the status to exit with."""
+    from ds_optim.train import exits, ranks
     from ds_optim.train.loop import train as train_model
+    from ds_optim.train.watchdog import end_process
 
     quiet_deepspeed()
     try:
         result = train_model(settings)
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and result.status != exits.PREEMPTED:
             print_result(result, settings)
+    except exits.RankLost as error:
+        end_process(str(error), error.status)
+    except exits.RunStopped as error:
+        fail(str(error), error.status)
     finally:
         ranks.leave()
-    return 0
+    return result.status
 
 
 def print_result(result: Any, settings: TrainSettings) -> None:
@@ -215,55 +238,3 @@ def quiet_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Torch tells DeepSpeed, on every rank, that names of its collectives will change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-@app.command()
-def compare(
-    optimizers: Annotated[
-        str, typer.Option(help="Names, comma-separated; deepspeed:Muon is DeepSpeed's own.")
-    ] = "adamw,lion,muon,lion_muon",
-    stages: Annotated[str, typer.Option(help="ZeRO stages, comma-separated.")] = "1,2,3",
-    ranks: Annotated[int, typer.Option(help="Processes a cell.")] = 2,
-    steps: Annotated[int, typer.Option(help="Updates a cell.")] = 40,
-    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and the report.")] = Path("runs/compare"),
-    preset: Annotated[str | None, typer.Option(help="The model, as in train.")] = None,
-    data: Annotated[str | None, typer.Option(help="The text, as in train.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="As in train.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
-    eval_batches: Annotated[int | None, typer.Option(help="Global batches a validation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same for every cell.")] = None,
-    optimizer_params: Annotated[
-        str | None, typer.Option(help='By optimizer, as JSON: \'{"lion": {"lr": 0.001}}\'.')
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that a cell may take.")] = None,
-    repeat: Annotated[int | None, typer.Option(help="Runs a cell.")] = None,
-    momentum_dtypes: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, int8, comma-separated; of optimizers with one buffer.")
-    ] = None,
-) -> int:
-    """Train every optimizer at every ZeRO stage and compare loss, time and memory in one table."""
-    given: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
-    from pydantic import ValidationError
-
-    from ds_optim.train.compare import CompareSettings, run_compare
-    from ds_optim.train.settings import one_line, parse_object
-
-    given["optimizers"] = split_list(optimizers)
-    given["stages"] = split_list(stages)
-    if momentum_dtypes is not None:
-        given["momentum_dtypes"] = split_list(momentum_dtypes)
-    if optimizer_params is not None:
-        given["optimizer_params"] = parse_object(optimizer_params, "--optimizer-params")
-    try:
-        settings = CompareSettings(**given)
-    except ValidationError as error:
-        raise UserError(one_line(error, CompareSettings.model_fields)) from None
-    return int(run_compare(settings))
-
-
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -20,7 +20,7 @@ from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
-from ds_optim.optimizers.loading import keep_dtypes
+from ds_optim.optimizers.loading import unwrap, wrapped
 from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_matrices
@@ -34,17 +34,25 @@ from ds_optim.optimizers.options import (
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.routing import MEMBERS
 from ds_optim.optimizers.rules import (
-    MOMENTUM,
     RULES,
     SCALARS,
     SCALES_OF_MOMENTUM,
-    SECOND_MOMENT,
     STEP,
     Group,
     MatrixUpdate,
     ParameterUpdate,
 )
-from ds_optim.sharding.binding import Binding, Member, NotYet, bind
+from ds_optim.optimizers.saved import (
+    SAVED,
+    Identity,
+    check_saved,
+    check_stored_dtype,
+    restore_groups,
+    settle_state,
+    with_description,
+    without_description,
+)
+from ds_optim.sharding.binding import Binding, Member, NotYet, bind, is_optimized
 from ds_optim.sharding.layout import Unit
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
@@ -103,10 +111,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} keeps two values a parameter here, and momentum_dtype is for optimizers that "
                 'keep one: write momentum_dtype "float32" or leave it out'
             )
+        # As built: a universal load at stage 3 writes the first group's into all.
+        self._names, self._rules = (tuple(group[key] for group in groups) for key in ("name", "rule"))
+        self._universal = False
         self.skipped_steps = 0
         self._sealed = False
         super().__init__(groups, {})
-        keep_dtypes(self)
         self._sealed = True
         # DeepSpeed hides groups by swapping the list; this one keeps seeing them all.
         self._all_groups = self.param_groups
@@ -121,18 +131,46 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise UserError("parameter groups cannot be added later: build a new optimizer from ds_optim.param_groups")
         super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with a description in each group; flat tensors lead a placeholder for each buffer that
+        DeepSpeed's universal checkpoints ask for and this optimizer has not (see ``ds_optim.optimizers.saved``).
+        """
+        self._settle_groups()
+        parameters = (m.parameter for members in self._members for m in members)
+        return with_description(super().state_dict(), self.identity(), self.param_groups, parameters)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but that momentum keeps the dtype in which it was saved.
+        """As torch's, but that state keeps the dtype in which it was saved.
 
         Raises:
-            UserError: it was saved in another one than this optimizer's.
+            UserError: it was saved in another one than this optimizer's, or by another optimizer, or for other
+                parameters; nothing was loaded.
         """
-        saved = list(state_dict["state"].values())
-        dtypes = [_stored_dtype(entry, self._momentum_dtype) for entry in saved]
-        super().load_state_dict(state_dict)
-        for state, dtype in zip(self.state.values(), dtypes, strict=True):
-            if dtype is not None:  # torch has made it the parameter's, which holds 16- and 8-bit values exactly
-                state[MOMENTUM] = state[MOMENTUM].to(dtype)
+        plain, description = without_description(state_dict)
+        check_saved(plain["param_groups"], description, self.identity())
+        for entry in plain["state"].values():
+            check_stored_dtype(entry, self._momentum_dtype)
+        super().load_state_dict(wrapped(plain))
+        unwrap(self)
+
+    def identity(self) -> Identity:
+        """What a checkpoint must be of to be loaded here."""
+        specs = [tuple(m.spec for m in members if is_optimized(m.parameter)) for members in self._members]
+        return Identity(
+            optimizer=type(self).__name__,
+            momentum_dtype=str(self._momentum_dtype).removeprefix("torch."),
+            names=self._names,
+            rules=self._rules,
+            parameters=tuple(specs),
+        )
+
+    def _settle_groups(self) -> bool:
+        """Put right what a universal load wrote into the groups since the last call; whether there was one."""
+        if not any(SAVED in group for group in self._all_groups):
+            return False
+        restore_groups(self._all_groups, self.identity())
+        self._universal = True
+        return True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -166,6 +204,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
+            if self._settle_groups() and self._binding is not None:
+                self._init_states(self._binding)
             binding = self._bound()
         except NotYet:
             return loss
@@ -203,11 +243,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plans = tuple((unit, worker.digest()) for unit, worker in sorted(self._workers.items()))
         _check_alike(binding.comm.gather_objects(plans))
         self._binding = binding
-        # All units now: DeepSpeed links the state of all groups after the first group's step.
-        for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
-            for number, tensor in enumerate(tensors):
-                params = range(len(unit.params)) if binding.sharded else [number]
-                self._init_state(self._all_groups[unit.group], tensor, unit, binding.comm.rank, params)
+        self._init_states(binding)
         return binding
 
     def _plan(self, binding: Binding, polars: Sequence[PolarSpec]) -> dict[int, MatrixWorker]:
@@ -228,9 +264,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 )
         return workers
 
+    def _init_states(self, binding: Binding) -> None:
+        # All units at once: DeepSpeed links the state of all groups after the first group's step.
+        for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
+            for number, tensor in enumerate(tensors):
+                params = range(len(unit.params)) if binding.sharded else [number]
+                self._init_state(self._all_groups[unit.group], tensor, unit, binding.comm.rank, params)
+
     def _init_state(self, group: Group, tensor: Tensor, unit: Unit, rank: int, params: Sequence[int]) -> None:
         """State of a tensor that holds (slices of) the parameters ``params`` of its unit."""
         state, own = self.state[tensor], RULES[group["rule"]]
+        settle_state(state, own, self._momentum_dtype, carried=self._universal)
         for key in own.buffers:
             if key not in state:
                 narrow = own.keeps_one and self._momentum_dtype in NARROW
@@ -282,19 +326,6 @@ def _check_alike(answers: Sequence[Any]) -> None:
             "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
             "parameter groups and optimizer JSON"
         )
-
-
-def _stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> torch.dtype | None:
-    """The dtype of a saved momentum that may be stored in fewer bits, which must be ``wanted``; None for others."""
-    if MOMENTUM not in saved or SECOND_MOMENT in saved:
-        return None
-    dtype: torch.dtype = saved[MOMENTUM].dtype
-    if dtype != wanted:
-        raise UserError(
-            f"the checkpoint's momentum is {dtype} and this optimizer's is {wanted}: load it with the momentum_dtype "
-            "it was saved with"
-        )
-    return dtype
 
 
 def _finite(groups: Sequence[Group]) -> bool:

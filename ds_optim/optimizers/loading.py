@@ -1,7 +1,7 @@
 """State is loaded in the dtype in which it was saved: torch would make it the parameter's.
 
-Beside bf16 master weights that would round fp32 momentum and the scales of int8 momentum. Torch leaves alone what it
-does not know, so tensors pass its ``load_state_dict`` in a wrapping that two of its own hooks put on and take off.
+That would make narrow momentum wide, and beside bf16 master weights round fp32 momentum and the scales of int8.
+Torch leaves alone what it does not know: tensors pass its ``load_state_dict`` in a wrapping.
 """
 
 from __future__ import annotations
@@ -18,13 +18,8 @@ class _Wrapped:
     tensor: Tensor
 
 
-def keep_dtypes(optimizer: torch.optim.Optimizer) -> None:
-    """Let every later ``load_state_dict`` of ``optimizer`` leave dtypes as they were saved."""
-    optimizer.register_load_state_dict_pre_hook(_wrap)
-    optimizer.register_load_state_dict_post_hook(_unwrap)
-
-
-def _wrap(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def wrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` for torch's ``load_state_dict``, after which ``unwrap`` is due."""
     state = {
         number: {key: _Wrapped(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
         for number, entry in state_dict["state"].items()
@@ -32,7 +27,8 @@ def _wrap(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     return {**state_dict, "state": state}
 
 
-def _unwrap(optimizer: torch.optim.Optimizer) -> None:
+def unwrap(optimizer: torch.optim.Optimizer) -> None:
+    """Put the loaded tensors into the state, on their parameters' devices, in their own dtypes."""
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():
             if isinstance(value, _Wrapped):

@@ -130,7 +130,7 @@ def to_markdown(table: Table) -> str:
     lines = [_markdown_line(table.titles), _markdown_line(aligns)]
     failures = []
     for line in table.lines:
-        cells = [f"{cell.text} ({cell.change})" if cell.change else cell.text for cell in line.cells]
+        cells = [_in_words(cell) for cell in line.cells]
         if line.failure:
             failures.append(f"- **{', '.join(cells)}**: {line.failure}")
             cells += ["failed"] + [MISSING] * (width - len(cells) - 1)
@@ -138,6 +138,12 @@ def to_markdown(table: Table) -> str:
     if failures:
         lines += ["", "Failed:", "", *failures]
     return "\n".join(lines) + "\n"
+
+
+def _in_words(cell: Cell) -> str:
+    """A cell in one line, its change and its detail in brackets."""
+    more = "; ".join(part for part in (cell.change, cell.detail) if part)
+    return f"{cell.text} ({more})" if more else cell.text
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

@@ -1,105 +1,148 @@
-"""Saving a run and going on from its newest whole checkpoint.
+"""Saving a run so that no kill, crash or full disk takes what was saved before, and loading it again.
 
-DeepSpeed writes ``OUT/checkpoints/step-N``; a small ``whole.json`` goes in last, by an atomic rename after
-all ranks are done, so a checkpoint that a killed run left half written is never taken.
+DeepSpeed writes ``OUT/checkpoints/step-N``; every rank checks its share of the files to the disk, rank 0 seals them
+with a manifest, then moves ``latest``, then deletes what is no longer kept. At each moment of that, ``latest`` and
+every folder with a manifest are whole.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ds_optim.errors import UserError
-from ds_optim.train import ranks
+from ds_optim.train import manifest, ranks
+from ds_optim.train.checkpoint_files import guarded, write_reason
+from ds_optim.train.results import Moment
+from ds_optim.train.resume import FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.train.settings import TrainSettings
-
-FOLDER = "checkpoints"
-_WHOLE = "whole.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A whole checkpoint: its ``step``, folder, and what ``save`` noted of the run."""
+class Saved:
+    """Whether a checkpoint counts (``failure`` is None), and what else the user should know; one line each."""
 
-    step: int
-    folder: Path
-    notes: dict[str, Any]
-
-
-def save(engine: Any, settings: TrainSettings, step: int, position: dict[str, int]) -> None:
-    """Write the checkpoint of ``step``. Collective."""
-    assert settings.out is not None
-    folder = settings.out / FOLDER
-    tag = f"step-{step}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "position": position})
-    if ranks.world_size() > 1:
-        dist.barrier()
-    notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
-
-    def seal() -> None:
-        partial = folder / tag / f"{_WHOLE}.partial"
-        partial.write_text(json.dumps(notes), encoding="utf-8")
-        partial.replace(folder / tag / _WHOLE)
-
-    ranks.from_first(seal)
+    failure: str | None
+    notes: tuple[str, ...] = ()
 
 
-def newest(out: Path) -> Checkpoint | None:
-    """The whole checkpoint of the highest step under ``out``, or None."""
-    found = []
-    for path in (out / FOLDER).glob(f"step-*/{_WHOLE}"):
-        notes = json.loads(path.read_text(encoding="utf-8"))
-        found.append(Checkpoint(step=int(notes["step"]), folder=path.parent, notes=notes))
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+def save(engine: Any, settings: TrainSettings, step: int, place: dict[str, int], at: Callable[[Moment], None]) -> Saved:
+    """Write the checkpoint of ``step``; where that fails on any rank, none counts and what was written is removed.
 
-
-def to_resume(settings: TrainSettings) -> Checkpoint | None:
-    """The checkpoint that this run goes on from, or None.
-
-    Raises ``UserError`` where it may not go on from it, and where a new run would write over one.
+    Collective; the same ``Saved`` on every rank. ``place`` is the position of the text; ``at`` is told the moments
+    of the save.
     """
-    if settings.out is None:
-        return None
-    checkpoint = newest(settings.out)
-    if not settings.resume:
-        if checkpoint is not None:
-            raise UserError(
-                f"{settings.out} holds checkpoints of an earlier run; add --resume to go on, or give another --out"
-            )
-        return None
-    if checkpoint is None:
-        raise UserError(f"--resume: no whole checkpoint under {settings.out / FOLDER}; start without --resume")
-    _check(checkpoint, settings)
-    return checkpoint
+    assert settings.out is not None
+    folder = settings.out / FOLDER / f"step-{step}"
+    failure = _first_problem(lambda: _make_room(folder) if ranks.rank() == 0 else None, folder.parent)
+    if failure is None:
+        with guarded(engine, lambda: at("file written")) as files:
+            state = {"step": step, "position": place}
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        failure = _first(files.problem)
+    if failure is None:
+        notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
+        failure = _seal(folder, notes, at)
+    if failure is not None:
+        _first_problem(lambda: manifest.remove(folder) if ranks.rank() == 0 else None, folder)
+        return Saved(failure=f"the checkpoint of step {step} was not saved: {failure}; earlier ones are as they were")
+    # From here on the checkpoint counts; what fails now is told and does not undo it.
+    told = [_first_problem(lambda: point_latest(folder) if ranks.rank() == 0 else None, folder)]
+    at("latest moved")
+    told.append(_first_problem(lambda: _forget_old(folder, settings.keep) if ranks.rank() == 0 else None, folder))
+    return Saved(failure=None, notes=tuple(f"after the checkpoint of step {step}: {line}" for line in told if line))
 
 
 def load(engine: Any, checkpoint: Checkpoint) -> dict[str, int]:
     """Put weights, optimizer state and counters back; return the position of the text. Collective."""
-    path, state = engine.load_checkpoint(
-        str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
-    )
+    with guarded(engine):
+        path, state = engine.load_checkpoint(
+            str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
+        )
+    _first_problem(lambda: _follow(checkpoint.folder) if ranks.rank() == 0 else None, checkpoint.folder)
+    return position(path, state, checkpoint)
+
+
+def _follow(folder: Path) -> None:
+    """A kill between a seal and ``latest``, or a damaged checkpoint, left ``latest`` at another one."""
+    latest = folder.parent / "latest"
+    if not latest.exists() or latest.read_text(encoding="utf-8").strip() != folder.name:
+        point_latest(folder)
+
+
+def position(path: str | None, state: Any, checkpoint: Checkpoint) -> dict[str, int]:
+    """Of the text, from what ``engine.load_checkpoint`` returned."""
     if path is None:
         raise UserError(f"DeepSpeed found no checkpoint in {checkpoint.folder}; remove that folder and resume again")
-    position: dict[str, int] = state["position"]
-    return position
+    found: dict[str, int] = state["position"]
+    return found
 
 
-def _check(checkpoint: Checkpoint, settings: TrainSettings) -> None:
-    """Raise ``UserError`` where the run that wrote the checkpoint was another one."""
-    if checkpoint.notes["world_size"] != ranks.world_size():
-        raise UserError(
-            f"--resume: the checkpoint is of {checkpoint.notes['world_size']} ranks,"
-            f" this run has {ranks.world_size()}; start as many, or convert it with ds_to_universal"
-        )
-    before, now = checkpoint.notes["trajectory"], json.loads(json.dumps(settings.trajectory()))
-    for name in now:
-        if before.get(name) != now[name]:
-            raise UserError(
-                f"--resume: the run in {settings.out} had {name} = {before.get(name)!r},"
-                f" this one has {now[name]!r};"
-                f" give the same {name}, or another --out"
-            )
+def require_synchronous(engine: Any) -> None:
+    """Raise ``UserError`` where DeepSpeed would still write when its save returns: nothing could be sealed then."""
+    if engine.checkpoint_engine.is_decoupled():
+        raise UserError('"checkpoint" in --config: a decoupled writer cannot be sealed; take "decoupled" out')
+
+
+def point_latest(folder: Path) -> None:
+    """Let ``engine.load_checkpoint`` without a tag find this checkpoint. One process; raises ``OSError``."""
+    manifest.write_atomic(folder.parent / "latest", folder.name)
+
+
+def _seal(folder: Path, notes: dict[str, Any], at: Callable[[Moment], None]) -> str | None:
+    """Measure every file, each on one rank, and write the manifest; why that failed, or None. Collective."""
+    names: list[str] = ranks.from_first(lambda: manifest.list_files(folder))
+    mine: dict[str, manifest.Entry] = {}
+
+    def measure() -> None:
+        for name in names[ranks.rank() :: ranks.world_size()]:
+            mine[name] = manifest.measure(folder / name, sync=True)
+
+    failure = _first_problem(measure, folder)
+    if failure is not None:
+        return failure
+    files = {name: entry for share in ranks.gather(mine) for name, entry in share.items()}
+    at("files written")
+    failure = _first_problem(lambda: manifest.seal(folder, notes, files) if ranks.rank() == 0 else None, folder)
+    if failure is None:
+        at("sealed")
+    return failure
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what an earlier run left of this step: half written, or complete once and damaged since."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    manifest.remove(folder, SEALS)
+
+
+def _forget_old(newest: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints, and saves before them that never ended; 0 keeps all.
+
+    The one just sealed is always among the kept.
+    """
+    if keep == 0:
+        return
+    steps = step_folders(newest.parent)
+    now = next(step for step, folder in steps.items() if folder == newest)
+    sealed = [step for step in sorted(steps) if step <= now and any((steps[step] / seal).exists() for seal in SEALS)]
+    for step in steps:
+        if step < now and step not in sealed[-keep:]:
+            manifest.remove(steps[step], SEALS)
+
+
+def _first_problem(step: Callable[[], None], folder: Path) -> str | None:
+    """Do a step that writes; why it failed on the first rank where it did, on every rank. Collective."""
+    try:
+        step()
+    except (OSError, manifest.ManifestError) as error:
+        return _first(write_reason(error, folder))
+    return _first(None)
+
+
+def _first(problem: str | None) -> str | None:
+    for rank, line in enumerate(ranks.gather(problem)):
+        if line is not None:
+            return f"rank {rank}: {line}"
+    return None

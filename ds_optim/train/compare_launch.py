@@ -76,7 +76,7 @@ class ForkserverLauncher:
     def __init__(self, ranks: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
-        with _environment(parent_environment(ranks)):
+        with environment(parent_environment(ranks)):
             _ensure_parent()
 
     def prepare(self, folder: Path, optimizers: Sequence[str]) -> None:
@@ -149,7 +149,7 @@ def _ensure_parent() -> None:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

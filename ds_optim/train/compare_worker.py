@@ -97,6 +97,8 @@ def _train_and_measure(folder: Path) -> None:
     settings = TrainSettings(**told["train"])
     observer = _observer(told["kind"], settings, told["options"], folder)
     result = train(settings, observer)
+    if result.status:
+        raise RuntimeError(f"the run was stopped before its end (status {result.status})")
     measured = ranks.gather(observer.measured())
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank() == 0:

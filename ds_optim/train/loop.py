@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,25 +14,41 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.train import checkpoint, models, ranks
+from ds_optim.train import exits as ends
 from ds_optim.train.batches import BatchShape
 from ds_optim.train.data import TextData, load_data
-from ds_optim.train.deepspeed_json import deepspeed_config
 from ds_optim.train.evaluate import evaluate
+from ds_optim.train.meters import grad_norm, now, peak_memory, skipped_steps
+from ds_optim.train.preemption import Preemption
+from ds_optim.train.reset import load_without_optimizer
 from ds_optim.train.results import Moment, Observer, TrainResult
+from ds_optim.train.resume import Choice, to_resume
 from ds_optim.train.run_log import RunLog
 from ds_optim.train.schedule import WarmupCosine
 from ds_optim.train.settings import TrainSettings
+from ds_optim.train.setup import check_dtype, note_settings, open_out, start_engine
+from ds_optim.train.watchdog import Watchdog
 
 
 def train(settings: TrainSettings, observer: Observer | None = None) -> TrainResult:
     """Train a model as ``settings`` say; collective, with equal settings on every rank.
 
-    Raises ``UserError`` on every rank for a mistake that any rank finds.
+    Raises ``UserError`` on every rank for a mistake that any rank finds, and ``RunStopped`` for a run that cannot go
+    on: ``BadNumbers``, or ``RankLost``, after which the process group is not to be used again. Where a rank hangs, the
+    processes of all of them end (``ds_optim.train.watchdog``).
     """
     ranks.join()
+    with Preemption() as preemption:
+        return _prepare(settings, observer, preemption).run()
+
+
+def _prepare(settings: TrainSettings, observer: Observer | None, preemption: Preemption) -> _Run:
+    """Everything before the first step. Collective."""
     ranks.same_everywhere("the settings", hashlib.sha256(settings.model_dump_json().encode()).hexdigest())
-    ranks.together(lambda: _check_dtype(settings))
-    resumed = ranks.from_first(lambda: _open_out(settings))
+    ranks.together(lambda: check_dtype(settings))
+    ranks.from_first(lambda: open_out(settings))
+    resumed = to_resume(settings)
+    ranks.from_first(lambda: note_settings(settings))
     shape = BatchShape(
         seq_len=settings.seq_len,
         micro_batch=settings.micro_batch,
@@ -40,14 +57,16 @@ def train(settings: TrainSettings, observer: Observer | None = None) -> TrainRes
         world_size=ranks.world_size(),
     )
     data = load_data(settings, shape)
-    engine = _start_engine(settings, data)
-    run = _Run(settings=settings, shape=shape, data=data, engine=engine, observer=observer, resumed=resumed)
-    try:
-        return run.go()
-    finally:
-        run.log.close()
-        # Engines hold hooks and communication buffers beyond their last reference.
-        engine.destroy()
+    engine = start_engine(settings, data)
+    return _Run(
+        settings=settings,
+        shape=shape,
+        data=data,
+        engine=engine,
+        observer=observer,
+        resumed=resumed,
+        preemption=preemption,
+    )
 
 
 @dataclass
@@ -59,42 +78,109 @@ class _Run:
     data: TextData
     engine: Any
     observer: Observer | None
-    resumed: checkpoint.Checkpoint | None
+    resumed: Choice | None
+    preemption: Preemption
     losses: list[float] = field(default_factory=list)
     times_ms: list[float] = field(default_factory=list)
     val_losses: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.first = self.resumed.step if self.resumed else 0
+        self.first = self.resumed.checkpoint.step if self.resumed else 0
+        self.saved = self.first if self.resumed else None
+        self.bad_steps = 0
         self.parameters = models.parameter_count(self.engine.module)
         self.log = RunLog(self.settings.out, self.settings.steps, active=self.shape.rank == 0, first_step=self.first)
+        self.watchdog = Watchdog(self.settings.hang_timeout, self._note_lost)
 
-    def go(self) -> TrainResult:
+    def run(self) -> TrainResult:
+        """The run from its first step to its end, well or badly."""
+        try:
+            self.watchdog.start()
+            result = self._go()
+            self.watchdog.stop()
+        except Exception as error:
+            # The first two are raised by all ranks together.
+            lost = None if isinstance(error, (UserError, ends.RunStopped)) else self.watchdog.explain(error)
+            self.watchdog.abandon()
+            if lost is None:
+                self.engine.destroy()
+                raise
+            self._note_lost(str(lost))
+            raise lost from error
+        finally:
+            self.log.close()
+        # Engines hold hooks and communication buffers beyond their last reference.
+        self.engine.destroy()
+        return result
+
+    def _go(self) -> TrainResult:
         """Every step that is left, with its validations and checkpoints."""
         schedule = WarmupCosine(self.engine.optimizer, self.settings.warmup, self.settings.steps)
+        if self.settings.out is not None:
+            checkpoint.require_synchronous(self.engine)
         if self.resumed is not None:
-            self.data.batches.restore(checkpoint.load(self.engine, self.resumed))
+            load = load_without_optimizer if self.settings.reset_optimizer else checkpoint.load
+            self.data.batches.restore(load(self.engine, self.resumed.checkpoint))
         self._announce()
         started = time.monotonic()
         if self.observer is not None:
             self.observer.on_start(self.engine)
-        done = self.first
+        done, asked, preempted = self.first, False, False
         for step in range(self.first + 1, self.settings.steps + 1):
-            out_of_time = self._step(step, schedule, started)
+            asked, preempted = self._step(step, schedule, started)
             done = step
-            last = out_of_time or step == self.settings.steps
-            if last or _due(step, self.settings.eval_every):
+            last = asked or step == self.settings.steps
+            if not preempted and (last or _due(step, self.settings.eval_every)):
                 self._validate(step)
-            if (last and self.settings.save_every) or _due(step, self.settings.save_every):
-                checkpoint.save(self.engine, self.settings, step, self.data.batches.position())
-            if out_of_time:
-                self.log.say(f"the time limit of {self.settings.time_limit_s:g} s is reached at step {step}")
+            if (last and self.settings.save_every) or _due(step, self.settings.save_every) or preempted:
+                self._save(step)
+            if asked:
                 break
-        if done not in self.val_losses:
+        if asked and not preempted:
+            self.log.say(f"the time limit of {self.settings.time_limit_s:g} s is reached at step {done}")
+        return self._finish(done, preempted)
+
+    def _finish(self, done: int, preempted: bool) -> TrainResult:
+        """The last validation, and how the run ended."""
+        status, line = ends.FINISHED, f"ended after step {done}"
+        if preempted:
+            status, line = ends.PREEMPTED, f"stopped by a signal after step {done}, {self._last_save()}"
+        elif self.settings.save_every and self.saved != done:
+            status, line = ends.SAVE_FAILED, f"ended after step {done}, which could not be saved; {self._last_save()}"
+        if status != ends.FINISHED:
+            self.log.say(line)
+        if done not in self.val_losses and not preempted:
             self._validate(done)
+        ranks.from_first(lambda: self._note_end(status, done, line))
         if self.observer is not None:
             self.observer.on_end(self.engine)
-        return self._result(done)
+        return self._result(done, status)
+
+    def _last_save(self) -> str:
+        return "nothing is saved" if self.saved is None else f"the checkpoint of step {self.saved} is complete"
+
+    def _note_lost(self, line: str) -> None:
+        """Each rank that is left notes it, for who knows which are."""
+        with suppress(OSError):
+            ends.note_end(self.settings.out, ends.RANK_LOST, self.first + len(self.losses), line)
+
+    def _note_end(self, status: int, done: int, line: str) -> None:
+        try:
+            ends.note_end(self.settings.out, status, done, line)
+        except OSError as error:
+            self.log.say(f"cannot write {ends.END_NAME}: {error.strerror}")
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint where there is a place for it; a failure is told, and the run goes on."""
+        if self.settings.out is None:
+            return
+        self.watchdog.tick(f"the save of step {step}")
+        saved = checkpoint.save(self.engine, self.settings, step, self.data.batches.position(), self._at)
+        if saved.failure is None:
+            self.saved = step
+        for line in (saved.failure, *saved.notes):
+            if line is not None:
+                self.log.warn(step, line)
 
     def _announce(self) -> None:
         settings, shape = self.settings, self.shape
@@ -106,17 +192,21 @@ class _Run:
             f" {shape.tokens:,} tokens a step, {settings.steps * shape.tokens:,} in all"
         )
         if self.resumed is not None:
-            self.log.say(f"resumed from {self.resumed.folder} after step {self.first}")
+            for line in self.resumed.skipped:
+                self.log.say(line)
+            but = ", its optimizer state left behind" if self.settings.reset_optimizer else ""
+            self.log.say(f"resumed from {self.resumed.checkpoint.folder} after step {self.first}{but}")
 
-    def _step(self, step: int, schedule: WarmupCosine, started: float) -> bool:
-        """One update and its records; returns whether the time is up, the same on every rank."""
+    def _step(self, step: int, schedule: WarmupCosine, started: float) -> tuple[bool, bool]:
+        """One update and its records; returns whether to stop, and whether a signal is why, alike on every rank."""
         engine, settings = self.engine, self.settings
+        self.watchdog.tick(f"step {step}")
         batches = [windows.to(ranks.device()) for windows in self.data.batches.step(step - 1)]
         lr = schedule.set(engine.global_steps - engine.skipped_steps)
-        skipped_before = engine.skipped_steps
+        skipped_before = skipped_steps(engine)
         # Dropout is a function of (seed, step, rank): nothing to save, and a resumed run draws the same.
         torch.manual_seed(_mix(settings.seed, step, self.shape.rank))
-        begin = _now()
+        begin = now()
         own = torch.zeros((), dtype=torch.float64, device=ranks.device())
         for windows in batches:
             loss = models.next_token_losses(engine, windows).mean()
@@ -125,11 +215,12 @@ class _Run:
             self._at("after backward")
             engine.step()
             own += loss.detach()
-        ms = (_now() - begin) * 1e3
-        # One reduction for the loss and for the clock of rank 0, which all ranks obey.
+        ms = (now() - begin) * 1e3
+        # One reduction for the loss, for the clock of rank 0, and for a signal that any rank got: all ranks obey both.
         clock = time.monotonic() - started if self.shape.rank == 0 else 0.0
-        loss_sum, elapsed = ranks.sums([float(own), clock])
+        loss_sum, elapsed, signalled = ranks.sums([float(own), clock, self.preemption.asked])
         mean = loss_sum / (self.shape.accumulation * self.shape.world_size)
+        skipped = skipped_steps(engine) > skipped_before
         self.losses.append(mean)
         self.times_ms.append(ms)
         self.log.step(
@@ -137,32 +228,51 @@ class _Run:
                 "step": step,
                 "loss": mean,
                 "lr": lr,
-                "grad_norm": _grad_norm(engine),
+                "grad_norm": grad_norm(engine),
                 "ms": ms,
                 "tokens_per_s": self.shape.tokens / ms * 1e3,
-                "skipped": engine.skipped_steps > skipped_before,
+                "skipped": skipped,
             }
         )
         if self.observer is not None:
             self.observer.on_step(engine, step, mean, ms)
-        return settings.time_limit_s is not None and elapsed >= settings.time_limit_s
+        self._count_bad(step, skipped or not math.isfinite(mean))
+        out_of_time = settings.time_limit_s is not None and elapsed >= settings.time_limit_s
+        return out_of_time or signalled > 0, signalled > 0
+
+    def _count_bad(self, step: int, bad: bool) -> None:
+        """Raise ``BadNumbers`` on every rank after ``max_skips`` bad steps in a row."""
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        if bad and self.bad_steps == 1:
+            self.log.warn(step, f"step {step} was skipped, or its loss is not finite")
+        if self.settings.max_skips and self.bad_steps >= self.settings.max_skips:
+            line = (
+                f"steps {step - self.bad_steps + 1} to {step} were all skipped or had no finite loss (--max-skips"
+                f" {self.settings.max_skips}); {self._last_save()}. Try a lower --lr, a --clip, --dtype bf16 in"
+                " place of fp16, and look at the text of these steps; --max-skips 0 never stops"
+            )
+            ranks.from_first(lambda: self._note_end(ends.BAD_NUMBERS, step, line))
+            raise ends.BadNumbers(line)
 
     def _at(self, moment: Moment) -> None:
+        self.watchdog.tick(shared=moment != "file written")
         if self.observer is not None:
             self.observer.on_moment(self.engine, moment)
 
     def _validate(self, step: int) -> None:
+        self.watchdog.tick(f"the validation of step {step}")
         loss = evaluate(self.engine, self.data.validation, self.shape, self.settings.eval_batches)
         self.val_losses[step] = loss
         entropy = self.data.unigram_entropy
         record = {"step": step, "val_loss": loss, "unigram_entropy": entropy, "entropy_ratio": loss / entropy}
         self.log.validation(record, self.engine)
 
-    def _result(self, done: int) -> TrainResult:
+    def _result(self, done: int, status: int) -> TrainResult:
         # A resumed run that has nothing left to do has no times.
         ms = statistics.median(self.times_ms) if self.times_ms else float("nan")
         return TrainResult(
-            val_loss=self.val_losses[done],
+            # A run that a signal ends has no time for a validation.
+            val_loss=self.val_losses.get(done, float("nan")),
             unigram_entropy=self.data.unigram_entropy,
             ms_per_step=ms,
             tokens_per_s=self.shape.tokens / ms * 1e3,
@@ -170,90 +280,10 @@ class _Run:
             parameters=self.parameters,
             losses=self.losses,
             val_losses=self.val_losses,
-            skipped_steps=self.engine.skipped_steps,
-            peak_memory_bytes=_peak_memory(),
+            skipped_steps=skipped_steps(self.engine),
+            peak_memory_bytes=peak_memory(),
+            status=status,
         )
-
-
-def _open_out(settings: TrainSettings) -> checkpoint.Checkpoint | None:
-    """Make and try the output folder; return the checkpoint to go on from."""
-    if settings.out is None:
-        return None
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        probe = settings.out / ".writable"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --out {str(settings.out)!r}: {error.strerror}; give a folder that you may write to"
-        ) from None
-    resumed = checkpoint.to_resume(settings)
-    record = json.loads(settings.model_dump_json())
-    (settings.out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return resumed
-
-
-def _check_dtype(settings: TrainSettings) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    supported = {
-        "fp32": True,
-        "bf16": accelerator.is_bf16_supported(),
-        "fp16": accelerator.is_fp16_supported(),
-    }
-    if not supported[settings.dtype]:
-        usable = " or ".join(name for name, usable in supported.items() if usable)
-        raise UserError(f"this accelerator ({accelerator.device_name()}) has no {settings.dtype}; use --dtype {usable}")
-
-
-def _start_engine(settings: TrainSettings, data: TextData) -> Any:
-    """The model of the run in a DeepSpeed engine."""
-    import ds_optim
-
-    config = deepspeed_config(settings, ranks.world_size())
-
-    def build() -> torch.nn.Module:
-        if settings.preset is not None:
-            shape = models.preset_config(settings.preset, data.vocab_size, settings.seq_len)
-        else:
-            assert settings.model is not None
-            shape = models.model_config(settings.model, data.vocab_size)
-        # Not under `together` with zero_init: making the weights is a collective by itself.
-        return models.build_model(shape, settings.seed, zero_config=config if settings.zero_init else None)
-
-    model = build() if settings.zero_init else ranks.together(build)
-    engine, *_ = ds_optim.initialize(model=model, config=config)
-    return engine
-
-
-def _grad_norm(engine: Any) -> float | None:
-    """The norm of the step's gradient before clipping, where this stage keeps one."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
-
-
-def _now() -> float:
-    """A clock in seconds that waits for the device."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().synchronize()
-    return time.perf_counter()
-
-
-def _peak_memory() -> int:
-    """This rank's peak in bytes: of the allocator, or of the resident set where there is none."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return int(accelerator.max_memory_allocated())
-    import resource
-    import sys
-
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _due(step: int, every: int) -> bool:

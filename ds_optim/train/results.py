@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-#: Moments of a micro-batch at which an observer may look at what is held.
-Moment = Literal["after forward", "after backward"]
+#: Moments of a micro-batch, and of a save, at which an observer may look at what is held or written.
+Moment = Literal["after forward", "after backward", "file written", "files written", "sealed", "latest moved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,8 @@ class TrainResult:
     ``val_loss`` and ``unigram_entropy`` are in nats per token; ``losses`` are the training losses of the
     steps of this call, each the mean over the global batch; ``val_losses`` maps a step to its validation
     loss. ``peak_memory_bytes`` is this rank's: of the allocator on an accelerator, of the resident set on
-    CPU.
+    CPU. ``status`` is what ``ds-optim train`` exits with (``ds_optim.train.exits``): 0, or why the run ended early
+    or without its last checkpoint.
     """
 
     val_loss: float
@@ -29,6 +30,7 @@ class TrainResult:
     val_losses: dict[int, float]
     skipped_steps: int
     peak_memory_bytes: int
+    status: int = 0
 
     @property
     def entropy_ratio(self) -> float:
@@ -44,7 +46,7 @@ class Observer(Protocol):
         ...
 
     def on_moment(self, engine: Any, moment: Moment) -> None:
-        """Called within each micro-batch; what it takes counts into the step's ``ms``."""
+        """Called within each micro-batch, where what it takes counts into the step's ``ms``, and within a save."""
         ...
 
     def on_step(self, engine: Any, step: int, loss: float, ms: float) -> None:

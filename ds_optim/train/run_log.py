@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ class RunLog:
     """Writes of one run. On ranks other than 0 every method does nothing.
 
     A line of the log is a step (``step``, ``loss``, ``lr``, ``grad_norm``, ``ms``, ``tokens_per_s``,
-    ``skipped``) or a validation (``step``, ``val_loss``, ``unigram_entropy``, ``entropy_ratio``).
+    ``skipped``), a validation (``step``, ``val_loss``, ``unigram_entropy``, ``entropy_ratio``) or a ``warning``.
     """
 
     def __init__(self, out: Path | None, steps: int, *, active: bool, first_step: int = 0) -> None:
@@ -28,6 +29,7 @@ class RunLog:
         self._file: IO[str] | None = None
         self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
+        self._told = False
         if not active:
             return
         if out is not None:
@@ -50,6 +52,11 @@ class RunLog:
         """A line for the user."""
         if self._active:
             self._console.print(line, markup=False, soft_wrap=True)
+
+    def warn(self, step: int, line: str) -> None:
+        """A line that must not be missed: on stderr, and in the log as ``step`` and ``warning``."""
+        self.say(f"ds-optim: warning: {line}")
+        self._write({"step": step, "warning": line})
 
     def step(self, record: dict[str, Any]) -> None:
         """One training step."""
@@ -85,7 +92,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -94,7 +102,12 @@ class RunLog:
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in record.items()
             }
-            self._file.write(json.dumps(clean) + "\n")
+            try:
+                self._file.write(json.dumps(clean) + "\n")
+            except OSError as error:  # a full disk is no reason to lose the run
+                if not self._told:
+                    self._told = True
+                    self.say(f"ds-optim: warning: {LOG_NAME} is not written: {error.strerror}")
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -18,7 +18,7 @@ class TrainSettings(BaseModel):
 
     ``tuned`` starts from the preset's tuned optimizer parameters; off, what is not given is the optimizer's
     own default. ``deepspeed`` holds whatever else the DeepSpeed JSON says; it reaches ``ds_optim.initialize``
-    as it is.
+    as it is. 0 means "all" for ``keep``, "never" for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -43,11 +43,15 @@ class TrainSettings(BaseModel):
     eval_every: int = Field(0, ge=0)
     eval_batches: int = Field(8, ge=1)
     save_every: int = Field(0, ge=0)
+    keep: int = Field(0, ge=0)
     resume: bool = False
+    reset_optimizer: bool = False
     out: Path | None = None
     tensorboard: bool = False
     zero_init: bool = False
     time_limit_s: float | None = Field(None, gt=0)
+    hang_timeout: float = Field(600.0, ge=0)
+    max_skips: int = Field(50, ge=0)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -99,6 +103,8 @@ class TrainSettings(BaseModel):
         needing_out = [
             name for name in ("resume", "tensorboard", "save_every") if getattr(self, name) and self.out is None
         ]
+        if self.reset_optimizer and not self.resume:
+            raise ValueError("reset_optimizer needs resume: without it there is no optimizer to reset")
         if needing_out:
             raise ValueError(f"{needing_out[0]} needs out, the folder that the run writes to")
         return self
@@ -115,10 +121,14 @@ class TrainSettings(BaseModel):
         """What decides the losses: a resumed run must agree with its checkpoint in all of it."""
         unrelated = {
             "resume",
+            "reset_optimizer",
             "out",
             "tensorboard",
             "time_limit_s",
+            "hang_timeout",
+            "max_skips",
             "save_every",
+            "keep",
             "eval_every",
             "eval_batches",
         }
@@ -160,3 +170,8 @@ def parse_object(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{flag} takes a JSON object such as '{{\"lr\": 0.001}}', not {text!r}")
     return value
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 # The others are run at every sharded stage and world size, precision and accumulation dealt as in a Latin square;
 # in every cell too (three times as long) where DS_OPTIM_ALL_CELLS is set.
 EVERYWHERE = set(OPTIMIZERS) if os.environ.get("DS_OPTIM_ALL_CELLS") else {"LionMuon"}
-# What the rest is built of; the others are dealt to two and three ranks alone.
+# What the rest is built of; the others are dealt to two ranks in fp32, and to three at one stage.
 FOUNDATION = ("Lion", "SignSGD", "Signum", "Muon", "Muonlight", "LionMuon", "SignMuon")
 _SQUARE = (("fp32", 1), ("bf16", 3), ("fp32", 3), ("bf16", 1))
 
@@ -139,10 +139,12 @@ def _is_dealt(kind: str, world_size: int, stage: int, dtype: str, accumulation: 
     on to the bit."""
     if stage == 0 or world_size == 1:
         return False
-    if world_size == 4 and kind not in FOUNDATION:
-        return False  # (test_same_gradients.py has all of them on four ranks)
-    dealt = _SQUARE[(list(OPTIMIZERS).index(kind) + world_size + stage) % len(_SQUARE)]
-    return (dtype, accumulation) == dealt or (world_size, dtype, accumulation) == (2, "fp32", 1)
+    number = list(OPTIMIZERS).index(kind)
+    dealt = (dtype, accumulation) == _SQUARE[(number + world_size + stage) % len(_SQUARE)]
+    alike = (world_size, dtype, accumulation) == (2, "fp32", 1)
+    if kind not in FOUNDATION:  # (test_same_gradients.py has all of them on three and four ranks)
+        return alike or (dealt and world_size == 3 and stage == 1 + number % 3)
+    return dealt or alike
 
 
 CELLS = {cell.name: cell for cell in _cells()}

@@ -65,6 +65,26 @@ def test_settings_refuse_what_no_run_can_be(tmp_path: Path, given: dict[str, Any
         settings(tmp_path, **given)
 
 
+def test_momentum_dtypes_are_cells_of_optimizers_that_have_them(tmp_path: Path) -> None:
+    given = {"optimizers": ["adamw", "lion"], "momentum_dtypes": ["float32", "int8"]}
+    planned = plan_cells(settings(tmp_path, **given))
+    assert [cell.label for cell in planned] == ["adamw", "lion", "lion, int8"]
+    assert len({cell.folder for cell in planned}) == 3
+    assert [cell.train.optimizer_params.get("momentum_dtype") for cell in planned] == [None, None, "int8"]
+    assert "--momentum-dtypes float32,int8" in reproduce(settings(tmp_path, **given))
+    with pytest.raises(ValidationError, match=r"unknown momentum dtype 'int9' \(did you mean 'int8'\?\)"):
+        settings(tmp_path, momentum_dtypes=["int9"])
+
+
+def test_what_else_the_json_says_reaches_every_cell(tmp_path: Path) -> None:
+    given = {"deepspeed": {"zero_optimization": {"overlap_comm": False}, "data_types": {"grad_accum_dtype": "fp32"}}}
+    (cell,) = plan_cells(settings(tmp_path, **given))
+    assert cell.train.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+    zero = cell.train.deepspeed["zero_optimization"]
+    assert zero["overlap_comm"] is False
+    assert zero["reduce_bucket_size"] > 0, "beside the sweep's own buckets"
+
+
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give a folder that you may write to"):

@@ -154,7 +154,7 @@ def test_tiny_preset_learns_from_context_in_bf16_and_leaves_its_records(tmp_path
     assert result.val_losses[60] == result.val_loss < result.val_losses[30]
     assert result.skipped_steps == 0
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
-    assert (tmp_path / "checkpoints" / "step-60" / "whole.json").exists()
+    assert (tmp_path / "checkpoints" / "step-60" / "manifest.json").exists()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_loss" in line] == [30, 60]
     first = lines[0]
@@ -171,7 +171,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"optimizer_params": {"perod": 2}}, "period"),
     ({"optimizer_params": {"lr": -1.0}}, "lr"),
     ({"model": None, "preset": "qwen3-tiny", "tokenizer": "hf:EMPTY"}, "cannot load the tokenizer"),
-    ({"resume": True, "out": "FRESH"}, "no whole checkpoint"),
+    ({"resume": True, "out": "FRESH"}, "no complete checkpoint"),
     ({"deepspeed": {"train_batch_size": 7}}, "train_batch_size 7"),
 ]
 

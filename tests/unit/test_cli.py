@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_optim.cli import main, split_list, take_local_rank
+from ds_optim.cli import main, take_local_rank
+from ds_optim.train.settings import split_list
 
 
 def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,0 +1,224 @@
+"""What an optimizer's state says of itself in a checkpoint, and its way through DeepSpeed's universal format.
+
+Every saved group holds the same description: the optimizer, its momentum's dtype, and of all groups the
+hyperparameters and the names and shapes of the parameters. A checkpoint is then read without its model, one of
+another optimizer is refused, and hyperparameters find their groups again after a ZeRO-3 universal load, which
+copies the first group's into all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.errors import UserError
+from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT, Group, Rule
+from ds_optim.sharding.layout import ParamSpec
+
+SAVED = "saved"
+"""The key of the description in each saved group; no live group keeps it."""
+PARAMETERS = "parameters"
+FORMAT = 1
+UNIVERSAL_BUFFERS = (MOMENTUM, SECOND_MOMENT)
+"""What ``ds_to_universal`` asks of every flat partition."""
+_SHARED = ("lr", "initial_lr", "params", PARAMETERS)  # the same in all groups, or not a hyperparameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a checkpoint must be of to be loaded: the class, its momentum's dtype ("float32"), and of each group the
+    name, the rule and the parameters that DeepSpeed steps."""
+
+    optimizer: str
+    momentum_dtype: str
+    names: tuple[str, ...]
+    rules: tuple[str, ...]
+    parameters: tuple[tuple[ParamSpec, ...], ...]
+
+
+def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
+    """The description of ``groups``: plain numbers, strings, lists and tuples."""
+    hyper = [{key: value for key, value in group.items() if key not in ("params", SAVED)} for group in groups]
+    listed = [[(spec.name, spec.shape) for spec in specs] for specs in identity.parameters]
+    return {
+        "format": FORMAT,
+        "optimizer": identity.optimizer,
+        "momentum_dtype": identity.momentum_dtype,
+        "groups": [{**own, PARAMETERS: specs} for own, specs in zip(hyper, listed, strict=True)],
+    }
+
+
+def with_description(
+    state_dict: dict[str, Any], identity: Identity, groups: Sequence[Group], parameters: Iterable[Tensor]
+) -> dict[str, Any]:
+    """``state_dict`` of ``groups`` as it is saved: described, and with placeholders where a tensor is none of the
+    model's ``parameters`` but a flat partition."""
+    unsharded = {id(parameter) for parameter in parameters}
+    description = describe(identity, groups)
+    states: dict[Any, dict[str, Any]] = {}
+    packed = []
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        rule = RULES[group["rule"]]
+        for number, tensor in zip(saved["params"], group["params"], strict=True):
+            if number in state_dict["state"]:
+                own = state_dict["state"][number]
+                states[number] = own if id(tensor) in unsharded else with_placeholders(own, rule, tensor)
+        packed.append({**saved, SAVED: description})
+    # In the order of the tensors, as torch numbers them.
+    return {**state_dict, "state": {number: states[number] for number in sorted(states)}, "param_groups": packed}
+
+
+def with_placeholders(state: Mapping[str, Any], rule: Rule, tensor: Tensor) -> dict[str, Any]:
+    """State with zeros for the buffers that a rule has not: one stored value, seen as many times as it takes."""
+    filled = own_state(state, rule)
+    if tensor.dim() == 1:
+        for key in UNIVERSAL_BUFFERS:
+            filled.setdefault(key, torch.zeros(1).expand(tensor.numel()))
+    return filled
+
+
+def own_state(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """A tensor's saved state without placeholders."""
+    return {key: value for key, value in state.items() if key not in UNIVERSAL_BUFFERS or key in rule.buffers}
+
+
+def without_description(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What is to be loaded of a saved ``state_dict``, and its description; None where an older release wrote it."""
+    description = next((group[SAVED] for group in state_dict["param_groups"] if SAVED in group), None)
+    states = dict(state_dict["state"])
+    for group in state_dict["param_groups"]:
+        rule = RULES.get(group.get("rule"))
+        for number in group["params"]:
+            if rule is not None and number in states:
+                states[number] = own_state(states[number], rule)
+    groups = [{key: value for key, value in group.items() if key != SAVED} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": states, "param_groups": groups}, description
+
+
+def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, Any] | None, own: Identity) -> None:
+    """Refuse the state of another optimizer, or of other parameters.
+
+    Raises:
+        UserError: nothing was loaded.
+    """
+    rules = tuple(group.get("rule") for group in groups)
+    name = description["optimizer"] if description is not None else None
+    if None in rules or name not in (None, own.optimizer) or (name is None and rules != own.rules):
+        of = f"of {name}" if name else "of another optimizer"
+        raise UserError(
+            f"the checkpoint is {of} and this run's optimizer is {own.optimizer}: convert it with "
+            f'"ds-optim reshard SOURCE TARGET --optimizer {own.optimizer}", or load it with its own optimizer'
+        )
+    if description is None:
+        return
+    if description["format"] > FORMAT:
+        raise UserError("the checkpoint was written by a later release of ds_optim: install that one")
+    saved = _parameters(description)
+    if saved != own.parameters:
+        raise UserError(
+            f"the checkpoint's parameter groups are not this run's ({_first_difference(saved, own)}): "
+            "build the same model and write the same matrix_exclude, views and rules"
+        )
+    if rules != own.rules:
+        raise UserError(
+            f"the checkpoint's groups follow the rules {list(rules)} and this run's {list(own.rules)}: write the "
+            "optimizer's parameters as they were, or convert the checkpoint with ds-optim reshard --optimizer"
+        )
+
+
+def _parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpec, ...], ...]:
+    return tuple(
+        tuple(ParamSpec(name=name, shape=tuple(shape)) for name, shape in group[PARAMETERS])
+        for group in description["groups"]
+    )
+
+
+def _first_difference(saved: Sequence[Sequence[ParamSpec]], own: Identity) -> str:
+    there = {spec: number for number, specs in enumerate(saved) for spec in specs}
+    for number, (name, specs) in enumerate(zip(own.names, own.parameters, strict=True)):
+        for spec in specs:
+            if there.get(spec) != number:
+                return f"{spec.name} {spec.shape} is in {name!r} here" + ("" if spec in there else ", and not there")
+    return "it has parameters that this run has not, or another order of them"
+
+
+def restore_groups(groups: Sequence[Group], own: Identity) -> None:
+    """After a universal load, which leaves the description in the groups, give each its own hyperparameters back.
+
+    What somebody has set since the load stays: a value is put back only where it still is the first group's.
+
+    Raises:
+        UserError: the checkpoint holds what DeepSpeed's tool leaves behind, or is of another optimizer.
+    """
+    description = next(group[SAVED] for group in groups if SAVED in group)
+    check_universal(description, own)
+    saved = description["groups"]
+    for group, values in zip(groups, saved, strict=True):
+        group.pop(SAVED, None)
+        for key, first in saved[0].items():
+            if key not in _SHARED and key not in values and group.get(key) == first:
+                group.pop(key, None)
+        for key, value in values.items():
+            if key not in _SHARED and (key not in saved[0] or group.get(key, saved[0][key]) == saved[0][key]):
+                group[key] = value
+
+
+def check_universal(description: Mapping[str, Any], own: Identity) -> None:
+    """Refuse a universal checkpoint that is of another optimizer, or that lacks a part of its state."""
+    saved = description["groups"]
+    rules = [group["rule"] for group in saved]
+    if description["optimizer"] != own.optimizer or tuple(rules) != own.rules:
+        raise UserError(
+            f"the universal checkpoint is of {description['optimizer']} {rules} and this run's optimizer is "
+            f'{own.optimizer} {list(own.rules)}: convert the original with "ds-optim reshard --optimizer"'
+        )
+    if description["momentum_dtype"] != own.momentum_dtype:
+        raise UserError(
+            f"the universal checkpoint's momentum is {description['momentum_dtype']} and this optimizer's is "
+            f"{own.momentum_dtype}: load it with the momentum_dtype it was saved with"
+        )
+    what = "the scales of its int8 momentum" if own.momentum_dtype == "int8" else None
+    if any(RULES[rule].scalar for rule in rules):
+        what = "the numbers that it keeps for each parameter"
+    if what is not None:
+        raise UserError(
+            f"a universal checkpoint of {own.optimizer} lacks {what}, which ds_to_universal leaves behind: convert "
+            'the original with "ds-optim reshard SOURCE TARGET --ranks N --stage S", and load that without '
+            "load_universal"
+        )
+
+
+def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype, *, carried: bool) -> None:
+    """Take out of a tensor's state what a universal load put there for buffers that the rule has not.
+
+    carried: whether the load was of a checkpoint of this optimizer.
+
+    Raises:
+        UserError: it was of another one, whose second moment stands there.
+    """
+    strays = [key for key in UNIVERSAL_BUFFERS if key in state and key not in rule.buffers]
+    if strays and not carried:
+        raise UserError(
+            f"the loaded state has {strays[0]}, which this optimizer does not keep: the checkpoint is of another "
+            'optimizer; convert it with "ds-optim reshard SOURCE TARGET --optimizer ..."'
+        )
+    for key in strays:
+        del state[key]
+    if carried and rule.keeps_one and MOMENTUM in state:  # DeepSpeed made it fp32, which holds bfloat16 exactly
+        state[MOMENTUM] = state[MOMENTUM].to(momentum_dtype)
+
+
+def check_stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> None:
+    """Refuse a saved momentum that may be stored in fewer bits and was in another dtype than ``wanted``."""
+    if MOMENTUM not in saved or SECOND_MOMENT in saved:
+        return
+    dtype = saved[MOMENTUM].dtype
+    if dtype != wanted:
+        raise UserError(
+            f"the checkpoint's momentum is {dtype} and this optimizer's is {wanted}: load it with the momentum_dtype "
+            "it was saved with"
+        )

@@ -1,0 +1,36 @@
+"""The command ``ds-optim compare``: its flags."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ds_optim.train import sweep_options as options
+
+
+def compare(
+    optimizers: options.Optimizers = "adamw,lion,muon,lion_muon",
+    stages: options.Stages = "1,2,3",
+    ranks: options.Ranks = 2,
+    steps: Annotated[int, typer.Option(help="Updates a cell.")] = 40,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and the report.")] = Path("runs/compare"),
+    preset: options.Preset = None,
+    data: options.Data = None,
+    tokenizer: options.Tokenizer = None,
+    seq_len: options.SeqLen = None,
+    micro_batch: options.MicroBatch = None,
+    accumulation: options.Accumulation = None,
+    eval_batches: Annotated[int | None, typer.Option(help="Global batches a validation.")] = None,
+    dtype: options.Dtype = None,
+    seed: options.Seed = None,
+    optimizer_params: options.OptimizerParams = None,
+    timeout: options.Timeout = None,
+    repeat: Annotated[int | None, typer.Option(help="Runs a cell.")] = None,
+    momentum_dtypes: options.MomentumDtypes = "float32",
+    deepspeed: options.DeepSpeedJson = None,
+) -> int:
+    """Train every optimizer at every ZeRO stage and compare loss, time and memory in one table."""
+    given = dict(locals())
+    from ds_optim.train.compare import CompareSettings, run_compare
+
+    return run_compare(options.settings_of(CompareSettings, given))

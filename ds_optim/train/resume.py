@@ -1,0 +1,162 @@
+"""Which checkpoint a run goes on from: the newest complete one, decided by all ranks together."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ds_optim.errors import UserError
+from ds_optim.train import manifest, ranks
+from ds_optim.train.settings import TrainSettings
+
+FOLDER = "checkpoints"
+FIRST_RELEASE = "whole.json"
+"""Sealed the checkpoints of the first release, without names and checksums of the files."""
+SEALS = (manifest.NAME, FIRST_RELEASE)
+
+OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A sealed checkpoint: its ``step``, folder, files (of a first release: None), and what ``save`` noted."""
+
+    step: int
+    folder: Path
+    notes: dict[str, Any]
+    files: dict[str, manifest.Entry] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The checkpoint to go on from, and why newer ones were skipped, one line each."""
+
+    checkpoint: Checkpoint
+    skipped: tuple[str, ...]
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The folders that ``save`` made under ``folder``, by step; links are none of them."""
+    found = {}
+    for path in folder.glob("step-*"):
+        match = _STEP.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found[int(match[1])] = path
+    return found
+
+
+def to_resume(settings: TrainSettings) -> Choice | None:
+    """The checkpoint that this run goes on from, or None for a run that starts. Collective.
+
+    Raises ``UserError`` where it may not go on from it, and where a new run would write over one.
+    """
+    if settings.out is None:
+        return None
+    folder = settings.out / FOLDER
+    if not settings.resume:
+        if ranks.from_first(lambda: any(_is_sealed(path) for path in step_folders(folder).values())):
+            raise UserError(
+                f"{settings.out} holds checkpoints of an earlier run; add --resume to go on, or give another --out"
+            )
+        return None
+    choice, skipped = newest_complete(folder)
+    if choice is None:
+        reasons = f" ({'; '.join(skipped)})" if skipped else ""
+        raise UserError(f"--resume: no complete checkpoint under {folder}{reasons}; start without --resume")
+    _check(choice, settings)
+    return Choice(checkpoint=choice, skipped=skipped)
+
+
+def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest checkpoint whose every file is as it was sealed, and why newer ones are not. Collective."""
+    steps: dict[int, Path] = ranks.from_first(lambda: step_folders(folder))
+    skipped: list[str] = []
+    for step in sorted(steps, reverse=True):
+        found: Checkpoint | str = ranks.from_first(partial(_open, step, steps[step]))
+        if isinstance(found, str):
+            problem: str | None = found
+        else:
+            problem = _verify(found)
+            if problem is None:
+                return found, tuple(skipped)
+        skipped.append(f"skipped {steps[step].name}: {problem}")
+    return None, tuple(skipped)
+
+
+def _is_sealed(folder: Path) -> bool:
+    return any((folder / seal).exists() for seal in SEALS)
+
+
+def _open(step: int, folder: Path) -> Checkpoint | str:
+    """A sealed checkpoint, its files not looked at yet, or why it is none."""
+    try:
+        if (folder / manifest.NAME).exists():
+            sealed = manifest.read(folder)
+            notes, files = sealed.notes, sealed.files
+        elif (folder / FIRST_RELEASE).exists():
+            notes, files = json.loads((folder / FIRST_RELEASE).read_text(encoding="utf-8")), None
+        else:
+            return f"its save did not end (it has no {manifest.NAME})"
+        if int(notes["step"]) != step or not {"world_size", "trajectory"} <= set(notes):
+            return "its manifest is of another folder"
+    except manifest.ManifestError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {FIRST_RELEASE} is damaged"
+    return Checkpoint(step=step, folder=folder, notes=notes, files=files)
+
+
+def _verify(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with the checkpoint's files, each read by one rank; the same on every rank. Collective."""
+    if checkpoint.files is None:
+        return ranks.from_first(lambda: _first_release_fault(checkpoint))
+    mine = sorted(checkpoint.files)[ranks.rank() :: ranks.world_size()]
+    faults = (manifest.fault(checkpoint.folder, name, checkpoint.files[name]) for name in mine)
+    gathered = ranks.gather(next((line for line in faults if line is not None), None))
+    return next((line for line in gathered if line is not None), None)
+
+
+def _first_release_fault(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint that names no files: DeepSpeed's are counted, and torch's own checksums read."""
+    stage, world_size = checkpoint.notes["trajectory"]["stage"], checkpoint.notes["world_size"]
+    for kind, count in (("model", world_size if stage == 3 else 1), ("optim", world_size if stage else 0)):
+        files = sorted(checkpoint.folder.glob(f"*_{kind}_states.pt"))
+        if len(files) != count:
+            return f"{len(files)} of {count} *_{kind}_states.pt are there"
+        for path in files:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+            except (OSError, zipfile.BadZipFile):
+                damaged = path.name
+            if damaged is not None:
+                return f"{path.name} is damaged"
+    return None
+
+
+def _check(checkpoint: Checkpoint, settings: TrainSettings) -> None:
+    """Raise ``UserError`` where the run that wrote the checkpoint was another one."""
+    if checkpoint.notes["world_size"] != ranks.world_size():
+        raise UserError(
+            f"--resume: the checkpoint is of {checkpoint.notes['world_size']} ranks,"
+            f" this run has {ranks.world_size()}; start as many, or cut it anew with"
+            f" ds-optim reshard {checkpoint.folder.parent} NEW_OUT/{FOLDER} --ranks {ranks.world_size()}"
+        )
+    before, now = checkpoint.notes["trajectory"], json.loads(json.dumps(settings.trajectory()))
+    free: tuple[str, ...] = OF_THE_OPTIMIZER if settings.reset_optimizer else ()
+    # A checkpoint that was handed to another optimizer notes none; its state says which one may load it.
+    free += tuple(name for name in OF_THE_OPTIMIZER if name not in before)
+    for name in now:
+        if name not in free and before.get(name) != now[name]:
+            raise UserError(
+                f"--resume: the run in {settings.out} had {name} = {before.get(name)!r},"
+                f" this one has {now[name]!r};"
+                f" give the same {name}, or another --out"
+                f"{', or --reset-optimizer' if name in OF_THE_OPTIMIZER else ''}"
+            )

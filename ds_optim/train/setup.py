@@ -1,0 +1,73 @@
+"""What a run needs before its first step: a folder to write to, a supported dtype, a model in an engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ds_optim.errors import UserError
+from ds_optim.train import exits as ends
+from ds_optim.train import models, ranks
+from ds_optim.train.data import TextData
+from ds_optim.train.deepspeed_json import deepspeed_config
+from ds_optim.train.settings import TrainSettings
+
+
+def open_out(settings: TrainSettings) -> None:
+    """Make and try the output folder."""
+    if settings.out is None:
+        return
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        probe = settings.out / ".writable"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+        (settings.out / ends.END_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --out {str(settings.out)!r}: {error.strerror}; give a folder that you may write to"
+        ) from None
+
+
+def note_settings(settings: TrainSettings) -> None:
+    """Leave the settings beside what the run writes."""
+    if settings.out is not None:
+        record = json.loads(settings.model_dump_json())
+        (settings.out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def check_dtype(settings: TrainSettings) -> None:
+    """Raise ``UserError`` where the accelerator does not compute in the run's dtype."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": accelerator.is_fp16_supported(),
+    }
+    if not supported[settings.dtype]:
+        usable = " or ".join(name for name, usable in supported.items() if usable)
+        raise UserError(f"this accelerator ({accelerator.device_name()}) has no {settings.dtype}; use --dtype {usable}")
+
+
+def start_engine(settings: TrainSettings, data: TextData) -> Any:
+    """The model of the run in a DeepSpeed engine."""
+    import ds_optim
+
+    config = deepspeed_config(settings, ranks.world_size())
+
+    def build() -> torch.nn.Module:
+        if settings.preset is not None:
+            shape = models.preset_config(settings.preset, data.vocab_size, settings.seq_len)
+        else:
+            assert settings.model is not None
+            shape = models.model_config(settings.model, data.vocab_size)
+        # Not under `together` with zero_init: making the weights is a collective by itself.
+        return models.build_model(shape, settings.seed, zero_config=config if settings.zero_init else None)
+
+    model = build() if settings.zero_init else ranks.together(build)
+    engine, *_ = ds_optim.initialize(model=model, config=config)
+    return engine

@@ -1,0 +1,184 @@
+"""A checkpoint of one optimizer, for another.
+
+Momentum goes over as it is where both mean the same by it. Here all do: m <- b m + (1 - b) g, a mean of gradients,
+in AdamW, Lion, Signum, Muon, LionMuon and their kin alike, none of which stores it with its bias corrected; no factor
+lies between them. (Muon and SGD elsewhere keep the sum m <- b m + g: that is "momentum_buffer", and is refused.)
+Steps done go over too. The rate goes on at the fraction of its peak that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ds_optim.elementwise.momentum import DTYPES
+from ds_optim.errors import UserError
+from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer
+from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT, STEP, Rule
+from ds_optim.optimizers.saved import PARAMETERS, describe
+from ds_optim.zero.checkpoints.portable import Portable, SavedGroup
+from ds_optim.zero.checkpoints.skeleton import check_routable, skeleton
+from ds_optim.zero.config import build_optimizer, canonical_type
+
+_SQUARES = frozenset({"adamw", "lamb", "stable_adamw"})
+"""Rules whose second buffer is Adam's mean of squared gradients."""
+_OWN_MEANING = frozenset({"lasm", "lasm_element"})
+"""Rules whose momentum is not the mean of plain gradients."""
+_ADAM_NAMES = ("adam", "adamw")
+
+
+def reset_optimizer(portable: Portable) -> Portable:
+    """Without the optimizer's state: weights, schedule and the place in the data stay."""
+    names = [spec.name for spec in portable.specs]
+    nothing: dict[str, dict[str, Any]] = {name: {} for name in names}
+    return replace(portable, has_state=False, scalars={}, entries=nothing, buffers=dict.fromkeys(names, ()))
+
+
+def change_optimizer(portable: Portable, name: str, params: Mapping[str, Any], *, reset: bool = False) -> Portable:
+    """The checkpoint as ``name`` with these JSON parameters would have written it.
+
+    Args:
+        reset: start its state anew.
+
+    Raises:
+        UserError: a state that it does not get from the old one, parameters that cannot be routed by name and shape.
+    """
+    name = canonical_type(name)
+    if name.lower() in _ADAM_NAMES:
+        return _to_adamw(portable, params, reset)
+    if name not in OPTIMIZERS:
+        raise UserError(f"--optimizer {name!r}: write one of {', '.join([*OPTIMIZERS, 'AdamW'])}")
+    optimizer = build_optimizer(
+        skeleton(portable),
+        name,
+        {"optimizer": {"type": name, "params": dict(params)}, "zero_optimization": {"stage": 1}},
+    )
+    check_routable((m for group in optimizer.members for m in group), params.get("matrix_exclude", ()))
+    fraction = _fraction_of_peak(portable)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if "initial_lr" in portable.groups[0].hyper:
+            group["initial_lr"] = group["lr"]
+        group["lr"] *= fraction
+    made = replace(_with_groups(portable, optimizer), models=_with_schedule(portable, rates, fraction))
+    return reset_optimizer(made) if reset else _with_state(made, portable, optimizer)
+
+
+def _with_groups(portable: Portable, optimizer: ZeroOptimizer) -> Portable:
+    description = describe(optimizer.identity(), optimizer.param_groups)
+    hyper = [{key: value for key, value in g.items() if key != PARAMETERS} for g in description["groups"]]
+    specs = optimizer.identity().parameters
+    groups = tuple(SavedGroup(hyper=h, params=s) for h, s in zip(hyper, specs, strict=True))
+    return replace(portable, groups=groups, description=description)
+
+
+def _with_state(made: Portable, portable: Portable, optimizer: ZeroOptimizer) -> Portable:
+    old = {spec.name: group for group in portable.groups for spec in group.params}
+    new = {spec.name: group for group in made.groups for spec in group.params}
+    if not portable.has_state:
+        return reset_optimizer(made)
+    kept = DTYPES[optimizer.identity().momentum_dtype]
+    stored: dict[str, torch.dtype] = {}
+    buffers, entries, scalars = {}, {}, {}
+    steps = [int(entry[STEP]) for entry in portable.entries.values() if STEP in entry]
+    step = max(steps, default=portable.step - int(portable.models[0].get("skipped_steps", 0)))
+    for name, group in new.items():
+        rule = RULES[str(group.rule)]
+        check_goes_over(portable, name, old[name], rule)
+        buffers[name], entries[name] = rule.buffers, {STEP: step}
+        if rule.scalar:
+            scalars[name] = portable.scalars[name]
+        if MOMENTUM in rule.buffers:
+            stored[name] = kept if rule.keeps_one else torch.float32
+    return replace(made, buffers=buffers, entries=entries, scalars=scalars, stored_as=stored)
+
+
+def check_goes_over(portable: Portable, name: str, old: SavedGroup, rule: Rule) -> None:
+    """Refuse a rule whose state is not in the old one's.
+
+    Raises:
+        UserError: with the reason, and --reset-optimizer.
+    """
+    if old.rule == rule.name:
+        return
+    reason = None
+    held = portable.buffers[name]
+    if old.rule in _OWN_MEANING or rule.name in _OWN_MEANING:
+        reason = "LASM's momentum is of damped gradients, and no other optimizer's is"
+    elif rule.scalar:
+        reason = f"the rule {rule.name!r} keeps a number for each parameter that no other optimizer has"
+    elif MOMENTUM in rule.buffers and MOMENTUM not in held:
+        reason = f"the checkpoint holds {', '.join(held) or 'no buffer'} for {name}, and no {MOMENTUM}"
+    elif SECOND_MOMENT in rule.buffers and not (rule.name in _SQUARES and _has_squares(old, held)):
+        reason = f"the rule {rule.name!r} keeps a second buffer for {name} that the checkpoint does not hold"
+    if reason is not None:
+        raise UserError(f"{reason}: write --reset-optimizer to start the new optimizer's state anew")
+
+
+def _has_squares(old: SavedGroup, held: tuple[str, ...]) -> bool:
+    return SECOND_MOMENT in held and (old.rule in _SQUARES if old.rule is not None else "eps" in old.hyper)
+
+
+# --------------------------------------------------------------------------------------------------- AdamW
+
+
+def _to_adamw(portable: Portable, params: Mapping[str, Any], reset: bool) -> Portable:
+    """One group over the model's parameters in its order, with what torch's and DeepSpeed's AdamW look for in it."""
+    if not reset:
+        raise UserError(
+            "AdamW keeps a second buffer that the checkpoint does not hold: write --reset-optimizer to start it anew"
+        )
+    lr = float(params.get("lr", 1e-3))
+    hyper = {
+        "lr": lr * _fraction_of_peak(portable),
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "bias_correction": True,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "decoupled_weight_decay": True,
+    }
+    unknown = sorted(set(params) - set(hyper) - {"torch_adam", "adam_w_mode"})
+    if unknown:
+        raise UserError(f"--optimizer-params: AdamW has no {unknown[0]!r}")
+    hyper |= {key: tuple(v) if key == "betas" else v for key, v in params.items() if key in hyper and key != "lr"}
+    if "initial_lr" in portable.groups[0].hyper:
+        hyper["initial_lr"] = lr
+    order = list(portable.models[0]["module"])
+    specs = tuple(sorted(portable.specs, key=lambda spec: order.index(spec.name)))
+    made = replace(portable, groups=(SavedGroup(hyper=hyper, params=specs),), description=None)
+    return reset_optimizer(replace(made, models=_with_schedule(portable, [lr], _fraction_of_peak(portable))))
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+
+
+def _fraction_of_peak(portable: Portable) -> float:
+    """The rate now over the rate that its schedule scales; 1 where nothing tells of a schedule."""
+    hyper = portable.groups[0].hyper
+    peak = hyper.get("initial_lr")
+    section = portable.config.get("scheduler")
+    if peak is None and isinstance(section, Mapping):
+        given = section.get("params", {})
+        peak = given.get("warmup_max_lr", given.get("cycle_max_lr"))
+    return float(hyper["lr"]) / float(peak) if isinstance(peak, (int, float)) and peak else 1.0
+
+
+def _with_schedule(portable: Portable, rates: list[float], fraction: float) -> list[dict[str, Any]]:
+    """The model files' contents with a torch scheduler's rates set to the new groups', and its place kept."""
+    changed = []
+    for model in portable.models:
+        config = {key: value for key, value in portable.config.items() if key != "optimizer"}
+        state = model.get("lr_scheduler")
+        if isinstance(state, Mapping) and "base_lrs" in state:
+            state = {**state, "base_lrs": list(rates), "_last_lr": [rate * fraction for rate in rates]}
+        changed.append({**model, "ds_config": config, "lr_scheduler": state})
+    return changed

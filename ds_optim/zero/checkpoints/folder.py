@@ -1,0 +1,104 @@
+"""The files of an ordinary DeepSpeed checkpoint: which there are, which must be, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_optim.errors import UserError
+
+LATEST = "latest"
+SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+_ONE_MODEL = "mp_rank_00_model_states.pt"
+_OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_OTHERS = {
+    "layer_": "a pipeline's or an expert's file",
+    "expp_rank_": "an expert's file",
+    "offloaded_tensors": "state that was offloaded to NVMe",
+    "zero": "a universal checkpoint",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """A checkpoint's files: ``models`` and ``optimizers`` by rank (one model file, and none of the optimizer's own,
+    where it was saved so), and ``prefix``, what optimizer files of this dtype begin with."""
+
+    folder: Path
+    models: tuple[Path, ...]
+    optimizers: tuple[Path, ...]
+    prefix: str
+
+
+def find_folder(source: Path) -> Path:
+    """The folder of a checkpoint's tag, from itself or from the folder whose ``latest`` names it.
+
+    Raises:
+        UserError: there is none, or ``latest`` names another place.
+    """
+    latest = source / LATEST
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if not tag or tag in (".", "..") or Path(tag).name != tag or "\\" in tag:
+            raise UserError(f"{latest} holds {tag!r}, which is no name of a folder beside it")
+        folder = source / tag
+        if not folder.is_dir():
+            raise UserError(f"{latest} names {tag!r}, and there is no such folder beside it")
+        _check_inside(folder, source)
+        return folder
+    if not source.is_dir():
+        raise UserError(f"there is no folder {source}")
+    return source
+
+
+def find_files(folder: Path) -> Files:
+    """The files of a checkpoint, none of them missing.
+
+    Raises:
+        UserError: naming what is missing, or what makes it a checkpoint of another kind.
+    """
+    entries = sorted(folder.iterdir())
+    for entry in entries:
+        _check_inside(entry, folder)
+        for beginning, what in _OTHERS.items():
+            if entry.name == beginning or (beginning.endswith("_") and entry.name.startswith(beginning)):
+                raise UserError(f"{entry} is {what}, which ds-optim reshard does not read")
+    optim = {entry: match for entry in entries if (match := _OPTIM.fullmatch(entry.name))}
+    model = {entry: match for entry in entries if (match := _MODEL.fullmatch(entry.name))}
+    if any(int(m[3]) for m in optim.values()) or any(int(m[2]) for m in model.values()):
+        raise UserError(f"{folder} is of a tensor-parallel run, whose shards are no whole parameters")
+    one = folder / _ONE_MODEL
+    if not model and not one.is_file():
+        raise UserError(f"{folder} holds no DeepSpeed checkpoint: there is no *_model_states.pt in it")
+    prefixes = {match[1] or "" for match in optim.values()}
+    if len(prefixes) > 1:
+        raise UserError(f"{folder} holds files of two checkpoints, with and without the prefix bf16_: remove one")
+    prefix = prefixes.pop() if prefixes else ""
+    ranks = {int(match[2]): entry for entry, match in optim.items()}
+    models = {int(match[1]): entry for entry, match in model.items()}
+    for rank in range(max([*ranks, *models], default=-1) + 1):
+        if rank not in ranks:
+            raise UserError(f"{folder / optimizer_file(rank, prefix)} is missing: the checkpoint is not whole")
+        if models and rank not in models:
+            raise UserError(f"{folder / model_file(rank, 3)} is missing: the checkpoint is not whole")
+    return Files(
+        folder=folder,
+        models=tuple(models[rank] for rank in sorted(models)) or (one,),
+        optimizers=tuple(ranks[rank] for rank in sorted(ranks)),
+        prefix=prefix,
+    )
+
+
+def _check_inside(entry: Path, folder: Path) -> None:
+    if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{entry} is a link to a place outside of the checkpoint: put the file itself there")
+
+
+def model_file(rank: int, stage: int) -> str:
+    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else _ONE_MODEL
+
+
+def optimizer_file(rank: int, prefix: str) -> str:
+    return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"

@@ -1,0 +1,79 @@
+"""Runs of elements of a checkpoint in the dtype they are to have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.momentum import decode, scales_numel
+from ds_optim.optimizers.local import blocks_of
+from ds_optim.optimizers.rules import MOMENTUM, SCALES_OF_MOMENTUM
+from ds_optim.sharding.layout import Unit
+from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.quantized import quantize, recut
+
+
+def dtype_of(portable: Portable, name: str, key: str) -> torch.dtype:
+    """What a buffer is to be stored in."""
+    stored = portable.shards.first(name)[key].dtype
+    return portable.stored_as.get(name, stored) if key == MOMENTUM else stored
+
+
+def values(portable: Portable, name: str, key: str, start: int, numel: int) -> Tensor:
+    """Elements [start, start + numel) as numbers: int8 codes decoded, others as they are stored."""
+    stored = portable.shards.read(name, key, start, numel)
+    if key == MOMENTUM and portable.scaled(name):
+        return decode(stored, portable.shards.read_scales(name, start, numel))
+    return stored
+
+
+def piece(portable: Portable, name: str, key: str, start: int, numel: int) -> tuple[Tensor, Tensor | None]:
+    """The same as they are to be stored, and the scales of the blocks that they touch, where those are int8 codes."""
+    wanted = dtype_of(portable, name, key)
+    if wanted != torch.int8:
+        return values(portable, name, key, start, numel).to(wanted), None
+    if portable.scaled(name):
+        codes = portable.shards.read(name, key, start, numel)
+        return recut(codes, portable.shards.read_scales(name, start, numel), start)
+    return quantize(values(portable, name, key, start, numel).float(), start)
+
+
+def flat_state(portable: Portable, unit: Unit, rank: int) -> dict[str, Tensor]:
+    """One rank's flat partition of a unit: masters, buffers, and the scales of int8 momentum; zeros between them.
+
+    A buffer that a parameter lacks, which never had a gradient in a run without ZeRO, is zero.
+    """
+    held = list(unit.slices(rank))
+    dtype = dtype_of(portable, unit.params[0].name, MASTER)  # bfloat16 where DeepSpeed keeps its masters so
+    flats = {MASTER: torch.zeros(unit.partition_numel, dtype=dtype)}
+    keys = dict.fromkeys(key for spec in unit.params for key in portable.buffers[spec.name])
+    for key in keys:
+        owner = next(spec.name for spec in unit.params if key in portable.buffers[spec.name])
+        flats[key] = torch.zeros(unit.partition_numel, dtype=dtype_of(portable, owner, key))
+        if flats[key].dtype == torch.int8:
+            count = sum(scales_numel(s.start, s.numel) for s in held)
+            flats[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32)
+    blocks = blocks_of(unit, rank)
+    for key in [key for key in flats if key != SCALES_OF_MOMENTUM]:
+        for s in held:
+            name = unit.params[s.param].name
+            if key != MASTER and key not in portable.buffers[name]:
+                continue
+            stored, scales = piece(portable, name, key, s.start, s.numel)
+            flats[key][s.offset : s.offset + s.numel] = stored
+            if scales is not None:
+                first, count = blocks[s.param]
+                flats[SCALES_OF_MOMENTUM][first : first + count] = scales
+    return flats
+
+
+def whole_state(portable: Portable, unit: Unit, param: int) -> dict[str, Tensor]:
+    """The same of one parameter where nothing is sharded, in its shape (scales apart)."""
+    spec = unit.params[param]
+    flats = {}
+    for key in (MASTER, *portable.buffers[spec.name]):
+        stored, scales = piece(portable, spec.name, key, 0, spec.numel)
+        flats[key] = stored.clone().view(spec.shape)
+        if scales is not None:
+            flats[SCALES_OF_MOMENTUM] = scales
+    return flats

@@ -1,0 +1,231 @@
+"""From the files of an ordinary DeepSpeed checkpoint, ZeRO stage 0 to 3, to a :class:`Portable`.
+
+The closed form of the layout is held against what the files say of it: the addresses at stages 1 and 2, the sizes
+at stage 3. What does not fit is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_optim.errors import UserError
+from ds_optim.optimizers.local import blocks_of
+from ds_optim.optimizers.rules import SCALARS, SCALES_OF_MOMENTUM
+from ds_optim.optimizers.saved import without_description
+from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout
+from ds_optim.zero.checkpoints.folder import Files, find_files, find_folder
+from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
+from ds_optim.zero.checkpoints.safe import load
+from ds_optim.zero.checkpoints.stage0 import Names, read_stage0
+from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, plain_values, saved_groups
+
+_OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
+_WRAPPER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+
+
+def open_checkpoint(source: Path, names: Names | None = None, *, state: bool = True) -> Portable:
+    """The checkpoint in ``source``: a tag's folder, or the folder above it whose ``latest`` names the tag.
+
+    names: of each group's parameters, for checkpoints of stage 0 that do not tell. state: False leaves the
+    optimizer's state aside, of whatever kind it is.
+
+    Raises:
+        UserError: it is damaged, not whole, or of a kind that cannot be taken apart.
+    """
+    files = find_files(find_folder(source))
+    try:
+        return _open(files, names, state)
+    except UserError:
+        raise
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as problem:
+        what = f"{type(problem).__name__}: {problem}"
+        raise UserError(f"{files.folder} is not laid out as DeepSpeed 0.19 lays it out ({what})") from problem
+
+
+def _open(files: Files, names: Names | None, state: bool) -> Portable:
+    models = [load(path) for path in files.models]
+    for path, model in zip(files.models, models, strict=True):
+        if not isinstance(model, Mapping) or "dp_world_size" not in model or not isinstance(model.get("module"), dict):
+            raise UserError(f"{path} is no file of a DeepSpeed checkpoint with its model in it")
+    ranks = int(models[0]["dp_world_size"])
+    if not files.optimizers:
+        return read_stage0(files, models[0], names, state=state)
+    if len(files.optimizers) != ranks:
+        raise UserError(
+            f"{files.folder} was saved by {ranks} ranks and holds {len(files.optimizers)} optimizer files: "
+            "the checkpoint is not whole"
+        )
+    saved = [_optimizer_of(path, state) for path in files.optimizers]
+    stage = int(saved[0].get("zero_stage", 1))  # BF16_Optimizer, which is stage 1, does not say
+    _check_settings(models[0].get("ds_config"), files.folder)
+    return _read_stage3(files, models, saved) if stage == 3 else _read_flat(files, models, saved, stage)
+
+
+def _optimizer_of(path: Path, state: bool) -> dict[str, Any]:
+    loaded = load(path)
+    found = loaded.get(_OPTIMIZER) if isinstance(loaded, Mapping) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no state of a ZeRO optimizer")
+    if "ds_zero_partition_groups" in found:
+        raise UserError(f"{path} is of experts in groups of their own, which ds-optim reshard does not read")
+    for key in () if state else (_BASE, _OPTIMIZER):
+        if isinstance(found.get(key), Mapping):
+            found[key] = {**found[key], "state": {}}
+    return found
+
+
+def _check_settings(config: Any, folder: Path) -> None:
+    zero = config.get("zero_optimization", {}) if isinstance(config, Mapping) else {}
+    if isinstance(zero, Mapping):
+        for key, value in (("round_robin_gradients", True), ("elastic_checkpoint", True)):
+            if zero.get(key) is value:
+                raise UserError(f"{folder} was saved with {key}, which puts parameters at other places")
+
+
+def _read_flat(files: Files, models: Sequence[Any], saved: Sequence[dict[str, Any]], stage: int) -> Portable:
+    """Stages 1 and 2, and ``BF16_Optimizer``: a flat partition for each group."""
+    specs = _specs(models[0], files)
+    base = [_base_of(sd.get(_BASE), files, rank) for rank, sd in enumerate(saved)]
+    layout = _flat_layout(specs, saved, stage, files)
+    numbers = [unit.group for unit in layout.units]
+    flats = []
+    for u, unit in enumerate(layout.units):
+        by_rank = []
+        for rank, sd in enumerate(saved):
+            master = sd["single_partition_of_fp32_groups"][u]
+            # The last rank's is saved without the padding behind it.
+            if unit.partition_numel - unit.padding(rank) > master.numel() or master.numel() > unit.partition_numel:
+                raise UserError(f"{files.optimizers[rank]} holds {master.numel()} weights of group {u}: {_WRONG}")
+            state = _state_of(base[rank][0], base[rank][1][numbers[u]]["params"])
+            by_rank.append([_flats(master, state, unit, rank, files.optimizers[rank])])
+        flats.append(by_rank)
+    return _portable(files, models, saved, stage, layout, flats, base, numbers)
+
+
+_WRONG = "the layout is not one that ds-optim knows"
+
+
+def _read_stage3(files: Files, models: Sequence[Any], saved: Sequence[dict[str, Any]]) -> Portable:
+    """Stage 3: a flat partition for each sub-group of each group."""
+    specs = _specs(models[0], files)
+    base = [_base_of(sd.get(_OPTIMIZER), files, rank) for rank, sd in enumerate(saved)]
+    owners = {number: g for g, group in enumerate(base[0][1]) for number in group["params"]}
+    if len(specs) != len(owners) or any(len(sd["fp32_flat_groups"]) != len(specs) for sd in saved):
+        raise UserError(f"{files.folder} has {len(specs)} sub-groups and state of {len(owners)}: {_WRONG}")
+    units = tuple(
+        Unit(group=owners[u], params=tuple(members), cut="each", world_size=len(saved))
+        for u, members in enumerate(specs)
+    )
+    flats = []
+    for u, unit in enumerate(units):
+        by_rank = []
+        for rank, sd in enumerate(saved):
+            master = sd["fp32_flat_groups"][u].detach()
+            if master.numel() != unit.partition_numel:
+                raise UserError(
+                    f"{files.optimizers[rank]} holds {master.numel()} master weights of sub-group {u} where the "
+                    f"closed form has {unit.partition_numel}: {_WRONG}"
+                )
+            by_rank.append([_flats(master, _state_of(base[rank][0], [u]), unit, rank, files.optimizers[rank])])
+        flats.append(by_rank)
+    layout = Layout(stage=3, world_size=len(saved), units=units)
+    return _portable(files, models, saved, 3, layout, flats, base, [unit.group for unit in units])
+
+
+def _specs(model: Mapping[str, Any], files: Files) -> list[list[ParamSpec]]:
+    shapes = model.get("param_shapes")
+    if not isinstance(shapes, list):
+        raise UserError(f"{files.models[0]} does not say which parameters the optimizer has")
+    return [[ParamSpec(name=name, shape=tuple(shape)) for name, shape in group.items()] for group in shapes]
+
+
+def _base_of(base: Any, files: Files, rank: int) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], Any]:
+    """The optimizer's own state by tensor, its groups, and their description."""
+    if not isinstance(base, Mapping) or "param_groups" not in base:
+        raise UserError(f"{files.optimizers[rank]} holds no ordinary optimizer state (an elastic one is not read)")
+    plain, description = without_description(dict(base))
+    return plain["state"], plain["param_groups"], description
+
+
+def _state_of(state: Mapping[int, dict[str, Any]], numbers: Sequence[int]) -> dict[str, Any]:
+    return dict(state.get(numbers[0], {}))
+
+
+def _flat_layout(
+    specs: Sequence[Sequence[ParamSpec]], saved: Sequence[Mapping[str, Any]], stage: int, files: Files
+) -> Layout:
+    """The closed form whose addresses are those in the files."""
+    for alignment in (1, 4, 8):  # without zero_optimization.parameter_alignment, with it in fp32, and in 16 bits
+        layout = build_layout(specs, stage=stage, world_size=len(saved), param_alignment=alignment)
+        if all(_same_addresses(layout, sd["param_slice_mappings"], rank) for rank, sd in enumerate(saved)):
+            return layout
+    raise UserError(f"the addresses in {files.folder} are not the closed form's: {_WRONG}")
+
+
+def _same_addresses(layout: Layout, mappings: Sequence[Mapping[str, Any]], rank: int) -> bool:
+    if len(mappings) != len(layout.units):
+        return False
+    for unit, mapping in zip(layout.units, mappings, strict=True):
+        held = {unit.params[s.param].name: (s.numel, s.offset) for s in unit.slices(rank)}
+        if {name: (address.numel, address.start) for name, address in mapping.items()} != held:
+            return False
+    return True
+
+
+def _flats(master: Tensor, state: Mapping[str, Any], unit: Unit, rank: int, path: Path) -> Flats:
+    """Masters, buffers and scales of one flat partition; other entries of its state are left out."""
+    found: dict[str, Tensor] = {MASTER: master}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        blocks = sum(count for _, count in blocks_of(unit, rank).values()) if key == SCALES_OF_MOMENTUM else None
+        if value.dim() != 1 or value.numel() != (unit.partition_numel if blocks is None else blocks):
+            raise UserError(
+                f"{path}: the optimizer's {key} has shape {tuple(value.shape)} and is no value for each element: "
+                "only optimizers that keep such values can be cut anew; write --reset-optimizer to leave it out"
+            )
+        found[key] = value
+    return found
+
+
+def _portable(
+    files: Files,
+    models: Sequence[Any],
+    saved: Sequence[Mapping[str, Any]],
+    stage: int,
+    layout: Layout,
+    flats: Sequence[Sequence[Sequence[Flats]]],
+    base: Sequence[tuple[dict[int, dict[str, Any]], list[dict[str, Any]], Any]],
+    groups_of_units: Sequence[int],
+) -> Portable:
+    state, groups, description = base[0]
+    params = [[s for unit in layout.units if unit.group == g for s in unit.params] for g in range(len(groups))]
+    scalars: dict[str, float] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for u, unit in enumerate(layout.units):
+        number = u if stage == 3 else groups[groups_of_units[u]]["params"][0]
+        for rank, (of_rank, _, _) in enumerate(base):
+            if plain_values(of_rank.get(number, {})) != plain_values(state.get(number, {})):
+                raise UserError(f"{files.optimizers[rank]} and the first rank's file are of different steps")
+        own = state.get(number, {})
+        scalars |= own.get(SCALARS, {})
+        entries |= {spec.name: entries_of(own) for spec in unit.params}
+    return Portable(
+        stage=stage,
+        ranks=len(saved),
+        groups=tuple(saved_groups(groups, params)),
+        description=description,
+        shards=Shards(layout=layout, flats=flats),
+        scalars=scalars,
+        entries=entries,
+        has_state=bool(state),
+        wrapper={key: saved[0][key] for key in _WRAPPER if key in saved[0]},
+        models=models,
+        prefix=files.prefix,
+        version=str(models[0].get("ds_version", "")),
+        buffers=buffers_by_name(layout, flats),
+    )

@@ -1,0 +1,88 @@
+"""A checkpoint of another shape: read, write, hold against each other, and only then show."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_optim.errors import UserError
+from ds_optim.zero.checkpoints.folder import find_folder
+from ds_optim.zero.checkpoints.portable import Portable
+from ds_optim.zero.checkpoints.reader import open_checkpoint
+from ds_optim.zero.checkpoints.target import Target, choose_target
+from ds_optim.zero.checkpoints.verify import check_masters, differences
+from ds_optim.zero.checkpoints.writer import write_checkpoint
+
+Change = Callable[[Portable], Portable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resharded:
+    """What was read, what was written, its shape, and its folder."""
+
+    source: Portable
+    written: Portable
+    target: Target
+    folder: Path
+
+
+def reshard(
+    source: Path,
+    place: Path,
+    *,
+    ranks: int | None = None,
+    stage: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    change: Change | None = None,
+    finish: Callable[[Path, Target], None] | None = None,
+    state: bool = True,
+) -> Resharded:
+    """Write the checkpoint in ``source`` as ``ranks`` ranks at ZeRO ``stage`` would have saved it.
+
+    Args:
+        source: a tag's folder, or the folder above it with ``latest``.
+        place: a new folder, which gets the tag's folder and ``latest``; it appears when all is written and verified.
+        ranks, stage: of the run that is to load it; the checkpoint's own where left out.
+        config: that run's DeepSpeed JSON, for sub_group_size and parameter_alignment.
+        change: what else becomes of it, such as another optimizer.
+        finish: is given the verified folder of the tag, before it appears, and its shape.
+        state: False leaves the optimizer's state behind: weights, schedule and the place in the data stay.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, a place that is taken.
+        RuntimeError: what was written is not what was read; nothing is left of it.
+    """
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{place} is there already: give the name of a new folder")
+    tag = find_folder(source).resolve().name
+    found = open_checkpoint(source, state=state)
+    check_masters(found)
+    wanted = found if change is None else change(found)
+    target = choose_target(wanted, ranks, stage, config)
+    partial = place.with_name(f"{place.name}.partial")
+    if partial.exists():
+        raise UserError(f"{partial} is left of a run that did not end: remove it")
+    try:
+        _write_and_verify(wanted, target, partial, tag)
+        if finish is not None:
+            finish(partial / tag, target)
+        if place.exists():
+            place.rmdir()
+        partial.replace(place)
+    except OSError as problem:
+        raise UserError(f"cannot write {place}: {problem.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Resharded(source=found, written=wanted, target=target, folder=place / tag)
+
+
+def _write_and_verify(wanted: Portable, target: Target, partial: Path, tag: str) -> None:
+    write_checkpoint(wanted, target, partial, tag)
+    names = [group.params for group in wanted.groups]
+    wrong = differences(open_checkpoint(partial / tag, names), wanted)
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")

@@ -1,0 +1,50 @@
+"""What an optimizer's saved state holds besides flat tensors, and its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ds_optim.errors import UserError
+from ds_optim.optimizers.rules import RULES, SCALARS, SCALES_OF_MOMENTUM
+from ds_optim.optimizers.saved import PARAMETERS, SAVED
+from ds_optim.sharding.layout import Layout, ParamSpec
+from ds_optim.zero.checkpoints.portable import MASTER, Flats, SavedGroup
+
+
+def saved_groups(groups: Iterable[Mapping[str, Any]], params: Sequence[Sequence[ParamSpec]]) -> list[SavedGroup]:
+    """Groups of their hyperparameters.
+
+    Raises:
+        UserError: one follows a rule that this release does not know.
+    """
+    found = []
+    for group, specs in zip(groups, params, strict=True):
+        if group.get("rule") is not None and group["rule"] not in RULES:
+            raise UserError(f"the checkpoint's rule {group['rule']!r} is none of this release of ds_optim")
+        hyper = {key: value for key, value in group.items() if key not in ("params", SAVED, PARAMETERS)}
+        found.append(SavedGroup(hyper=hyper, params=tuple(specs)))
+    return found
+
+
+def buffers_by_name(layout: Layout, flats: Sequence[Sequence[Sequence[Flats]]]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for u, unit in enumerate(layout.units):
+        for param, spec in enumerate(unit.params):
+            keys = flats[u][0][param if unit.cut == "none" else 0]
+            found[spec.name] = tuple(key for key in keys if key not in (MASTER, SCALES_OF_MOMENTUM))
+    return found
+
+
+def plain_values(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the same on all ranks: counts, and numbers of whole parameters."""
+    return {key: float(v) if isinstance(v, Tensor) else v for key, v in entries_of(state).items()} | {
+        SCALARS: state.get(SCALARS, {})
+    }
+
+
+def entries_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Step counts and such: neither a value for each element nor the numbers of whole parameters."""
+    return {k: v for k, v in state.items() if k != SCALARS and not (isinstance(v, Tensor) and v.dim())}

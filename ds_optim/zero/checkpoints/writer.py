@@ -1,0 +1,243 @@
+"""From a :class:`Portable` to the files that so many ranks at such a stage would have saved, one rank at a time."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.errors import UserError
+from ds_optim.optimizers.rules import RULES, SCALARS, STEP
+from ds_optim.optimizers.saved import SAVED, with_placeholders
+from ds_optim.sharding.layout import Layout, Unit
+from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimizer_file
+from ds_optim.zero.checkpoints.module import Module, common_entries
+from ds_optim.zero.checkpoints.pieces import flat_state, whole_state
+from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.target import Target
+
+State = dict[int, dict[str, Any]]
+
+
+def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str) -> None:
+    """Write ``place``/``tag``, and ``latest`` and DeepSpeed's own recovery scripts beside it.
+
+    Raises:
+        UserError: the checkpoint has what a run of this shape cannot have.
+    """
+    folder = place / tag
+    folder.mkdir(parents=True)
+    layout = target.layout(portable)
+    for rank in range(target.ranks if target.stage else 0):
+        _save(_optimizer_states(portable, target, layout, rank), folder / optimizer_file(rank, portable.prefix))
+    module = Module(portable)
+    for rank in range(target.ranks if target.stage == 3 else 1):
+        _save(_model_states(portable, target, layout, module, rank), folder / model_file(rank, target.stage))
+    (place / LATEST).write_text(tag, encoding="utf-8")
+    if target.stage:
+        _copy_scripts(place)
+
+
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    torch.save(dict(content), path)
+
+
+def _copy_scripts(place: Path) -> None:
+    from deepspeed.utils import zero_to_fp32
+
+    for name in SCRIPTS:
+        script = Path(zero_to_fp32.__file__).with_name(name)
+        if script.is_file():
+            shutil.copy(script, place / name)
+
+
+def _config(portable: Portable, target: Target) -> dict[str, Any]:
+    """The JSON of the run that saved it, with the new stage."""
+    config = copy.deepcopy(portable.config)
+    zero = config.get("zero_optimization")
+    config["zero_optimization"] = {**(zero if isinstance(zero, dict) else {}), "stage": target.stage}
+    return config
+
+
+# ------------------------------------------------------------------------------------------- optimizer files
+
+
+def _optimizer_states(portable: Portable, target: Target, layout: Layout, rank: int) -> dict[str, Any]:
+    flats = [flat_state(portable, unit, rank) for unit in layout.units]
+    state: State = {}
+    numbers: list[list[int]] = [[] for _ in portable.groups]
+    for number, unit in enumerate(layout.units):
+        numbers[unit.group].append(number)
+    for number, (unit, own) in enumerate(zip(layout.units, flats, strict=True)):
+        if portable.has_state:
+            state[number] = _tensor_state(portable, unit, range(len(unit.params)), own)
+    build = _stage3 if target.stage == 3 else _stages_1_2
+    base = {"state": state, "param_groups": _packed(portable, numbers)}
+    states = build(portable, layout, rank, [own[MASTER] for own in flats], base)
+    return {
+        "optimizer_state_dict": states,
+        "ds_config": _config(portable, target),
+        "ds_version": portable.version,
+    }
+
+
+def _packed(portable: Portable, numbers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """The groups as torch packs them, with the numbers of their tensors."""
+    described = {} if portable.description is None else {SAVED: portable.description}
+    return [
+        {**group.hyper, "params": list(own), **described} for group, own in zip(portable.groups, numbers, strict=True)
+    ]
+
+
+def _tensor_state(portable: Portable, unit: Unit, params: Sequence[int], flats: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of one tensor, which holds (slices of) these parameters of its unit."""
+    names = [unit.params[param].name for param in params]
+    state: dict[str, Any] = {key: value for key, value in flats.items() if key != MASTER}
+    if any(name in portable.scalars for name in names):
+        state[SCALARS] = {name: portable.scalars[name] for name in names}
+    state |= _joined([portable.entries[name] for name in names])
+    rule = portable.groups[unit.group].rule
+    return with_placeholders(state, RULES[rule], flats[MASTER]) if rule is not None else state
+
+
+def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One tensor's step count and such, of those that its parameters had."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        for key, value in entry.items():
+            known = found.setdefault(key, value)
+            if float(known) == float(value):
+                continue
+            if key != STEP:
+                raise UserError(f"the parameters of one group have different values of {key}: they cannot be joined")
+            found[key] = max(known, value)  # one without a gradient had fewer steps
+    return found
+
+
+def _stages_1_2(
+    portable: Portable, layout: Layout, rank: int, masters: Sequence[Tensor], base: dict[str, Any]
+) -> dict[str, Any]:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    paddings, lean, alignments, addresses = [], [], [], []
+    for unit, master in zip(layout.units, masters, strict=True):
+        ends = unit.starts[-1] + unit.params[-1].numel
+        padding = unit.world_size * unit.partition_numel - ends if rank == unit.world_size - 1 else 0
+        paddings.append(padding)
+        lean.append(master[: master.numel() - padding].clone())  # as DeepSpeed does, also where nothing is left
+        starts = [*unit.starts, ends]
+        alignments.append([starts[p + 1] - starts[p] - spec.numel for p, spec in enumerate(unit.params)])
+        addresses.append(
+            OrderedDict(
+                (unit.params[s.param].name, fragment_address(numel=s.numel, start=s.offset)) for s in unit.slices(rank)
+            )
+        )
+    return {
+        **_wrapper(portable),
+        "base_optimizer_state": base,
+        "single_partition_of_fp32_groups": lean,
+        "zero_stage": ZeroStageEnum(layout.stage),
+        "group_paddings": paddings,
+        "param_alignment_paddings": alignments,
+        "partition_count": [unit.world_size for unit in layout.units],
+        "ds_version": portable.version,
+        "param_slice_mappings": addresses,
+    }
+
+
+def _stage3(
+    portable: Portable, layout: Layout, rank: int, masters: Sequence[Tensor], base: dict[str, Any]
+) -> dict[str, Any]:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    wrapper = _wrapper(portable)
+    del wrapper["clip_grad"]
+    return {
+        "zero_stage": ZeroStageEnum(3),
+        **wrapper,
+        "partition_count": layout.world_size,
+        "optimizer_state_dict": base,
+        "fp32_flat_groups": list(masters),
+    }
+
+
+def _wrapper(portable: Portable) -> dict[str, Any]:
+    """Loss scale and such; a wrapper that keeps none of it saves the same as one whose scale is 1."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    clip = portable.config.get("gradient_clipping", 0.0)
+    return {
+        "loss_scaler": portable.wrapper.get("loss_scaler", LossScaler(scale=1.0)),
+        "dynamic_loss_scale": portable.wrapper.get("dynamic_loss_scale", False),
+        "overflow": portable.wrapper.get("overflow", False),
+        "clip_grad": portable.wrapper.get("clip_grad", clip if isinstance(clip, float) else 0.0),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- model files
+
+
+def _model_states(portable: Portable, target: Target, layout: Layout, module: Module, rank: int) -> dict[str, Any]:
+    kept = portable.models[rank if portable.stage == 3 and portable.ranks == target.ranks else 0]
+    common = common_entries(kept)
+    states: dict[str, Any] = {
+        "module": module.buffers_alone() if target.stage == 3 else module.whole(),
+        "optimizer": None if target.stage else _stage0(portable, layout),
+        "param_shapes": None,
+        "frozen_param_shapes": None,
+        "shared_params": None,
+        "frozen_param_fragments": None,
+    }
+    if target.stage:
+        states["param_shapes"] = [
+            OrderedDict((spec.name, torch.Size(spec.shape)) for spec in unit.params) for unit in layout.units
+        ]
+        states["shared_params"] = dict(module.shared) if rank == 0 else {}
+    if target.stage >= 2:
+        shapes = module.frozen_shapes
+        states["frozen_param_shapes"] = shapes
+        states["frozen_param_fragments"] = OrderedDict(
+            (name, module.frozen_slice(name, rank, target.ranks) if target.stage == 3 else module.frozen(name))
+            for name in shapes
+        )
+    return {**states, **common, "dp_world_size": target.ranks, "ds_config": _config(portable, target)}
+
+
+def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
+    """The optimizer of a run without ZeRO: torch's own dict in fp32, that of DeepSpeed's wrapper in 16 bits."""
+    state: State = {}
+    masters: list[list[Tensor]] = [[] for _ in portable.groups]
+    numbers: list[list[int]] = [[] for _ in portable.groups]
+    for unit in layout.units:
+        for param, spec in enumerate(unit.params):
+            number = sum(map(len, numbers))
+            flats = whole_state(portable, unit, param)
+            masters[unit.group].append(flats[MASTER])
+            numbers[unit.group].append(number)
+            if portable.has_state and (portable.entries[spec.name] or portable.buffers[spec.name]):
+                state[number] = _unsharded_state(portable, unit, param, flats)
+    base = {"state": state, "param_groups": _packed(portable, numbers)}
+    if portable.models[0]["module"][portable.specs[0].name].dtype == torch.float32:
+        return base
+    return {
+        "dynamic_loss_scale": False,
+        "cur_scale": 1.0,
+        "cur_iter": portable.step,
+        "optimizer_state_dict": base,
+        "fp32_groups": masters,
+    }
+
+
+def _unsharded_state(portable: Portable, unit: Unit, param: int, flats: Mapping[str, Tensor]) -> dict[str, Any]:
+    name = unit.params[param].name
+    state: dict[str, Any] = {key: value for key, value in flats.items() if key != MASTER}
+    if name in portable.scalars:
+        state[SCALARS] = {name: portable.scalars[name]}
+    return {**state, **portable.entries[name]}

@@ -1,0 +1,17 @@
+"""What several end-to-end tests start from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .survival import FIRST_RELEASE
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the model's config, in which ranks run: the path of a model is part of what a run is."""
+    shutil.copytree(FIRST_RELEASE / "model", tmp_path / "model")
+    return tmp_path

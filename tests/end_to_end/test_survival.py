@@ -1,0 +1,243 @@
+"""What a run survives on the disk: old, damaged and unwritable checkpoints, and a change of optimizer."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_optim.errors import UserError
+from ds_optim.train import manifest
+from ds_optim.train.checkpoint_files import CheckpointFiles
+from ds_optim.train.exits import SAVE_FAILED
+from ds_optim.train.loop import train
+from ds_optim.train.results import TrainResult
+from ds_optim.train.settings import make_settings
+from tests.distributed.harness import run_ranks
+
+from .survival import FIRST_RELEASE, STEPS, Watcher, log_of, tiny
+from .test_train import ADAMW
+
+# ---- checkpoints of the first release
+
+
+def go_on(rank: int, world_size: int, folder: Path) -> TrainResult:
+    os.chdir(folder)
+    return train(make_settings(**tiny(out="out", resume=True, save_every=3)))
+
+
+def test_a_checkpoint_of_the_first_release_resumes(place: Path) -> None:
+    shutil.copytree(FIRST_RELEASE, place / "out")
+    for result in run_ranks(2, go_on, place):
+        then = [line["loss"] for line in log_of(FIRST_RELEASE) if "loss" in line]
+        assert result.losses == pytest.approx(then[3:], rel=1e-5)
+    # What it goes on to write is sealed the new way, and what it wrote is left alone.
+    assert (place / "out/checkpoints/step-6" / manifest.NAME).exists()
+    assert (place / "out/checkpoints/step-3/whole.json").exists()
+
+
+def test_a_damaged_checkpoint_of_the_first_release_is_named(place: Path) -> None:
+    for name in ("missing", "flipped"):
+        shutil.copytree(FIRST_RELEASE, place / name)
+    (place / "missing/checkpoints/step-3/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    path = place / "flipped/checkpoints/step-3/mp_rank_00_model_states.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    missing, flipped = run_ranks(1, refusals, place, ["missing", "flipped"], init=False)[0]
+    assert "1 of 2 *_optim_states.pt are there" in missing
+    assert "mp_rank_00_model_states.pt is damaged" in flipped
+
+
+def refusals(rank: int, world_size: int, folder: Path, outs: list[str]) -> list[str]:
+    os.chdir(folder)
+    lines = []
+    for out in outs:
+        with pytest.raises(UserError) as caught:
+            train(make_settings(**tiny(out=out, resume=True)))
+        lines.append(str(caught.value))
+    return lines
+
+
+# ---- what lies on the disk
+
+
+def kept(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """A run that keeps two checkpoints, its newest damaged, resumed; and what stock DeepSpeed loads of it."""
+    os.chdir(folder)
+    given = tiny(out="out", save_every=1, keep=2, stage=3)
+    whole = train(make_settings(**given))
+    if rank == 0:
+        os.truncate("out/checkpoints/step-6/zero_pp_rank_1_mp_rank_00_optim_states.pt", 100)
+        (folder / "out/checkpoints/step-7").mkdir()  # the begin of a save that never ended
+        shutil.copytree("out/checkpoints", "copy")
+    torch.distributed.barrier()
+    latest = (folder / "copy/latest").read_text()
+    tags = []
+
+    def load_stock(engine: Any) -> None:
+        tags.append((folder / "out/checkpoints/latest").read_text())
+        path, state = engine.load_checkpoint("out/checkpoints", load_lr_scheduler_states=False)
+        tags.append(f"{Path(path).parent.name} {state['step']}")
+
+    rest = train(make_settings(**{**given, "resume": True}), Watcher(started=load_stock))
+    return {"whole": whole.losses, "rest": rest.losses, "latest": latest, "tags": tags}
+
+
+def test_damage_is_skipped_and_named_and_old_checkpoints_go(place: Path) -> None:
+    for found in run_ranks(2, kept, place):
+        assert found["latest"] == "step-6"
+        assert found["tags"] == ["step-5", "step-5 5"]
+        assert found["rest"] == found["whole"][5:]
+    folder = place / "out/checkpoints"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-5", "step-6", "step-7"]
+    assert sorted(path.name for path in (place / "copy").glob("step-*")) == ["step-5", "step-6", "step-7"]
+    assert [step for step in (5, 6) if (folder / f"step-{step}" / manifest.NAME).exists()] == [5, 6]
+    skipped = refused_newest(place)
+    assert "skipped step-7: its save did not end" in skipped
+    assert "skipped step-6: zero_pp_rank_1_mp_rank_00_optim_states.pt has 100 bytes of" in skipped
+
+
+def refused_newest(place: Path) -> str:
+    """Why none of the copied checkpoints is taken, once the last whole one is damaged too."""
+    (place / "none").mkdir()
+    (place / "copy").rename(place / "none/checkpoints")
+    (place / "none/checkpoints/step-5" / manifest.NAME).write_text("{}")
+    (line,) = run_ranks(1, refusals, place, ["none"], init=False)[0]
+    assert "no complete checkpoint" in line
+    assert "skipped step-5: manifest.json is damaged" in line
+    return line
+
+
+class FullDisk:
+    """DeepSpeed's checkpoint engine on a disk that is full."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def save(self, state: Any, path: str) -> None:
+        Path(path).write_bytes(b"the beginning")
+        raise OSError(28, os.strerror(28))
+
+
+def full_disk(rank: int, world_size: int, folder: Path, stage: int, full: tuple[int, ...]) -> TrainResult:
+    """A run whose saves of steps ``full`` find a full disk on rank 1."""
+    os.chdir(folder)
+    engines: dict[str, Any] = {}
+
+    def swap(engine: Any, step: int) -> None:
+        own = engines.setdefault("own", engine.checkpoint_engine)
+        engine.checkpoint_engine = FullDisk(own) if rank == 1 and step in full else own
+
+    return train(make_settings(**tiny(out="out", save_every=2, stage=stage)), Watcher(swap))
+
+
+@pytest.mark.parametrize(("stage", "full", "status"), [(1, (4,), 0), (3, (4, 6), SAVE_FAILED)])
+def test_a_full_disk_on_one_rank_costs_that_checkpoint_alone(
+    place: Path, stage: int, full: tuple[int, ...], status: int
+) -> None:
+    results = run_ranks(2, full_disk, place, stage, full)
+    assert [result.status for result in results] == [status, status]
+    assert results[0].steps == STEPS
+    folder = place / "out/checkpoints"
+    sealed = [step for step in (2, 4, 6) if (folder / f"step-{step}" / manifest.NAME).exists()]
+    assert sealed == [step for step in (2, 4, 6) if step not in full]
+    # Nothing is left to fill the disk, and `latest` names what is whole.
+    assert not any((folder / f"step-{step}").exists() for step in full)
+    assert (folder / "latest").read_text() == f"step-{sealed[-1]}"
+    warnings = [line["warning"] for line in log_of(place / "out") if "warning" in line]
+    assert len(warnings) == len(full)
+    for step, line in zip(full, warnings, strict=True):
+        assert f"the checkpoint of step {step} was not saved: rank 1: No space left on device (zero_pp" in line
+
+
+class Payload:
+    """What a pickle of it does: leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    torch.save({"step": Payload(tmp_path / "it ran")}, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        CheckpointFiles(None, lambda: None).load(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "it ran").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "it ran").exists()
+
+
+# ---- another optimizer
+
+
+def reset(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """What a run that changes its optimizer starts from, beside what the one before it had."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    def weights(engine: Any) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, p in engine.module.named_parameters():
+            # Stage 0 in fp32 has no masters but the weights.
+            master = safe_get_full_fp32_param(p)
+            found[name] = (p if master is None else master).detach().float().clone()
+        return found
+
+    os.chdir(folder)
+    found = {}
+    for stage, dtype, to in RESETS:
+        given = tiny(stage=stage, dtype=dtype, out=f"{stage}-{dtype}-{to['optimizer']}", save_every=3, steps=4)
+        before: list[dict[str, torch.Tensor]] = []
+        after: list[Any] = []
+
+        def at_save(engine: Any, step: int, before: list[Any] = before) -> None:
+            if step == 3:
+                before.append(weights(engine))
+
+        def at_start(engine: Any, after: list[Any] = after) -> None:
+            after.append((weights(engine), engine.global_steps, len(engine.basic_optimizer.state)))
+
+        train(make_settings(**given), Watcher(at_save))
+        resumed = {**given, **to, "resume": True}
+        if rank == 0:
+            shutil.rmtree(f"{given['out']}/checkpoints/step-4")
+        torch.distributed.barrier()
+        with pytest.raises(UserError, match="or --reset-optimizer"):
+            train(make_settings(**resumed))
+        result = train(make_settings(**resumed, reset_optimizer=True), Watcher(started=at_start))
+        (held, steps, states) = after[0]
+        found[given["out"]] = {
+            "differ": [name for name in held if not torch.equal(held[name], before[0][name])],
+            "steps": (steps, states, result.steps, len(result.losses)),
+            "finite": result.val_loss < 10,
+        }
+    return found
+
+
+RESETS: list[tuple[int, str, dict[str, Any]]] = [
+    (0, "fp32", ADAMW),
+    (1, "bf16", ADAMW),
+    (2, "fp32", {"optimizer": "lion", "optimizer_params": {"lr": 1e-3}}),
+    (3, "bf16", ADAMW),
+]
+
+
+def test_another_optimizer_starts_from_the_same_weights_and_place(place: Path) -> None:
+    for found in run_ranks(2, reset, place):
+        assert len(found) == len(RESETS)
+        for label, facts in found.items():
+            assert facts == {"differ": [], "steps": (3, 0, 4, 1), "finite": True}, label
+    for stage, dtype, to in RESETS:
+        lines = [line for line in log_of(place / f"{stage}-{dtype}-{to['optimizer']}") if "lr" in line]
+        # The schedule goes on: the cosine of step 4 of 4.
+        assert lines[3]["lr"] == pytest.approx(to["optimizer_params"]["lr"] * 0.1464466, rel=1e-5)
