@@ -163,6 +163,8 @@ def main(folder: Path) -> None:
     """The life of a rank that a launcher started; its log is in ``folder``, on whatever node it runs."""
     redirect(folder / LOG_FILE.format(rank=rank_here()))
     status = run_rank(folder)
+    if status == 0:
+        return  # in order, as MPI wants it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -158,3 +159,33 @@ def test_compare_over_two_nodes_goes_on_after_a_cell_that_fails(cluster: Cluster
     logs = sorted(path.name for path in out.rglob("rank*.log"))
     assert logs.count("rank0.log") == logs.count("rank1.log") == 2
     assert (out / "report.md").exists()
+
+
+@pytest.mark.parametrize("launcher", ["openmpi", "slurm"])
+def test_compare_by_other_launchers(cluster: Cluster, tmp_path: Path, launcher: str) -> None:
+    out = tmp_path / "compare"
+    arguments = (
+        "compare --optimizers lion --stages 1 --steps 4 --seq-len 16 --micro-batch 2 --dtype fp32 --eval-batches 1"
+    )
+    compare = [*arguments.split(), "--out", str(out)]
+    if launcher == "openmpi":
+        if importlib.util.find_spec("mpi4py") is None:
+            pytest.skip("mpi4py is not installed: pip install 'ds-optim[mpi]'")
+        script = str(REPOSITORY / "launch" / "openmpi.sh")
+        command = ["bash", script, "--hostfile", str(cluster.hostfile(1)), *compare]
+    else:
+        script = str(REPOSITORY / "launch" / "slurm.sbatch")
+        command = [
+            "sbatch",
+            "--wait",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            f"--output={tmp_path / 'log'}",
+            script,
+            *compare,
+        ]
+    done = cluster.run(0, command, tmp_path)
+    assert done.returncode == 0, done.stdout
+    (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert row["status"] == "ok", row["reason"]
+    assert row["extra"]["nodes"] == ["node1", "node2"]
