@@ -18,7 +18,9 @@ from ds_optim.bench.cli import app as bench_app
 from ds_optim.errors import UserError
 from ds_optim.train.chaos_cli import chaos
 from ds_optim.train.compare_cli import compare
+from ds_optim.train.doctor_cli import doctor
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
 from ds_optim.train.reshard_cli import reshard
 from ds_optim.train.simulate_cli import simulate
@@ -33,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (compare, memory, report, estimate, simulate, reshard, chaos):
+for command in (compare, memory, report, estimate, simulate, reshard, chaos, doctor, hostfile):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

@@ -21,7 +21,7 @@ check() {
 check ruff check .
 check mypy
 if command -v shellcheck >/dev/null; then
-    check shellcheck --external-sources launch/*.sh tests/run.sh .ci/run
+    check shellcheck --external-sources launch/*.sh launch/slurm.sbatch tests/run.sh .ci/run
 fi
 ((${#failed[@]} == 0)) || fail "not clean: ${failed[*]} (the tests were not run)"
 

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -59,15 +60,20 @@ def build_ops(folder: str, environment: Mapping[str, str], names: Sequence[str])
 
 def run_rank(folder: Path) -> int:
     """Train and measure one cell on this rank; returns the exit status, having written down why if it failed."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_here()
     try:
         _train_and_measure(folder)
         return 0
     except BaseException as error:
         traceback.print_exc()
-        failure = {"reason": reason_line(error), "time": time.time()}
+        failure = {"reason": reason_line(error), "time": time.time(), "node": socket.gethostname()}
         (folder / FAILURE_FILE.format(rank=rank)).write_text(json.dumps(failure), encoding="utf-8")
         return 1
+
+
+def rank_here() -> int:
+    """This rank's number as its launcher gave it; under MPI, DeepSpeed learns it later."""
+    return int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0")
 
 
 def reason_line(error: BaseException) -> str:
@@ -94,6 +100,7 @@ def _train_and_measure(folder: Path) -> None:
     if result.status:
         raise RuntimeError(f"the run was stopped before its end (status {result.status})")
     measured = ranks.gather(observer.measured())
+    nodes = ranks.gather(socket.gethostname())
     if ranks.rank() == 0:
         record = {
             "val_loss": result.val_loss,
@@ -103,6 +110,7 @@ def _train_and_measure(folder: Path) -> None:
             "skipped_steps": result.skipped_steps,
             "parameters": result.parameters,
             "ranks": measured,
+            "nodes": nodes,
         }
         _write_whole(folder / RESULT_FILE, record)
     ranks.leave()
@@ -151,5 +159,16 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 
+def main(folder: Path) -> None:
+    """The life of a rank that a launcher started; its log is in ``folder``, on whatever node it runs."""
+    redirect(folder / LOG_FILE.format(rank=rank_here()))
+    status = run_rank(folder)
+    if status == 0:
+        return  # in order, as MPI wants it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(run_rank(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -15,15 +15,25 @@ import torch
 import torch.distributed as dist
 
 from ds_optim.errors import UserError
+from ds_optim.train.reach import code_digest, unreachable
 
 T = TypeVar("T")
 
 # Set by the launchers that DeepSpeed can read ranks from without RANK and WORLD_SIZE.
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
+#: DeepSpeed's own.
+DEFAULT_PORT = 29500
+#: How long rank 0 may take to start after another rank has.
+_JOIN_TIMEOUT_S = "300"
 
-def join() -> None:
-    """Join the process group through DeepSpeed; a process that no launcher started is a group of one."""
+
+def join(*, check_code: bool = True) -> None:
+    """Join the process group through DeepSpeed; a process that no launcher started is a group of one.
+
+    Raises UserError where rank 0 cannot be reached or its port is in use, and, unless not ``check_code``, on every rank
+    where one of them runs other code.
+    """
     import deepspeed
 
     if dist.is_initialized() and deepspeed.comm.is_initialized():
@@ -33,9 +43,38 @@ def join() -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     accelerator = deepspeed.get_accelerator()
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    problem = unreachable(os.environ, float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S)))
+    if problem is not None:
+        raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
+    port = os.environ.get("MASTER_PORT", DEFAULT_PORT)
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            # DeepSpeed's discovery of MPI ranks takes no port from the environment.
+            distributed_port=int(port),
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {port} of {socket.gethostname()} is in use: give the launcher another (--port N)"
+        ) from None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if check_code:
+        same_code()
+
+
+def same_code() -> None:
+    """Raise ``UserError`` on every rank, naming the node, unless all of them run the same code."""
+    nodes = gather((socket.gethostname(), code_digest()))
+    for rank, (node, digest) in enumerate(nodes):
+        if digest != nodes[0][1]:
+            raise UserError(
+                f"rank {rank} on {node} has other code of ds_optim than rank 0 on {nodes[0][0]}:"
+                " copy the same version to every node"
+            )
 
 
 def leave() -> None:

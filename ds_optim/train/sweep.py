@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ds_optim.errors import UserError
 from ds_optim.report.schema import Row, RunInfo, append_row
 from ds_optim.train.compare_cells import Cell, CompareSettings
 from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
+from ds_optim.train.compare_nodes import launcher_from
 from ds_optim.train.compare_worker import CELL_FILE, FAILURE_FILE, RESULT_FILE
 
 RESULTS = "results.jsonl"
@@ -49,9 +51,10 @@ def run_sweep(sweep: Sweep, launcher: CellLauncher | None = None) -> tuple[list[
     Raises ``UserError`` for a mistake in the settings, before the first cell starts.
 
     Args:
-        launcher: how the ranks of a cell start; by default as processes of this machine.
+        launcher: how the ranks of a cell start; by default as the environment says, else as processes of this machine.
     """
     settings = sweep.settings
+    launcher = launcher or launcher_from(os.environ)
     _check_writable(settings.out)
     # Started before the checks: the parent of all ranks imports what they need meanwhile.
     local = ForkserverLauncher(settings.ranks) if launcher is None else None
@@ -95,7 +98,9 @@ def run_cell(cell: Cell, sweep: Sweep, launch: CellLauncher) -> Row:
     if row.reason is not None:
         row.extra["out_of_memory"] = any(sign in row.reason.lower() for sign in _OUT_OF_MEMORY)
         return row.model_copy(update={"status": "failed"})
-    return sweep.fill(row, json.loads(result.read_text(encoding="utf-8")), cell)
+    left = json.loads(result.read_text(encoding="utf-8"))
+    row.extra["nodes"] = left.get("nodes", [])
+    return sweep.fill(row, left, cell)
 
 
 def largest(ranks: Sequence[Mapping[str, Any]], key: str) -> int | None:

@@ -1,0 +1,274 @@
+#!/usr/bin/env bash
+# Sourced by the scripts that start ranks: their options, the environment that goes along, signals, and starting again.
+#
+# Every one of them takes its own options first, then a command of ds-optim with its arguments:
+#   train (where none is named)   doctor        on every rank
+#   compare, memory               driven from here, each cell started on every rank
+# Options that all have:
+#   --dry-run      print the exact commands and start nothing
+#   --port N       of rank 0, for the rendezvous
+#   --tries N      how often a run that was preempted (status 75) or lost a rank (69) is started [10]
+# SIGTERM, SIGUSR1 or Ctrl-C to the script reach every rank as SIGTERM or SIGUSR1: they save, and the script ends with
+# their status without starting again. A second one ends them at once.
+
+# shellcheck source=launch/setup_env.sh
+source "$LAUNCH/setup_env.sh"
+
+PREEMPTED=75
+RANK_LOST=69
+dry_run=0
+port=""
+tries="${TRIES:-10}"
+rest=()
+command=()
+environment=()
+asked=0
+# How long ranks that lost others may take to end by themselves.
+grace_s=5
+# What ranks are found by, on any node: it stands on the command line of each, and on no other.
+run_token="${DS_OPTIM_RUN:-$(hostname)-$$-$(date +%s)}"
+
+if ! command -v deepspeed >/dev/null && [[ -x $DS_OPTIM_VENV/bin/deepspeed ]]; then
+    PATH="$DS_OPTIM_VENV/bin:$PATH"
+fi
+python="${PYTHON:-$(command -v python || command -v python3 || true)}"
+if [[ -z ${DS_ACCELERATOR:-} && $(gpu_count) == 0 ]]; then
+    export DS_ACCELERATOR=cpu
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+
+# A user's mistake: one line, status 2.
+mistake() {
+    printf '%s: error: %s\n' "$(basename -- "$0")" "$*" >&2
+    exit 2
+}
+
+need() {
+    command -v "$1" >/dev/null || mistake "$1 is not on PATH: $2"
+}
+
+# take_options --NAME=VARIABLE... -- ARGUMENTS: the script's own options, which come first; what follows is in `rest`.
+take_options() {
+    local -A known=([--port]=port [--tries]=tries)
+    local name
+    while [[ $1 != -- ]]; do
+        known[${1%%=*}]="${1#*=}"
+        shift
+    done
+    shift
+    while (($#)); do
+        case "$1" in
+            --dry-run) dry_run=1 && shift && continue ;;
+            -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" && exit 0 ;;
+        esac
+        name="${1%%=*}"
+        [[ -n ${known[$name]:-} ]] || break
+        if [[ $1 == *=* ]]; then
+            printf -v "${known[$name]}" '%s' "${1#*=}"
+        else
+            (($# >= 2)) || mistake "$1 needs a value"
+            printf -v "${known[$name]}" '%s' "$2"
+            shift
+        fi
+        shift
+    done
+    rest=("$@")
+    [[ -z $port || $port =~ ^[0-9]+$ ]] || mistake "--port $port: write a number"
+    [[ $tries =~ ^[0-9]+$ ]] || mistake "--tries $tries: write a number"
+    case "${rest[0]:-}" in
+        train | doctor | cell | compare | memory) ;;
+        '' | -*) rest=(train ${rest[@]+"${rest[@]}"}) ;;
+        *) mistake "unknown option or command ${rest[0]}: write train, doctor, compare or memory before its arguments" ;;
+    esac
+}
+
+# A port that nobody listens on here and that the kernel gives to no outgoing connection.
+free_port() {
+    "$python" - <<'PY'
+import random, socket
+while True:
+    port = random.randrange(15000, 32000)
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            continue
+    print(port)
+    break
+PY
+}
+
+# hosts_of HOSTFILE: the names, in order. ranks_of HOSTFILE: the sum of the slots.
+hosts_of() { awk '!/^[[:space:]]*(#|$)/ {print $1}' "$1"; }
+ranks_of() { sed -n 's/^[^#]*slots=\([0-9]*\).*/\1/p' "$1" | awk '{n += $1} END {print n + 0}'; }
+
+check_hostfile() {
+    [[ -n $1 ]] || mistake "no hostfile: give --hostfile FILE (ds-optim hostfile writes one)"
+    [[ -f $1 ]] || mistake "no such hostfile: $1 (ds-optim hostfile writes one)"
+    local line number=0
+    while IFS= read -r line || [[ -n $line ]]; do
+        number=$((number + 1))
+        [[ $line =~ ^[[:space:]]*(#|$) || $line =~ ^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
+            mistake "$1, line $number: '$line' is not 'NAME slots=N'"
+    done <"$1"
+    (($(ranks_of "$1") > 0)) || mistake "$1 names no host: write lines such as 'node1 slots=8'"
+    local twice
+    twice="$(hosts_of "$1" | sort | uniq -d | head -1)"
+    [[ -z $twice ]] || mistake "$1 names $twice twice: write it once, with all its slots"
+}
+
+# DeepSpeed tries the first host alone; a rank on another that cannot be reached is waited for, for half an hour.
+check_reachable() {
+    local host bad=0 waiting=()
+    for host in "$@"; do
+        ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" true </dev/null 2>/dev/null &
+        waiting+=("$!:$host")
+    done
+    for host in "${waiting[@]}"; do
+        wait "${host%%:*}" && continue
+        printf '%s: error: %s\n' "$(basename -- "$0")" \
+            "${host#*:} cannot be reached: 'ssh ${host#*:} true' must work without a password" >&2
+        bad=1
+    done
+    ((bad == 0)) || exit 2
+}
+
+# Names of the variables that other nodes need: what decides how ranks run, nothing that belongs to one machine.
+forwarded() {
+    compgen -e | grep -E \
+        -e '^(DS|DS_OPTIM|DEEPSPEED|NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|HF|TRANSFORMERS|TOKENIZERS|UCX|FI|PYTHON)_?[A-Z0-9_]*$' \
+        -e '^(PATH|LD_LIBRARY_PATH|LD_PRELOAD|VIRTUAL_ENV|XDG_CACHE_HOME|CUDA_HOME|CUDA_DEVICE_MAX_CONNECTIONS)$' |
+        grep -vxE 'DS_ENV_FILE|DS_OPTIM_(ROOT|VENV|CPU_TORCH|CELL_LAUNCHER|RUN)' || true
+    sed -E 's/[, ]+/\n/g; /^$/d' <<<"${DS_OPTIM_FORWARD:-}" | sed '/^$/d'
+}
+
+# Lines NAME=VALUE as DeepSpeed reads them: it takes a blank line for an error, and a remote shell reads the values.
+environment_lines() {
+    local file name value
+    for file in "$HOME/.deepspeed_env" .deepspeed_env; do
+        [[ -f $file ]] && sed -E '/^[[:space:]]*(#|$)/d' "$file"
+    done
+    while IFS= read -r name; do
+        value="${!name-}"
+        if [[ $value == *[$'\n"$`\\']* ]]; then
+            say "not forwarded: $name (its value has a quote, a dollar sign or a line break)"
+        elif [[ -n $value ]]; then
+            printf '%s=%s\n' "$name" "$value"
+        fi
+    done < <(forwarded | sort -u)
+}
+
+quoted() {
+    local words=() word
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then words+=("$word"); else words+=("$(printf '%q' "$word")"); fi
+    done
+    echo "${words[*]}"
+}
+
+# compare and memory are driven from here: one fresh process group on all nodes for each cell.
+#   drive RANKS SCRIPT OPTIONS...    # SCRIPT OPTIONS... cell FOLDER starts the ranks of a cell
+drive() {
+    local ranks="$1"
+    shift
+    local name="${rest[0]}"
+    local driver=("$python" -m ds_optim "$name" --ranks "$ranks" "${rest[@]:1}")
+    export DS_OPTIM_CELL_LAUNCHER
+    DS_OPTIM_CELL_LAUNCHER="$(quoted bash "$@" cell)"
+    if ((dry_run)); then
+        echo "DS_OPTIM_CELL_LAUNCHER=$(printf '%q' "$DS_OPTIM_CELL_LAUNCHER") $(quoted "${driver[@]}")"
+        exit 0
+    fi
+    exec "${driver[@]}"
+}
+
+# The run's own folder, from --out.
+out_folder() {
+    local index
+    for index in "${!rest[@]}"; do
+        case "${rest[index]}" in
+            --out) echo "${rest[index + 1]:-}" && return ;;
+            --out=*) echo "${rest[index]#--out=}" && return ;;
+        esac
+    done
+}
+
+signal_here() { pkill "-$1" -f "[d]s_optim_run=$run_token" || true; }
+
+# signal_hosts SIGNAL HOST...: the ranks of this run, on each.
+signal_hosts() {
+    local signal="$1" host
+    shift
+    for host in "$@"; do
+        ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" \
+            "pkill -$signal -f '[d]s_optim_run=$run_token'" 2>/dev/null &
+    done
+    wait_for_signals
+}
+
+wait_for_signals() {
+    local job
+    for job in $(jobs -pr); do
+        [[ $job == "${child:-}" ]] || wait "$job" 2>/dev/null || true
+    done
+}
+
+pass_on() {
+    asked=$((asked + 1))
+    if ((asked == 1)); then signal_ranks "$1"; else signal_ranks KILL; fi
+}
+
+start_command() { env ${environment[@]+"${environment[@]}"} "${command[@]}" "$@"; }
+
+# Runs `command` under `environment`, again with --resume while that helps. The scripts define signal_ranks SIGNAL.
+run_ranks() {
+    local out try status noted resume
+    if ((dry_run)); then
+        quoted env ${environment[@]+"${environment[@]}"} "${command[@]}"
+        exit 0
+    fi
+    out="$(out_folder)"
+    [[ ${rest[0]} == train ]] || tries=1
+    trap 'pass_on TERM' TERM INT
+    trap 'pass_on USR1' USR1
+    for ((try = 1; try <= tries; try++)); do
+        resume=()
+        if [[ -n $out && " ${rest[*]} " != *" --resume "* ]]; then
+            # A run that ended before its first checkpoint starts anew.
+            if compgen -G "$out/checkpoints/step-*/manifest.json" >/dev/null; then resume=(--resume); fi
+        fi
+        [[ -z $out ]] || rm -f "$out/end.json"
+        start_command ${resume[@]+"${resume[@]}"} &
+        child=$!
+        # A signal ends `wait` before the child ends.
+        while :; do
+            wait "$child"
+            status=$?
+            kill -0 "$child" 2>/dev/null || break
+        done
+        # Ranks whose launcher has gone wait for a peer that will not come.
+        if ((status != 0)); then end_ranks; fi
+        if ((status != 0)) && [[ -n $out && -f $out/end.json ]]; then
+            noted="$(sed -n 's/.*"status": \([0-9]*\).*/\1/p' "$out/end.json")"
+            status="${noted:-$status}"
+        fi
+        ((status == PREEMPTED || status == RANK_LOST)) || return "$status"
+        say "ended with status $status, try $try of $tries"
+        ((asked == 0)) || return "$status"
+    done
+    return "$status"
+}
+
+# What is left of a run gets half a minute to save when it was asked to end, else a few seconds.
+end_ranks() {
+    local seconds="$grace_s"
+    ((asked == 0)) || seconds=30
+    sleep 1
+    while ((seconds > 0)) && ranks_left; do
+        sleep 1
+        seconds=$((seconds - 1))
+    done
+    signal_ranks KILL
+}
+
+ranks_left() { pgrep -f "[d]s_optim_run=$run_token" >/dev/null; }

@@ -1,0 +1,111 @@
+"""Hostfiles of Slurm's variables, of MPI's files and of lists; and what is no list is told in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_optim.errors import UserError
+from ds_optim.train.hostfile import Host, expand, find_hosts, from_list, read_hostfile, render
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", ["node1"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("gpu[08-10,2],login", ["gpu08", "gpu09", "gpu10", "gpu2", "login"]),
+        ("r[1-2]n[1-2]-ib", ["r1n1-ib", "r1n2-ib", "r2n1-ib", "r2n2-ib"]),
+        ("a.b.c, d", ["a.b.c", "d"]),
+    ],
+)
+def test_ranges(text: str, names: list[str]) -> None:
+    assert expand(text, "a test") == names
+
+
+def test_list() -> None:
+    assert render(from_list("node1:8,node2:4")) == "node1 slots=8\nnode2 slots=4\n"
+    assert from_list("n[1-2]:2,m:1") == [Host("n1", 2), Host("n2", 2), Host("m", 1)]
+    assert from_list("a,b", slots=3) == [Host("a", 3), Host("b", 3)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "slots"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "2(x2),1", "SLURM_NTASKS": "5"}, [2, 2, 1]),
+        ({"SLURM_TASKS_PER_NODE": "64(x3)", "SLURM_GPUS_PER_NODE": "8"}, [8, 8, 8]),
+        ({"SLURM_TASKS_PER_NODE": "64(x3)", "SLURM_GPUS_ON_NODE": "4"}, [4, 4, 4]),
+        ({"SLURM_TASKS_PER_NODE": "4(x3)", "SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_PER_NODE": "8"}, [4, 4, 4]),
+        ({"SLURM_TASKS_PER_NODE": "64(x3)", "SLURM_GPUS_PER_NODE": "a100:4,h100:2"}, [6, 6, 6]),
+    ],
+)
+def test_slurm(variables: dict[str, str], slots: list[int]) -> None:
+    hosts = find_hosts({"SLURM_JOB_NODELIST": "n[1-3]", **variables})
+    assert [host.name for host in hosts] == ["n1", "n2", "n3"]
+    assert [host.slots for host in hosts] == slots
+    assert {host.slots for host in find_hosts({"SLURM_JOB_NODELIST": "n[1-3]", **variables}, slots=7)} == {7}
+
+
+@pytest.mark.parametrize(
+    "text", ["a slots=2\nb slots=1\n", "a\nb\na\n", "a:2\nb\n", "# two\n\na slots=2 max_slots=4\nb # one\n"]
+)
+def test_host_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    assert read_hostfile(path) == [Host("a", 2), Host("b", 1)]
+    assert find_hosts({"PBS_NODEFILE": str(path)}) == [Host("a", 2), Host("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "no nodes: write a list such as node1:8,node2:8"),
+        ("a", "write a:8, or give --slots 8"),
+        ("a:0", "'0' is no number of ranks"),
+        ("a:x", "'x' is no number of ranks"),
+        ("a:1,a:2", "a stands there twice"),
+        ("a;b:1", "'a;b' is no name of a host"),
+        ("n[3-1]:1", "[3-1] in the list of nodes is no range"),
+        ("n[1-2:1", "a bracket without its other half"),
+    ],
+)
+def test_mistakes_in_a_list(text: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_list(text)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_a_job(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Slurm or MPI job"):
+        find_hosts({})
+    with pytest.raises(UserError, match="SLURM_JOB_NODELIST is not set"):
+        find_hosts({}, "slurm")
+    with pytest.raises(UserError, match="is for 2 nodes and SLURM_JOB_NODELIST has 3"):
+        find_hosts({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2)"})
+    with pytest.raises(UserError, match="no MPI job"):
+        find_hosts({}, "mpi")
+    with pytest.raises(UserError, match="cannot read the hostfile"):
+        find_hosts({"PBS_NODEFILE": str(tmp_path / "missing")})
+    path = tmp_path / "hosts"
+    path.write_text("a slots=many\n")
+    with pytest.raises(UserError, match="line 1: 'many' is no number"):
+        read_hostfile(path)
+
+
+def test_command(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ds_optim", "hostfile", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = run("node[1-2]:2")
+    assert (done.returncode, done.stdout) == (0, "node1 slots=2\nnode2 slots=2\n")
+    done = run("node1:2,node2:1", "--out", str(tmp_path / "h"))
+    assert done.stdout.endswith("h: 2 nodes, 3 ranks\n")
+    assert (tmp_path / "h").read_text() == "node1 slots=2\nnode2 slots=1\n"
+    done = run("node1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ds-optim: error: 'node1' in the list of nodes has no number of ranks")
