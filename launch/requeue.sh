@@ -23,6 +23,7 @@ rank_lost=69
 asked=0
 
 # `deepspeed` itself dies of SIGTERM and leaves its ranks running: its child, the launcher of this machine, passes it on.
+# shellcheck disable=SC2317,SC2329  # the traps below call it
 pass_on() {
     asked=1
     pkill -TERM -P "$child" -f deepspeed.launcher.launch || kill -TERM "$child"
