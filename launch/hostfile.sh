@@ -25,9 +25,9 @@ mapfile -t hosts < <(hosts_of "$hostfile")
 folder="$(mktemp -d)"
 trap 'rm -rf -- "$folder"' EXIT
 environment_lines >"$folder/deepspeed_env"
-# A node whose link is down says nothing: ssh gives it up after half a minute.
+# A node whose link is down says nothing: ssh gives it up after some twenty seconds.
 environment=(DS_ENV_FILE="$folder/deepspeed_env" PDSH_RCMD_TYPE=ssh
-    PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=10 -o ServerAliveCountMax=3 ${PDSH_SSH_ARGS_APPEND:-}")
+    PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=6 -o ServerAliveCountMax=3 ${PDSH_SSH_ARGS_APPEND:-}")
 # What pdsh is given, a shell on each node reads: DeepSpeed quotes only what has a space in it, and not all of that.
 words=()
 for word in "${rest[@]}"; do
