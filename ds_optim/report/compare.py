@@ -21,6 +21,12 @@ def _spread(row: Row) -> str:
     return f"{significant(row.ms_low)} to {significant(row.ms_high)}"
 
 
+def _by_node(row: Row, where: str) -> float | None:
+    """The mean over the nodes of what their interfaces sent; None for runs on one."""
+    counted = [sent[where] for sent in row.extra.get("sent_by_node", {}).values()]
+    return sum(counted) / len(counted) if counted else None
+
+
 COMPARE_TABLE = TableSpec(
     columns=(
         Column(title="Optimizer", value=lambda row: row.label),
@@ -43,6 +49,8 @@ COMPARE_TABLE = TableSpec(
         Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, compare=True),
         Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
         Column(title="Sent/rank/step", value=lambda row: row.wire_bytes_per_step, text=size, compare=True),
+        Column(title="Inside a node/step", value=lambda row: _by_node(row, "inside"), text=size),
+        Column(title="Between nodes/step", value=lambda row: _by_node(row, "between"), text=size, compare=True),
     ),
     is_baseline=lambda row: row.optimizer == BASELINE,
     baseline_name="AdamW",

@@ -76,6 +76,7 @@ def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
                 "skipped_steps": result["skipped_steps"],
                 "parameters": result["parameters"],
                 "sent_by_operator": ranks[0]["sent_by_operator"],
+                "sent_by_node": _by_node(ranks, row.extra.get("nodes", ())),
                 "memory_by_owner": [
                     {key: rank[key] for key in ("weights", "gradients", "master", "state", "buckets", "other")}
                     for rank in ranks
@@ -88,6 +89,16 @@ def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
 def _mean(ranks: Sequence[dict[str, Any]], key: str) -> float | None:
     values = [rank[key] for rank in ranks if rank[key] is not None]
     return sum(values) / len(values) if len(values) == len(ranks) else None
+
+
+def _by_node(ranks: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Bytes that each node's interfaces sent in a step, as its first rank read them; of one node, nothing to tell."""
+    found: dict[str, dict[str, float]] = {}
+    for node, rank in zip(nodes, ranks, strict=False):
+        counted = rank.get("node_sent_per_step")
+        if counted is not None:
+            found.setdefault(node, counted)
+    return found if len(found) > 1 else {}
 
 
 def _describe(settings: CompareSettings, cell: Cell) -> RunInfo:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ds_optim.memory.account import MemoryAccount, account
+from ds_optim.memory.interfaces import SentBytes, sent_bytes
 from ds_optim.memory.measure import PeakMemory, peak_resident_bytes
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.train import ranks
@@ -28,6 +29,8 @@ class CellObserver:
         self._peak = PeakMemory()
         self._traffic = TrafficCounter()
         self._account: MemoryAccount | None = None
+        self._sent_before: SentBytes | None = None
+        self._sent: SentBytes | None = None
 
     def on_start(self, engine: Any) -> None:
         """Nothing is measured before the first step: it makes the state."""
@@ -41,7 +44,10 @@ class CellObserver:
         if step == 1:
             self._traffic.start()
             self._peak.start()
+            self._sent_before = sent_bytes()
         elif step == UNTIMED_STEPS:
+            now = sent_bytes()
+            self._sent = None if now is None or self._sent_before is None else now.since(self._sent_before)
             self._peak.stop()
             self._traffic.stop()
 
@@ -64,6 +70,7 @@ class CellObserver:
             "rss_peak_bytes": peak_resident_bytes(),
             "sent_bytes_per_step": self._traffic.sent_bytes / (UNTIMED_STEPS - 1),
             "sent_by_operator": self._traffic.by_operator,
+            "node_sent_per_step": self._node_sent(),
             "model_state_bytes": held.model_state_bytes,
             "state_bytes": held.state_bytes,
             "weights": held.weights,
@@ -74,3 +81,10 @@ class CellObserver:
             "buckets": held.buckets,
             "other": held.other,
         }
+
+    def _node_sent(self) -> dict[str, float] | None:
+        """Bytes that this rank's node sent in a step, to itself and to other nodes."""
+        if self._sent is None:
+            return None
+        steps = UNTIMED_STEPS - 1
+        return {"inside": self._sent.inside / steps, "between": self._sent.between / steps}

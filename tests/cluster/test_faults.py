@@ -163,6 +163,9 @@ def test_compare_over_two_nodes_goes_on_after_a_cell_that_fails(cluster: Cluster
     assert [(row["optimizer"], row["status"]) for row in rows] == [("adamw", "failed"), ("lion_muon", "ok")]
     assert re.search(r"rank \d on node\d: ", rows[0]["reason"]), rows[0]["reason"]
     assert rows[1]["extra"]["nodes"] == ["node1", "node2"]
+    sent = rows[1]["extra"]["sent_by_node"]
+    assert list(sent) == ["node1", "node2"]
+    assert all(node["between"] > 1_000_000 > 10 * node["inside"] for node in sent.values()), sent
     logs = sorted(path.name for path in out.rglob("rank*.log"))
     assert logs.count("rank0.log") == logs.count("rank1.log") == 2
     assert (out / "report.md").exists()

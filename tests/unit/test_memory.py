@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ds_optim.memory import TensorTracker, TrafficCounter, account, peak_resident_bytes
 from ds_optim.memory.account import innermost_optimizer, parameter_count
+from ds_optim.memory.interfaces import SentBytes, sent_bytes
 
 WIDTH = 64
 
@@ -195,3 +196,16 @@ def test_peak_resident_memory(tmp_path: Any) -> None:
     status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\n")
     assert peak_resident_bytes(status) == 2048 * 1024
     assert peak_resident_bytes(tmp_path / "missing") is None
+
+
+def test_bytes_of_interfaces_are_told_apart(tmp_path: Any) -> None:
+    table = tmp_path / "dev"
+    head = "Inter-|   Receive |  Transmit\n face |bytes    packets errs drop fifo frame compressed multicast|bytes packets\n"
+    counters = "    {name}: {received} 0 0 0 0 0 0 0 {sent} 1 0 0 0 0 0 0\n"
+    lines = [counters.format(name=n, received=7, sent=s) for n, s in (("lo", 100), ("eth0", 20), ("ib0", 3))]
+    table.write_text(head + "".join(lines))
+    before = sent_bytes(table)
+    assert before == SentBytes(inside=100, between=23)
+    later = SentBytes(inside=150, between=30)
+    assert later.since(before) == SentBytes(inside=50, between=7)
+    assert sent_bytes(tmp_path / "none") is None
