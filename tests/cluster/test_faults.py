@@ -199,3 +199,17 @@ def test_compare_by_other_launchers(cluster: Cluster, tmp_path: Path, launcher: 
     (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert row["status"] == "ok", row["reason"]
     assert row["extra"]["nodes"] == ["node1", "node2"]
+
+
+def test_memory_over_two_nodes_names_the_node_of_each_rank(cluster: Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "memory"
+    arguments = "memory --optimizers adamw,lion --stages 3 --repeat 1 --steady 1 --seq-len 16 --micro-batch 2"
+    status, output = launch(cluster, *arguments.split(), "--dtype", "fp32", "--out", str(out), cwd=tmp_path)
+    assert status == 0, output
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["optimizer"] for row in rows] == ["adamw", "lion"]
+    for row in rows:
+        assert [peak["host"] for peak in row["extra"]["peaks"]] == ["node1", "node2"]
+        (states,) = [line for line in row["extra"]["reconciliation"] if line["what"] == "model states"]
+        assert abs(states["share"]) < 0.02
+    assert "node2: 1" in (out / "report.html").read_text(), "the map over ranks names nodes"
