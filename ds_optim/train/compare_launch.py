@@ -41,7 +41,7 @@ _BUILD_S = 900.0
 _COLLECTIVES_OP = "ShareMemCommBuilder"
 _ADAM_OP = "FusedAdamBuilder"
 #: What a rank says when it was another rank that ended: not the reason.
-_ECHOES = ("connection", "closed by peer", "timed out", "socket", " failed: ", "broken pipe")
+ECHOES = ("connection", "closed by peer", "timed out", "socket", " failed: ", "broken pipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def failure_reason(folder: Path, exit_codes: Mapping[int, int | None]) -> str:
                 f"rank {rank}: {_death(code)}; last line of its log: {_last_line(folder / LOG_FILE.format(rank=rank))}"
             )
         line = str(failure["reason"])
-        echo = any(word in line.lower() for word in _ECHOES)
+        echo = any(word in line.lower() for word in ECHOES)
         told.append((echo, float(failure["time"]), f"rank {rank}: {line}"))
     return min(told)[2]
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ds_optim.errors import UserError
-from ds_optim.train.compare_launch import CellJob, CellOutcome
+from ds_optim.train.compare_launch import ECHOES, CellJob, CellOutcome
 from ds_optim.train.compare_worker import FAILURE_FILE, RESULT_FILE
 
 #: The command that starts a cell's ranks, without the cell's folder; the scripts of ``launch/`` set it.
@@ -24,8 +24,6 @@ LAUNCHER_LOG = "launcher.log"
 #: How long a launcher may take to end its ranks when it is asked to, and how long after it was told to.
 _ASKED_S = 20.0
 _TOLD_S = 15.0
-#: What a rank says when it was another rank that ended.
-_ECHOES = ("connection", "closed by peer", "timed out", "socket", " failed: ", "broken pipe")
 
 
 class CommandLauncher:
@@ -81,7 +79,7 @@ def reason_of(folder: Path, ranks: int, status: int) -> str:
         except (OSError, json.JSONDecodeError):
             continue
         line = str(failure["reason"])
-        echo = any(word in line.lower() for word in _ECHOES)
+        echo = any(word in line.lower() for word in ECHOES)
         told.append((echo, float(failure["time"]), f"rank {rank} on {failure['node']}: {line}"))
     if told and not min(told)[0]:
         return min(told)[2]
