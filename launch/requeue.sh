@@ -11,44 +11,17 @@
 # the batch system. Under Slurm: #SBATCH --signal=B:USR1@120, and after this script
 #   [[ $? == 75 ]] && scontrol requeue "$SLURM_JOB_ID"
 set -uo pipefail
+LAUNCH="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/common.sh
+source "$LAUNCH/common.sh"
 
-(($# >= 2)) || {
-    echo "usage: bash launch/requeue.sh OUT COMMAND..." >&2
-    exit 2
-}
-out="$1"
-shift
-preempted=75
-rank_lost=69
-asked=0
+(($# >= 2)) || mistake "usage: bash launch/requeue.sh OUT COMMAND..."
+rest=(train --out "$1")
+command=("${@:2}")
 
 # `deepspeed` itself dies of SIGTERM and leaves its ranks running: its child, the launcher of this machine, passes it on.
-# shellcheck disable=SC2317,SC2329  # the traps below call it
-pass_on() {
-    asked=1
-    pkill -TERM -P "$child" -f deepspeed.launcher.launch || kill -TERM "$child"
+signal_ranks() {
+    kill -0 "$child" 2>/dev/null || return 0
+    pkill "-$1" -P "$child" -f deepspeed.launcher.launch || kill "-$1" "$child"
 }
-trap pass_on TERM USR1
-
-for ((try = 1; try <= ${TRIES:-10}; try++)); do
-    resume=()
-    # A run that was ended before its first checkpoint starts anew.
-    if compgen -G "$out/checkpoints/step-*/manifest.json" >/dev/null; then resume=(--resume); fi
-    rm -f "$out/end.json"
-    "$@" ${resume[@]+"${resume[@]}"} &
-    child=$!
-    # A signal ends `wait` before the child ends.
-    while :; do
-        wait "$child"
-        status=$?
-        kill -0 "$child" 2>/dev/null || break
-    done
-    if ((status != 0)); then
-        noted="$(sed -n 's/.*"status": \([0-9]*\).*/\1/p' "$out/end.json" 2>/dev/null)"
-        status="${noted:-$status}"
-    fi
-    ((status == preempted || status == rank_lost)) || exit "$status"
-    echo "== ended with status $status, try $try of ${TRIES:-10}" >&2
-    ((asked)) && exit "$status"
-done
-exit "$status"
+run_ranks

@@ -6,7 +6,7 @@ from ds_optim.memory.estimate import MemoryEstimate, RankMemory, activations, es
 from ds_optim.memory.estimate_model import ModelShape, Parameter, shape_of_count, shape_of_list, shape_of_module
 from ds_optim.memory.estimate_optimizers import OptimizerPlan, plan_optimizer
 from ds_optim.memory.estimate_terms import ZeroSettings
-from ds_optim.memory.measure import MemoryWatch, Peak, PeakMemory, peak_resident_bytes
+from ds_optim.memory.measure import MemoryWatch, Peak, peak_resident_bytes
 from ds_optim.memory.tracker import TensorTracker
 from ds_optim.memory.traffic import TrafficCounter
 
@@ -18,7 +18,6 @@ __all__ = [
     "OptimizerPlan",
     "Parameter",
     "Peak",
-    "PeakMemory",
     "RankMemory",
     "TensorTracker",
     "TrafficCounter",

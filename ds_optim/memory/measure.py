@@ -75,24 +75,6 @@ class MemoryWatch:
         )
 
 
-class PeakMemory:
-    """The most memory held at once between ``start`` and ``stop``, in bytes."""
-
-    def __init__(self) -> None:
-        self._watch = MemoryWatch()
-        self.peak_bytes: int | None = None
-        self.reserved_bytes: int | None = None
-        self.kind = self._watch.kind
-
-    def start(self) -> None:
-        self._watch.__enter__()
-
-    def stop(self) -> None:
-        peak = self._watch.peak()
-        self._watch.__exit__(None, None, None)
-        self.peak_bytes, self.reserved_bytes = peak.allocated, peak.reserved
-
-
 def device_used_bytes() -> int:
     """Bytes in use on this rank's CUDA device, by all processes: as NVML counts them, or else the driver."""
     try:

@@ -27,41 +27,55 @@ def _by_node(row: Row, where: str) -> float | None:
     return sum(counted) / len(counted) if counted else None
 
 
-COMPARE_TABLE = TableSpec(
-    columns=(
-        Column(title="Optimizer", value=lambda row: row.label),
-        Column(title="Stage", value=lambda row: row.stage),
-        Column(title="Val loss", value=lambda row: row.val_loss, text=lambda v: fixed(v, 3), compare=True),
-        Column(title="Time/step", value=lambda row: row.ms_per_step, text=milliseconds, compare=True, detail=_spread),
-        Column(
-            title="Tokens/s",
-            value=lambda row: row.tokens_per_s,
-            text=lambda v: significant(v) if v < 100 else f"{v:,.0f}",
-            lower_is_better=False,
-        ),
-        Column(
-            title="State B/param",
-            value=lambda row: row.state_bytes_per_param,
-            text=lambda v: fixed(v, 2),
-            compare=True,
-        ),
-        Column(title="Model states/rank", value=lambda row: row.model_state_bytes, text=size, compare=True),
-        Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, compare=True),
-        Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
-        Column(title="Sent/rank/step", value=lambda row: row.wire_bytes_per_step, text=size, compare=True),
-        Column(title="Inside a node/step", value=lambda row: _by_node(row, "inside"), text=size),
-        Column(title="Between nodes/step", value=lambda row: _by_node(row, "between"), text=size, compare=True),
+_COLUMNS = (
+    Column(title="Optimizer", value=lambda row: row.label),
+    Column(title="Stage", value=lambda row: row.stage),
+    Column(title="Val loss", value=lambda row: row.val_loss, text=lambda v: fixed(v, 3), compare=True),
+    Column(title="Time/step", value=lambda row: row.ms_per_step, text=milliseconds, compare=True, detail=_spread),
+    Column(
+        title="Tokens/s",
+        value=lambda row: row.tokens_per_s,
+        text=lambda v: significant(v) if v < 100 else f"{v:,.0f}",
+        lower_is_better=False,
     ),
-    is_baseline=lambda row: row.optimizer == BASELINE,
-    baseline_name="AdamW",
+    Column(
+        title="State B/param",
+        value=lambda row: row.state_bytes_per_param,
+        text=lambda v: fixed(v, 2),
+        compare=True,
+    ),
+    Column(title="Model states/rank", value=lambda row: row.model_state_bytes, text=size, compare=True),
+    Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, compare=True),
+    Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
+    Column(title="Sent/rank/step", value=lambda row: row.wire_bytes_per_step, text=size, compare=True),
 )
+_NODE_COLUMNS = (
+    Column(title="Inside a node/step", value=lambda row: _by_node(row, "inside"), text=size),
+    Column(title="Between nodes/step", value=lambda row: _by_node(row, "between"), text=size, compare=True),
+)
+
+
+def table_spec(rows: Sequence[Row]) -> TableSpec:
+    """The columns; a run's name, and what nodes sent, only where there are several."""
+    several = len({row.run for row in rows}) > 1
+    runs = [Column(title="Run", value=lambda row: row.run)] if several else []
+    nodes = _NODE_COLUMNS if any(row.extra.get("sent_by_node") for row in rows) else ()
+    return TableSpec(
+        columns=(*runs, *_COLUMNS, *nodes),
+        group=lambda row: (row.run, row.ranks, row.stage),
+        is_baseline=lambda row: row.optimizer == BASELINE,
+        baseline_name="AdamW",
+        key_columns=2 + len(runs),
+    )
 
 
 def render_compare(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     """Render a comparison: rows by stage, then in the order given; repeats of a cell become one row."""
     merged = merge_repeats(rows)
-    merged.sort(key=lambda row: -1 if row.stage is None else row.stage)
-    return render(merged, info, out_dir, COMPARE_TABLE, plots=compare_plots(merged), summary=compare_summary(merged))
+    merged.sort(key=lambda row: (row.run, row.ranks, -1 if row.stage is None else row.stage))
+    return render(
+        merged, info, out_dir, table_spec(merged), plots=compare_plots(merged), summary=compare_summary(merged)
+    )
 
 
 def compare_summary(rows: Sequence[Row]) -> list[str]:
@@ -95,15 +109,18 @@ def compare_summary(rows: Sequence[Row]) -> list[str]:
 def compare_plots(rows: Sequence[Row]) -> list[Plot]:
     """Loss curves, one plot a stage, then bars of time and memory."""
     plots: list[Plot] = []
-    for stage in dict.fromkeys(row.stage for row in rows):
-        trained = [row for row in rows if row.stage == stage and row.status == "ok" and row.train_loss]
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.run, row.stage), []).append(row)
+    for number, ((run, stage), members) in enumerate(groups.items()):
+        trained = [row for row in members if row.status == "ok" and row.train_loss]
         if not trained:
             continue
         entropy = trained[0].unigram_entropy
         plots.append(
             Curves(
-                name=f"loss_stage{stage}",
-                title=f"Training loss, ZeRO-{stage}",
+                name=f"loss_{number}_stage{stage}" if run else f"loss_stage{stage}",
+                title=f"Training loss, {_title(run, stage)}",
                 x_label="step",
                 y_label="loss, nats per token",
                 series={r.label: (range(1, len(r.train_loss) + 1), r.train_loss) for r in trained},
@@ -115,13 +132,14 @@ def compare_plots(rows: Sequence[Row]) -> list[Plot]:
         ("model_states", "Model states per rank", lambda row: row.model_state_bytes, size),
         ("peak_memory", "Peak memory per rank", lambda row: row.peak_bytes, size),
     ):
-        groups = {
-            f"ZeRO-{stage}": [(row.label, value(row)) for row in rows if row.stage == stage]
-            for stage in dict.fromkeys(row.stage for row in rows)
-        }
-        if any(v is not None for bars in groups.values() for _, v in bars):
-            plots.append(Bars(name=name, title=title, groups=groups, text=text))
+        bars = {_title(*key): [(row.label, value(row)) for row in members] for key, members in groups.items()}
+        if any(v is not None for members in bars.values() for _, v in members):
+            plots.append(Bars(name=name, title=title, groups=bars, text=text))
     return plots
+
+
+def _title(run: str, stage: int | None) -> str:
+    return f"ZeRO-{stage}, {run}" if run else f"ZeRO-{stage}"
 
 
 def merge_repeats(rows: Sequence[Row]) -> list[Row]:
@@ -132,8 +150,12 @@ def merge_repeats(rows: Sequence[Row]) -> list[Row]:
     """
     cells: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row.optimizer, row.momentum_dtype, row.stage, row.ranks, row.dtype), []).append(row)
+        cells.setdefault(_cell_of(row), []).append(row)
     return [_merged(repeats) for repeats in cells.values()]
+
+
+def _cell_of(row: Row) -> tuple[object, ...]:
+    return row.run, row.optimizer, row.momentum_dtype, row.stage, row.ranks, row.dtype
 
 
 def _merged(repeats: Sequence[Row]) -> Row:

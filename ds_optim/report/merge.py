@@ -11,10 +11,8 @@ from ds_optim.errors import UserError
 from ds_optim.report.compare import render_compare
 from ds_optim.report.memory import render_memory
 from ds_optim.report.render import Report
-from ds_optim.report.schema import Row, RunInfo, read_rows, write_rows
+from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows, write_rows
 
-RESULTS = "results.jsonl"
-RUN_FILE = "run.json"
 _RENDERERS = {"memory": render_memory, "compare": render_compare}
 
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ds_optim.errors import UserError
 
 SCHEMA_VERSION = 1
+#: The files of a run: its rows, and what it was.
+RESULTS, RUN_FILE = "results.jsonl", "run.json"
 
 
 class Row(BaseModel):

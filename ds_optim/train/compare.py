@@ -11,12 +11,12 @@ from typing import Any
 
 from ds_optim.report.compare import render_compare
 from ds_optim.report.machine import describe_machine
-from ds_optim.report.schema import Row, RunInfo
+from ds_optim.report.schema import RESULTS, Row, RunInfo
 from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import milliseconds
 from ds_optim.train.compare_cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce
 from ds_optim.train.compare_launch import CellLauncher
-from ds_optim.train.sweep import RESULTS, Sweep, largest, run_sweep
+from ds_optim.train.sweep import Sweep, largest, run_sweep
 
 __all__ = ["CompareSettings", "run_compare"]
 

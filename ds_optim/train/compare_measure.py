@@ -8,7 +8,7 @@ import torch
 
 from ds_optim.memory.account import MemoryAccount, account
 from ds_optim.memory.interfaces import SentBytes, sent_bytes
-from ds_optim.memory.measure import PeakMemory, peak_resident_bytes
+from ds_optim.memory.measure import MemoryWatch, peak_resident_bytes
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.train import ranks
 from ds_optim.train.compare_cells import UNTIMED_STEPS
@@ -26,7 +26,8 @@ class CellObserver:
     def __init__(self, settings: TrainSettings) -> None:
         self._settings = settings
         self._times_ms: list[float] = []
-        self._peak = PeakMemory()
+        self._watch = MemoryWatch()
+        self._peak_bytes: int | None = None
         self._traffic = TrafficCounter()
         self._account: MemoryAccount | None = None
         self._sent_before: SentBytes | None = None
@@ -43,12 +44,13 @@ class CellObserver:
             self._times_ms.append(ms)
         if step == 1:
             self._traffic.start()
-            self._peak.start()
+            self._watch.__enter__()
             self._sent_before = sent_bytes()
         elif step == UNTIMED_STEPS:
             now = sent_bytes()
             self._sent = None if now is None or self._sent_before is None else now.since(self._sent_before)
-            self._peak.stop()
+            self._peak_bytes = self._watch.peak().allocated
+            self._watch.__exit__(None, None, None)
             self._traffic.stop()
 
     def on_end(self, engine: Any) -> None:
@@ -65,8 +67,8 @@ class CellObserver:
         held = self._account or MemoryAccount()
         return {
             "times_ms": self._times_ms,
-            "peak_bytes": self._peak.peak_bytes,
-            "peak_kind": self._peak.kind,
+            "peak_bytes": self._peak_bytes,
+            "peak_kind": self._watch.kind,
             "rss_peak_bytes": peak_resident_bytes(),
             "sent_bytes_per_step": self._traffic.sent_bytes / (UNTIMED_STEPS - 1),
             "sent_by_operator": self._traffic.by_operator,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.memory import render_memory
-from ds_optim.report.schema import Row, RunInfo
+from ds_optim.report.schema import RESULTS, Row, RunInfo
 from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import size
 from ds_optim.train.compare_cells import Cell, bucket_settings, reproduce
@@ -17,7 +17,7 @@ from ds_optim.train.compare_launch import CellLauncher
 from ds_optim.train.memory_cells import MemorySettings, plan_memory
 from ds_optim.train.memory_measure import FIRST_STEADY_STEP
 from ds_optim.train.memory_rows import fill_row
-from ds_optim.train.sweep import RESULTS, Sweep, run_sweep
+from ds_optim.train.sweep import Sweep, run_sweep
 
 __all__ = ["MemorySettings", "run_memory"]
 

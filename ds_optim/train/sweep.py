@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
-from ds_optim.report.schema import Row, RunInfo, append_row
+from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row
 from ds_optim.train.compare_cells import Cell, CompareSettings
 from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
 from ds_optim.train.compare_nodes import launcher_from
 from ds_optim.train.compare_worker import CELL_FILE, FAILURE_FILE, RESULT_FILE
 
-RESULTS = "results.jsonl"
-RUN_FILE = "run.json"
 #: What torch's allocators, Python and the kernel say when there is no memory left.
 _OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "memoryerror")
 

@@ -157,6 +157,26 @@ def test_runs_of_several_machines_become_one_report(tmp_path: Path) -> None:
     assert saved == {"a": "0", "b": str(20 * MIB)}, "each run against its own AdamW"
 
 
+def test_comparisons_of_two_runs_stay_apart(tmp_path: Path) -> None:
+    """The same cell of two runs is no repeat, and AdamW of one is no baseline of the other."""
+    fields = {"kind": "compare", "stage": 1, "ranks": 2, "dtype": "bf16", "train_loss": [3.0, 2.0]}
+    folders = [
+        run_folder(tmp_path / name, [Row(optimizer=o, val_loss=v * scale, **fields) for o, v in losses])
+        for name, scale, losses in (
+            ("a", 1, [("adamw", 2.0), ("lion", 1.0)]),
+            ("b", 3, [("adamw", 2.0), ("lion", 3.0)]),
+        )
+    ]
+    table = merge_runs(folders, tmp_path / "both").table
+    assert [[cell.text for cell in line.cells[:4]] for line in table.lines] == [
+        ["a", "adamw", "1", "2.000"], ["a", "lion", "1", "1.000"],
+        ["b", "adamw", "1", "6.000"], ["b", "lion", "1", "9.000"],
+    ]  # fmt: skip
+    assert [line.cells[3].change for line in table.lines] == ["", "−50 %", "", "+50 %"]
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert page.count("<svg") == 2, "the losses of each run"
+
+
 def test_folders_that_cannot_be_merged_are_one_line(tmp_path: Path) -> None:
     memory = run_folder(tmp_path / "a", [row("adamw", MIB)])
     compared = run_folder(tmp_path / "b", [Row(kind="compare", optimizer="lion")])

@@ -22,7 +22,7 @@ from ds_optim.report import (
     units,
     write_rows,
 )
-from ds_optim.report.compare import COMPARE_TABLE, compare_plots, merge_repeats, render_compare
+from ds_optim.report.compare import compare_plots, merge_repeats, render_compare, table_spec
 from ds_optim.report.plots import colour_map, draw
 
 
@@ -103,7 +103,7 @@ def test_changes_are_against_adamw_of_the_same_stage() -> None:
         row("adamw", 3, val_loss=4.0),
         row("lion", 3, val_loss=5.0),
     ]
-    table = build_table(rows, COMPARE_TABLE)
+    table = build_table(rows, table_spec(rows))
     loss = table.titles.index("Val loss")
     state = table.titles.index("State B/param")
     assert [line.cells[loss].change for line in table.lines] == ["", "−5.0 %", "", "+25 %"]
@@ -113,12 +113,13 @@ def test_changes_are_against_adamw_of_the_same_stage() -> None:
 
 
 def test_no_change_is_shown_where_the_baseline_failed() -> None:
-    table = build_table([failed("adamw", 1, "no"), row("lion", 1)], COMPARE_TABLE)
+    rows = [failed("adamw", 1, "no"), row("lion", 1)]
+    table = build_table(rows, table_spec(rows))
     assert all(not cell.change for cell in table.lines[1].cells)
 
 
 def test_unmeasured_columns_are_named_and_left_out() -> None:
-    table = build_table([row("adamw")], COMPARE_TABLE)
+    table = build_table([row("adamw")], table_spec([]))
     assert "Sent/rank/step" in table.unmeasured
     assert "Sent/rank/step" not in table.titles
     assert all(len(line.cells) == len(table.titles) for line in table.lines)
@@ -127,7 +128,7 @@ def test_unmeasured_columns_are_named_and_left_out() -> None:
 def test_failed_rows_say_why_in_every_format(tmp_path: Path) -> None:
     reason = "rank 1: RuntimeError: a <b> | c"
     rows = [row("adamw"), failed("lion", 1, reason)]
-    table = build_table(rows, COMPARE_TABLE)
+    table = build_table(rows, table_spec(rows))
     assert failures(table) == [f"lion, 1: {reason}"]
     markdown = to_markdown(table)
     assert reason in markdown
