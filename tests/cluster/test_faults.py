@@ -213,3 +213,15 @@ def test_memory_over_two_nodes_names_the_node_of_each_rank(cluster: Cluster, tmp
         (states,) = [line for line in row["extra"]["reconciliation"] if line["what"] == "model states"]
         assert abs(states["share"]) < 0.02
     assert "node2: 1" in (out / "report.html").read_text(), "the map over ranks names nodes"
+
+
+def test_a_cell_out_of_memory_on_two_nodes_is_a_row(cluster: Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "memory"
+    bucket = json.dumps({"zero_optimization": {"reduce_bucket_size": 10**15}})  # stage 0 makes none
+    arguments = "memory --optimizers lion --stages 2,0 --repeat 1 --steady 1 --seq-len 16 --micro-batch 2 --dtype fp32"
+    status, output = launch(cluster, *arguments.split(), "--deepspeed", bucket, "--out", str(out), cwd=tmp_path)
+    assert status == 1, output
+    failed, ran = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert failed["extra"]["out_of_memory"], failed["reason"]
+    assert re.search(r"rank \d on node\d: ", failed["reason"]), failed["reason"]
+    assert ran["status"] == "ok"
