@@ -40,6 +40,9 @@ def step(
     vocabulary: Vocabulary = 4096,
     tokens: Annotated[int, typer.Option(help="Tokens a rank and step; few, so that the optimizer shows.")] = 64,
     rounds: Annotated[int, typer.Option(help="Turns of each optimizer, after one to warm up.")] = 6,
+    traces: Annotated[
+        Path | None, typer.Option(help="Folder for traces of a few steps, which chrome://tracing and Perfetto show.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Training steps and the optimizers' part in them, interleaved, against AdamW and DeepSpeed's Muon."""
@@ -59,6 +62,7 @@ def step(
         shape=shape,
         tokens=tokens,
         rounds=rounds,
+        traces=None if traces is None else traces.absolute(),
     )
     title = f"Training steps, {ranks} ranks, {shape}, {tokens} tokens a rank"
     _run(

@@ -7,8 +7,10 @@ does meets all of them alike. Of each step the slowest rank counts, of the steps
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ds_optim.bench import engines, ranks
 from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON, ModelShape
 from ds_optim.bench.limits import Limits, measure_limits
 from ds_optim.bench.timing import NotMeasured, Outcome, Times, ratio
+from ds_optim.bench.trace import Overlap, traced
 from ds_optim.matrix.polar import PolarSpec, cost
 from ds_optim.optimizers import param_groups
 from ds_optim.report.schema import Row
@@ -27,7 +30,11 @@ _LIMIT_BYTES, _LIMIT_SIZE = 1 << 27, 1024
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What is run. tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` timed steps, after one to warm up."""
+    """What is run.
+
+    tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` timed steps, after one to warm up. traces: a folder that
+    keeps the traces from which the overlap is read.
+    """
 
     ranks: int
     stages: tuple[int, ...]
@@ -35,17 +42,20 @@ class StepSettings:
     shape: ModelShape
     tokens: int = 64
     rounds: int = 6
+    traces: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """One rank's: seconds of each timed step by case, in all and in ``engine.step``; why a case has none; limits."""
+    """One rank's: seconds of each timed step by case, in all and in ``engine.step``; why a case has none; limits; of a
+    few steps after those, how far matrix work covered the exchange's messages."""
 
     whole: Mapping[str, list[float]] = field(default_factory=dict)
     step: Mapping[str, list[float]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     limits: Limits | None = None
     least_work: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    overlap: Mapping[str, Overlap] = field(default_factory=dict)
 
 
 def rows(settings: StepSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
@@ -88,7 +98,17 @@ def measure(rank: int, world_size: int, stage: int, settings: StepSettings) -> R
                 whole[case].append(statistics.mean(seconds for seconds, _ in timed))
                 step[case].append(statistics.mean(seconds for _, seconds in timed))
     work = {case: least_work(case, settings.shape, world_size, group.device()) for case in built}
-    return RankTimes(whole=whole, step=step, missing=missing, limits=limits, least_work=work)
+    overlap = {case: trace(engine, f"{case}-stage{stage}-rank{rank}", settings) for case, engine in built.items()}
+    return RankTimes(whole=whole, step=step, missing=missing, limits=limits, least_work=work, overlap=overlap)
+
+
+def trace(engine: Any, name: str, settings: StepSettings) -> Overlap:
+    """The overlap of messages and matrix work in ``STEPS_A_TURN`` steps; their trace stays where traces are kept."""
+    batches = [engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens) for _ in range(STEPS_A_TURN)]
+    torch.distributed.barrier()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = (settings.traces or Path(scratch)) / f"{name.replace(':', '_')}.json.gz"
+        return traced(lambda: [engines.train_step(engine, batch) for batch in batches], path)
 
 
 def started(case: str, stage: int, settings: StepSettings) -> Any:
@@ -142,10 +162,18 @@ def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, sta
                 for other in (ADAMW, DEEPSPEED_MUON)
             }
             row.extra["ratios"]["optimizer / limit"] = over_limit(inside.median, case, by_rank)
+            row.extra["overlap"] = covered([r.overlap[case] for r in by_rank])
         elif isinstance(outcome, NotMeasured):
             row.extra["not_measured"] = outcome.reason
             row.notes.append(f"not measured: {outcome.reason}")
         yield row
+
+
+def covered(by_rank: list[Overlap]) -> float | None:
+    """The share of the time that messages of the exchange flew in which the rank worked on matrices, over all ranks;
+    None where none flew."""
+    flying = sum(overlap.flying_ms for overlap in by_rank)
+    return round(sum(overlap.covered_ms for overlap in by_rank) / flying, 3) if flying else None
 
 
 def over_limit(milliseconds: float, case: str, by_rank: list[RankTimes]) -> float | None:

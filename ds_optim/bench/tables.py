@@ -53,6 +53,7 @@ STEP = TableSpec(
         _ratio("Optimizer / AdamW's", f"optimizer / {ADAMW}"),
         _ratio("/ DS Muon's ", f"optimizer / {DEEPSPEED_MUON}"),
         _ratio("/ limit", "optimizer / limit"),
+        Column(title="Messages under work", value=_extra("overlap"), text=lambda share: f"{100 * share:.0f} %"),
     )
 )
 

@@ -15,7 +15,7 @@ from ds_optim.matrix.shapes import Shape
 from ds_optim.memory.estimate_model import ModelShape, Parameter
 from ds_optim.optimizers import OPTIMIZERS
 from ds_optim.optimizers.checks import check_choice
-from ds_optim.optimizers.options import check_exchange
+from ds_optim.optimizers.options import EXCHANGE_DEFAULTS, check_exchange
 from ds_optim.optimizers.routing import MEMBERS, ROLES
 from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT
 from ds_optim.sharding.binding import Member
@@ -66,8 +66,8 @@ class OptimizerPlan:
     step_scalar: int = 0
     """Bytes of the step count of each tensor that the optimizer steps."""
     polar: PolarSpec = field(default_factory=PolarSpec)
-    bucket_mb: float = 64.0
-    overlap: bool = True
+    bucket_mb: float = EXCHANGE_DEFAULTS["bucket_mb"]
+    overlap: bool = EXCHANGE_DEFAULTS["overlap"]
     ours: bool = True
 
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_optim.memory.estimate import layout_of
-from ds_optim.memory.estimate_exchange import MatrixWork, peak_scratch, work_of
+from ds_optim.memory.estimate_exchange import work_of
 from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_optimizers import OptimizerPlan
 from ds_optim.memory.estimate_terms import ZeroSettings
-from ds_optim.sharding.plan import ExchangePlan, plan_exchange
+from ds_optim.optimizers.matrix_work import MatrixWork
+from ds_optim.sharding.plan import ExchangePlan
 
 #: Of more ranks, so many spread evenly are looked at.
 SAMPLED_RANKS = 64
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
         for place, rank in enumerate(sampled):
             inside, between = _sent(plan, work, rank, ranks_per_node)
             sent[place] = sent[place][0] + inside, sent[place][1] + between
-            scratch = max(scratch, peak_scratch(plan, rank, work))
+            scratch = max(scratch, work.peak_scratch(plan, rank))
     mean = sum(busy) / len(busy)
     most = max(busy, default=0.0)
     totals = [inside + between for inside, between in sent]
@@ -104,8 +104,7 @@ def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings) -> Iterator[tuple[E
         if group.shape is None or not views:
             continue
         work = work_of(group.shape, optimizer, zero)
-        elements = max(1, int(work.bucket_mb * _MIB) // work.there)
-        yield plan_exchange(unit, views, cost=work.cost, bucket_elements=elements), work
+        yield work.plan(unit, views), work
 
 
 def _sample(ranks: int) -> Sequence[int]:

@@ -18,6 +18,7 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
+from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
 from ds_optim.optimizers.loading import unwrap, wrapped
@@ -32,6 +33,7 @@ from ds_optim.optimizers.options import (
     check_options,
 )
 from ds_optim.optimizers.parameters import step_parameters
+from ds_optim.optimizers.planning import check_alike, plan_workers
 from ds_optim.optimizers.routing import MEMBERS
 from ds_optim.optimizers.rules import (
     RULES,
@@ -43,6 +45,7 @@ from ds_optim.optimizers.rules import (
     ParameterUpdate,
 )
 from ds_optim.optimizers.saved import (
+    COSTS,
     SAVED,
     Identity,
     check_saved,
@@ -104,6 +107,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._members: list[list[Member]] = [group.pop(MEMBERS) for group in groups]
         self._binding: Binding | None = None
         self._workers: dict[int, MatrixWorker] = {}
+        self._costs: Costs | None = None
+        self._planned = False
         self._diagnostics = Diagnostics() if options.get("diagnostics") else None
         self._momentum_dtype = DTYPES[options.get("momentum_dtype", "float32")]
         if self._momentum_dtype != torch.float32 and len(RULES[rule].buffers) > 1:
@@ -137,7 +142,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._settle_groups()
         parameters = (m.parameter for members in self._members for m in members)
-        return with_description(super().state_dict(), self.identity(), self.param_groups, parameters)
+        return with_description(super().state_dict(), self.identity(), self.param_groups, parameters, self._costs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but that state keeps the dtype in which it was saved.
@@ -152,6 +157,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             check_stored_dtype(entry, self._momentum_dtype)
         super().load_state_dict(wrapped(plain))
         unwrap(self)
+        costs = description.get(COSTS) if description is not None else None
+        if costs is not None and costs != self._costs:  # the plan of the saved run is made again
+            self._costs, self._planned = costs, False
 
     def identity(self) -> Identity:
         """What a checkpoint must be of to be loaded here."""
@@ -224,6 +232,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         tensors = [t for group in self.param_groups for t in group["params"]]
         if binding is None or any(binding.unit_of(t) is None for t in tensors):
             binding = self._bind()
+        if not self._planned:
+            rules = [self._all_groups[unit.group]["rule"] for unit in binding.layout.units]
+            self._workers, self._costs = plan_workers(binding, rules, self._polar, self._exchange, self._costs)
+            self._planned = True
         return binding
 
     def _bind(self) -> Binding:
@@ -235,34 +247,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         binding = bind(self, self._members, self._all_groups)
         rules = tuple(self._all_groups[unit.group]["rule"] for unit in binding.layout.units)
         meant = type(self).__name__, binding.layout.digest(), rules, self._polar, tuple(sorted(self._exchange.items()))
-        dtypes = [members[0].parameter.dtype for members in binding.members]
-        everyone = binding.comm.gather_objects((meant, [self._polar.resolve(binding.device, d) for d in dtypes]))
-        _check_alike([what for what, _ in everyone])
-        # Rank 0's choice for all: "auto" asks the hardware, and what its user has measured.
-        self._workers = self._plan(binding, everyone[0][1])
-        plans = tuple((unit, worker.digest()) for unit, worker in sorted(self._workers.items()))
-        _check_alike(binding.comm.gather_objects(plans))
-        self._binding = binding
+        check_alike(binding.comm.gather_objects(meant))
+        self._binding, self._planned = binding, False
         self._init_states(binding)
         return binding
-
-    def _plan(self, binding: Binding, polars: Sequence[PolarSpec]) -> dict[int, MatrixWorker]:
-        """A worker for each unit whose rule may ask for matrices; ``polars`` by unit, resolved."""
-        workers = {}
-        for number, unit in enumerate(binding.layout.units):
-            shape = RULES[self._all_groups[unit.group]["rule"]].shape
-            if shape is not None:
-                workers[number] = MatrixWorker(
-                    unit,
-                    binding.members[number],
-                    binding.comm,
-                    shape=shape,
-                    polar=polars[number],
-                    device=binding.device,
-                    bucket_mb=self._exchange["bucket_mb"],
-                    overlap=self._exchange["overlap"],
-                )
-        return workers
 
     def _init_states(self, binding: Binding) -> None:
         # All units at once: DeepSpeed links the state of all groups after the first group's step.
@@ -318,14 +306,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._diagnostics and old is not None:
             self._diagnostics.after(number, group["name"], local, old, update, done)
         return number
-
-
-def _check_alike(answers: Sequence[Any]) -> None:
-    if len(set(answers)) != 1:
-        raise RuntimeError(
-            "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
-            "parameter groups and optimizer JSON"
-        )
 
 
 def _finite(groups: Sequence[Group]) -> bool:

@@ -7,17 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ds_optim.matrix.polar import PolarSpec
-from ds_optim.matrix.shapes import Shape
 from ds_optim.matrix.views import MatrixView
+from ds_optim.optimizers.matrix_work import MatrixWork, is_cut_up
 from ds_optim.optimizers.rules import SCALES
 from ds_optim.sharding.binding import Member
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Apply, Exchange, Fill
 from ds_optim.sharding.layout import Slice, Unit
-from ds_optim.sharding.plan import plan_exchange
-
-_MIB = 1 << 20
 
 
 class MatrixWorker:
@@ -25,11 +21,8 @@ class MatrixWorker:
 
     Args:
         members: the unit's parameters, each with a view.
-        shape: what the rule makes of its directions.
-        polar: resolved for the hardware.
+        work: what the rule makes of its directions, and how.
         device: where matrices are worked on and messages live.
-        bucket_mb: MiB of matrices that a rank owns in one bucket.
-        overlap: messages fly while matrices are worked on.
     """
 
     def __init__(
@@ -38,26 +31,17 @@ class MatrixWorker:
         members: Sequence[Member],
         comm: Comm,
         *,
-        shape: Shape,
-        polar: PolarSpec,
+        work: MatrixWork,
         device: torch.device,
-        bucket_mb: float,
-        overlap: bool,
     ) -> None:
-        self.shape = shape
-        self._polar = polar
-        self._views: dict[int, MatrixView] = {}
-        for number, member in enumerate(members):
-            assert member.view is not None, f"{member.spec.name} takes a matrix rule and has no view"
-            self._views[number] = member.view
-        dtypes = [polar.message_dtype, *([torch.float32] if shape.weights else [])]
-        self.plan = plan_exchange(
-            unit,
-            self._views,
-            cost=self._cost,
-            bucket_elements=max(1, int(bucket_mb * _MIB) // sum(dtype.itemsize for dtype in dtypes)),
+        self.work = work
+        self.shape = work.shape
+        self._polar = work.polar
+        self._views = views_of(members)
+        self.plan = work.plan(unit, self._views)
+        self._exchange = Exchange(
+            self.plan, comm, device=device, dtypes=work.dtypes, result=work.shape.result, overlap=work.overlap
         )
-        self._exchange = Exchange(self.plan, comm, device=device, dtypes=dtypes, result=shape.result, overlap=overlap)
 
     def digest(self) -> str:
         """A hash of all that the ranks must agree on."""
@@ -66,7 +50,7 @@ class MatrixWorker:
     @property
     def travelling(self) -> tuple[int, int]:
         """Bytes of an element on its way to the owner, and of its result on the way back."""
-        return sum(dtype.itemsize for dtype in self._exchange.dtypes), self._exchange.result.itemsize
+        return self.work.there, self.work.back
 
     def sent_bytes(self, rank: int) -> int:
         """Bytes that ``rank`` sends in one exchange: its slices out, and its results back."""
@@ -108,14 +92,11 @@ class MatrixWorker:
         self._exchange.run(fill, solve, keep, absent)
         return found
 
-    def _cost(self, view: MatrixView) -> float:
-        return sum(count * self.shape.cost(m, n, self._polar) for count, m, n in view.matrices())
-
     def _solve(self, view: MatrixView, stacks: Sequence[Tensor], scale: str | None) -> Tensor:
         """(B, numel) parameters of one view -> (B, numel) results, in proportion to the first matrix's scale."""
         blocks = view.matrices()
         directions, weights = stacks[0], stacks[1] if self.shape.weights else None
-        if len(blocks) == 1 and not view.transpose:  # whole parameters, or stacks of heads or experts: nothing to cut
+        if not is_cut_up(view):  # whole parameters, or stacks of heads or experts
             count, m, n = blocks[0]
             seen = None if weights is None else weights.view(-1, m, n)
             return self.shape.solve(directions.view(-1, m, n), seen, self._polar).view(directions.shape)
@@ -141,3 +122,12 @@ class MatrixWorker:
     @staticmethod
     def _relative(scale: str | None, block: tuple[int, int, int]) -> float:
         return 1.0 if scale is None else SCALES[scale](*block[1:])
+
+
+def views_of(members: Sequence[Member]) -> dict[int, MatrixView]:
+    """How each of a unit's parameters is seen as matrices, by its number."""
+    views = {}
+    for number, member in enumerate(members):
+        assert member.view is not None, f"{member.spec.name} takes a matrix rule and has no view"
+        views[number] = member.view
+    return views

@@ -26,7 +26,8 @@ AUX_DEFAULTS: dict[str, dict[str, Any]] = {
     "signum": {"lr": 1e-4, "beta": 0.9},
 }
 
-EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 64, "overlap": True}
+EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 256, "overlap": True, "costs": "measured"}
+COSTS = ("measured", "modelled")
 
 
 class CommonOptions(TypedDict, total=False):
@@ -49,7 +50,8 @@ class MatrixOptions(CommonOptions, total=False):
 
     aux: the rule for what is no matrix, "lion", "adamw" or "signum"; aux_lr, aux_betas (lion, adamw),
     aux_beta (signum) and aux_weight_decay are its hyperparameters. polar: a :class:`PolarSpec` as a dict.
-    exchange: {"bucket_mb": MiB that a rank owns in one bucket, "overlap": messages fly during work}.
+    exchange: {"bucket_mb": MiB that it may hold at once, unless one matrix asks for more, "overlap": messages fly
+    during work, "costs": owners get equal work by the clock, "measured", or by counted operations, "modelled"}.
     """
 
     aux: str
@@ -87,11 +89,12 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
 
 def check_exchange(options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        raise UserError(f'exchange is {options!r}: write an object such as {{"bucket_mb": 64, "overlap": true}}')
+        raise UserError(f'exchange is {options!r}: write an object such as {{"bucket_mb": 256, "overlap": true}}')
     check_keys("exchange", options, EXCHANGE_DEFAULTS)
     merged = {**EXCHANGE_DEFAULTS, **options}
     check_positive("exchange.bucket_mb", merged["bucket_mb"])
     check_bool("exchange.overlap", merged["overlap"])
+    check_choice("exchange.costs", merged["costs"], COSTS)
     return merged
 
 

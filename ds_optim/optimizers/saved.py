@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT, Group, Rule
 from ds_optim.sharding.layout import ParamSpec
 
 SAVED = "saved"
 """The key of the description in each saved group; no live group keeps it."""
 PARAMETERS = "parameters"
+COSTS = "costs"
+"""The key, in the description, of what the owners of matrices were chosen by (see ``optimizers.costs``)."""
 FORMAT = 1
 UNIVERSAL_BUFFERS = (MOMENTUM, SECOND_MOMENT)
 """What ``ds_to_universal`` asks of every flat partition."""
@@ -53,12 +56,16 @@ def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def with_description(
-    state_dict: dict[str, Any], identity: Identity, groups: Sequence[Group], parameters: Iterable[Tensor]
+    state_dict: dict[str, Any],
+    identity: Identity,
+    groups: Sequence[Group],
+    parameters: Iterable[Tensor],
+    costs: Costs | None = None,
 ) -> dict[str, Any]:
     """``state_dict`` of ``groups`` as it is saved: described, and with placeholders where a tensor is none of the
     model's ``parameters`` but a flat partition."""
     unsharded = {id(parameter) for parameter in parameters}
-    description = describe(identity, groups)
+    description = {**describe(identity, groups), **({} if costs is None else {COSTS: costs})}
     states: dict[Any, dict[str, Any]] = {}
     packed = []
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):

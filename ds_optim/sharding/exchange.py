@@ -5,7 +5,7 @@ travel back the same way. While a bucket is worked on, the next one is on its wa
 its way out; matrices that lie whole on a rank are done while the first messages fly.
 
 Scratch: at most three buckets are alive at a time (two without overlap), each with its message and the
-stack of the matrices that this rank owns in it.
+stack of the matrices that this rank owns in it. A profiler's trace names the beats: ``DEPART``, ``SOLVE``, ``LAND``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm, Pending
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import Bucket, ExchangePlan
+
+DEPART, SOLVE, LAND = "ds_optim: depart", "ds_optim: solve", "ds_optim: land"
+"""Slices leave for their owners; matrices are worked on; results are applied where they belong."""
 
 Fill = Callable[[Slice, Sequence[Tensor]], None]
 """Write what a slice contributes into 1-D messages, one for each dtype that travels."""
@@ -158,7 +162,8 @@ class Exchange:
         for number, (_, held) in enumerate(pieces):
             assert held is not None
             fill(held, [stack[number] for stack in stacks])
-        result = solve(self.plan.views[pieces[0][0]], stacks)
+        with record_function(SOLVE):
+            result = solve(self.plan.views[pieces[0][0]], stacks)
         for row, (_, held) in zip(result, pieces, strict=True):
             assert held is not None
             apply(held, row)
@@ -172,6 +177,7 @@ class Exchange:
         arrived = torch.empty(sum(out_counts), dtype=message.dtype, device=self.device)
         return _Letter(message, arrived, self.comm.all_to_all(arrived, out_counts, message, counts))
 
+    @record_function(DEPART)
     def _depart(self, route: _Route, fill: Fill) -> _Flight:
         """Post the messages that bring a bucket's matrices to their owners."""
         messages = [torch.empty(sum(route.sent), dtype=dtype, device=self.device) for dtype in self.dtypes]
@@ -191,9 +197,11 @@ class Exchange:
             letter.pending.wait()
             for place, piece in _arrived_pieces(route, stacks, letter.arrived):
                 place.copy_(piece)
-        results = []
-        for number, pieces in enumerate(route.own):
-            results.append(solve(self.plan.views[pieces[0][0]], [stacks[number] for stacks in flight.stacks]))
+        with record_function(SOLVE):
+            results = [
+                solve(self.plan.views[pieces[0][0]], [stacks[number] for stacks in flight.stacks])
+                for number, pieces in enumerate(route.own)
+            ]
         message = flight.letters[0].arrived
         flight.letters, flight.stacks = [], []  # what came is worked into the results: let go of it
         if message.dtype != self.result:
@@ -204,6 +212,7 @@ class Exchange:
         for held, row in _own_rows(route, results):
             apply(held, row)
 
+    @record_function(LAND)
     def _land(self, flight: _Flight, apply: Apply) -> None:
         (letter,) = flight.letters
         letter.pending.wait()

@@ -31,7 +31,8 @@ class ExchangePlan:
 
     ``whole[r]`` are batches of parameters that lie whole on rank r and never travel; ``buckets`` those
     that do, the same list on every rank. Batches hold one view only, so that they can be stacked.
-    ``bucket_elements`` bounds what a rank owns in one bucket or batch; a larger matrix has one to itself.
+    ``bucket_elements`` bounds what a rank owns in one bucket, ``batch_elements`` what is in a batch; a larger matrix
+    has one to itself.
     """
 
     unit: Unit
@@ -39,6 +40,7 @@ class ExchangePlan:
     whole: tuple[tuple[tuple[int, ...], ...], ...]
     buckets: tuple[Bucket, ...]
     bucket_elements: int
+    batch_elements: int
     costs: Mapping[int, float]
 
     def sent_counts(self, bucket: Bucket, rank: int) -> list[int]:
@@ -91,14 +93,23 @@ class ExchangePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_exchange(unit: Unit, views: Mapping[int, MatrixView], *, cost: Cost, bucket_elements: int) -> ExchangePlan:
+def plan_exchange(
+    unit: Unit,
+    views: Mapping[int, MatrixView],
+    *,
+    cost: Cost,
+    bucket_elements: int,
+    batch_elements: int | None = None,
+) -> ExchangePlan:
     """Plan the exchange of the matrices of ``unit``.
 
     Args:
         views: how each parameter (by its number in the unit) is seen as matrices.
         cost: the modelled or measured cost of a view's matrices; only ratios matter.
         bucket_elements: bound on the elements that a rank owns in one bucket.
+        batch_elements: bound on those of a batch of matrices that lie whole on a rank; the same where None.
     """
+    batch_elements = batch_elements or bucket_elements
     costs = {param: cost(view) for param, view in views.items()}
     whole: list[list[int]] = [[] for _ in range(unit.world_size)]
     cut: list[int] = []
@@ -114,7 +125,7 @@ def plan_exchange(unit: Unit, views: Mapping[int, MatrixView], *, cost: Cost, bu
 
     def batches(params: Sequence[int], stackable: bool) -> list[tuple[int, ...]]:
         ordered = sorted(params, key=lambda p: (-costs[p], repr(views[p]), p))
-        return _fill_buckets(unit, ordered, views, bucket_elements, stackable)
+        return _fill_buckets(unit, ordered, views, batch_elements if stackable else bucket_elements, stackable)
 
     queues = [batches(params, stackable=False) for params in owned]
     buckets = [
@@ -127,6 +138,7 @@ def plan_exchange(unit: Unit, views: Mapping[int, MatrixView], *, cost: Cost, bu
         whole=tuple(tuple(batches(params, stackable=True)) for params in whole),
         buckets=tuple(buckets),
         bucket_elements=bucket_elements,
+        batch_elements=batch_elements,
         costs=costs,
     )
 

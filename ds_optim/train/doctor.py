@@ -20,6 +20,7 @@ from ds_optim.train.reach import unreachable
 FINE = 0
 TO_DO = 1
 _MUST_AGREE = ("code", "config")
+_HELD_PER_SENT = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,8 @@ def _told(timed: Timed) -> Finding:
 
 
 def _bucket_bytes(config: Path | None) -> int:
-    """Bytes of the Exchange's bucket under this config, or by default."""
+    """About what a rank sends of the Exchange's bucket under this config, or by default: of each element 2 bytes, where
+    messages, stacks, results and temporaries hold some 30."""
     from ds_optim.optimizers.options import EXCHANGE_DEFAULTS
     from ds_optim.train.deepspeed_json import read_json
 
@@ -179,9 +181,9 @@ def _bucket_bytes(config: Path | None) -> int:
     try:
         section = read_json(config).get("optimizer", {}) if config is not None else {}
         bucket = section.get("params", {}).get("exchange", {}).get("bucket_mb", bucket)
-        return max(1, int(float(bucket) * 2**20))
+        return max(1, int(float(bucket) * 2**20) // _HELD_PER_SENT)
     except (UserError, AttributeError, TypeError, ValueError):  # the trial says what is wrong with it
-        return int(EXCHANGE_DEFAULTS["bucket_mb"]) * 2**20
+        return int(EXCHANGE_DEFAULTS["bucket_mb"]) * 2**20 // _HELD_PER_SENT
 
 
 def _trial(config: Path | None) -> Finding:

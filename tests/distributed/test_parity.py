@@ -51,7 +51,7 @@ FOUNDATION = ("Lion", "SignSGD", "Signum", "Muon", "Muonlight", "LionMuon", "Sig
 _SQUARE = (("fp32", 1), ("bf16", 3), ("fp32", 3), ("bf16", 1))
 
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-_TINY_BUCKETS = {"exchange": {"bucket_mb": 0.001}}
+_TINY_BUCKETS = {"exchange": {"bucket_mb": 0.01}}
 _CLIPPED = {"clip": 0.1, "accumulation": 3, "zero": {"sub_group_size": 300}}
 _FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -73,7 +73,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], dic
     "zero_init-bf16": (("Muon",), (3,), (2,), {"zero_init": True, "dtype": "bf16"}, {}),
     "all_partitioned": (("Muon",), (3,), (2,), {"zero": {"stage3_param_persistence_threshold": 0}}, {}),
     "tiny_buckets": (("LionMuon",), (1, 2, 3), (3, 4), {}, _TINY_BUCKETS),
-    "tiny_buckets-in_turn": (("Muon",), (3,), (3,), {}, {"exchange": {"bucket_mb": 0.001, "overlap": False}}),
+    "tiny_buckets-in_turn": (("Muon",), (3,), (3,), {}, {"exchange": {"bucket_mb": 0.01, "overlap": False}}),
     "momentum_bf16": (("Lion", "LionMuon"), (1, 3), (2, 3), {}, {"momentum_dtype": "bfloat16"}),
     "momentum_bf16-offload": (("LionMuon",), (2,), (2,), {"zero": _OFFLOAD}, {"momentum_dtype": "bfloat16"}),
     "clipped": (("Muon",), (1, 2, 3), (2,), _CLIPPED, {}),

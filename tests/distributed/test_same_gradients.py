@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Run] = {
     "SignSGD": Run(type="SignSGD", params={"lr": 1e-3}),
     "Signum": Run(type="Signum", params={"lr": 1e-3}),
     "Muon": Run(type="Muon", params={"polar": FP32}),
-    "Muon-bf16": Run(type="Muon", params={"polar": BF16, "exchange": {"bucket_mb": 0.001}}),
+    "Muon-bf16": Run(type="Muon", params={"polar": BF16, "exchange": {"bucket_mb": 0.01}}),
     "Muon-aux_adamw": Run(type="Muon", params={"polar": FP32, "aux": "adamw"}),
     "Muonlight": Run(type="Muonlight", params={"polar": FP32, "aux": "signum"}),
     "LionMuon": Run(type="LionMuon", params={"polar": FP32}),

@@ -37,7 +37,9 @@ def bench(out: Path, *arguments: str) -> list[Row]:
 
 
 def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench(tmp_path, "step", *MODEL, "--tokens", "8", "--rounds", "1", "--cases", "AdamW,Lion,LionMuon")
+    traces = tmp_path / "traces"
+    given = ("--tokens", "8", "--rounds", "1", "--cases", "AdamW,Lion,LionMuon", "--traces", str(traces))
+    rows = bench(tmp_path, "step", *MODEL, *given)
     assert [(row.optimizer, row.stage, row.ranks) for row in rows] == [
         ("AdamW", 3, 2), ("Lion", 3, 2), ("LionMuon", 3, 2),
     ]  # fmt: skip
@@ -51,6 +53,8 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row.extra["ratios"]["step / AdamW"] == pytest.approx(row.ms_per_step / times["AdamW"], rel=0.01)
         assert row.extra["ratios"]["optimizer / limit"] > 1
         assert row.extra["limits"]["copy_gb_s"] > 0
+        assert (row.extra["overlap"] is None) == (row.optimizer != "LionMuon"), "only its matrices travel"
+    assert len(list(traces.iterdir())) == 6, "of each case, one a rank"
     shown = capsys.readouterr()
     assert "Limits: copies" in shown.out
     assert "Warning" not in shown.err

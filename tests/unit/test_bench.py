@@ -16,6 +16,7 @@ from ds_optim.bench.engines import CASES, ModelShape
 from ds_optim.bench.limits import Limits, measure_limits
 from ds_optim.bench.output import remarks
 from ds_optim.bench.timing import Case, NotMeasured, Times, ratio, take_turns
+from ds_optim.bench.trace import Overlap, overlap_of
 from ds_optim.cli import main
 from ds_optim.matrix import dispatch
 from ds_optim.report import Row, build_table, to_markdown
@@ -253,6 +254,7 @@ def test_of_each_step_the_slowest_rank_counts() -> None:
     missing = {"Lion": "no such thing here"}
     by_rank = [
         step.RankTimes(
+            overlap={"AdamW": Overlap(flying_ms=0, covered_ms=0), "Muon": Overlap(flying_ms=2, covered_ms=slow)},
             whole={"AdamW": [0.010, 0.010, 0.010], "Muon": [0.010 * slow, 0.030, 0.010]},
             step={"AdamW": [0.002, 0.002, 0.002], "Muon": [0.004, 0.004, 0.001 * slow]},
             limits=limits, missing=missing, least_work=work,
@@ -266,6 +268,8 @@ def test_of_each_step_the_slowest_rank_counts() -> None:
         "step / AdamW": 2.0, "step / deepspeed:Muon": None,
         "optimizer / AdamW": 2.0, "optimizer / deepspeed:Muon": None, "optimizer / limit": 2.0,
     }  # fmt: skip
+    assert rows["Muon"].extra["overlap"] == 0.75
+    assert rows["AdamW"].extra["overlap"] is None
     assert rows["AdamW"].extra["ratios"]["optimizer / limit"] == 2.0
     assert rows["Lion"].ms_per_step is None
     assert rows["Lion"].notes == ["not measured: no such thing here"]
@@ -344,3 +348,17 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: st
     assert said.out == ""
     assert said.err.count("\n") == 1
     assert message in said.err
+
+
+def test_overlap_is_the_time_that_messages_and_work_share() -> None:
+    def span(name: str, begin: float, end: float, cat: str) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "ts": begin, "dur": end - begin, "cat": cat}
+
+    flights = [span("gloo:all_to_all", begin, end, "cpu_op") for begin, end in ((0, 4000), (3000, 6000), (9000, 10000))]
+    work = [span("ds_optim: solve", begin, end, "user_annotation") for begin, end in ((2000, 5000), (9500, 9600))]
+    other = [span("gloo:all_gather", 0, 10000, "cpu_op"), span("ds_optim: land", 0, 10000, "user_annotation")]
+    assert overlap_of([*flights, *work, *other, {"ph": "M"}]) == Overlap(flying_ms=7.0, covered_ms=3.1)
+    nccl = span("ncclDevKernel_SendRecv(args)", 100, 300, "kernel")
+    on_gpu = [nccl, span("ds_optim: solve", 200, 900, "gpu_user_annotation")]
+    assert overlap_of([*flights, *work, *on_gpu]) == Overlap(flying_ms=0.2, covered_ms=0.1), "the device's own times"
+    assert overlap_of(work) == Overlap(flying_ms=0, covered_ms=0)

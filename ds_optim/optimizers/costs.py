@@ -1,0 +1,132 @@
+"""What a matrix costs on this machine: each shape is timed once, so that owners get equal time and not equal counts.
+
+One rank measures, all plan with its numbers. They are kept in the user's cache folder, so that the next run on the
+machine deals the matrices out alike, and in checkpoints, so that a resumed one does:
+
+    {"device": NAME, "jobs": {WHAT: {"768x2304": milliseconds of one matrix, ...}}}
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ds_optim.cache import cache_folder, read_table, write_table
+from ds_optim.matrix.dispatch import device_name
+from ds_optim.optimizers.matrix_work import MatrixWork
+
+logger = logging.getLogger("ds_optim")
+
+VERSION = 1
+Costs = dict[str, Any]
+"""As above; plain, so that it can be saved."""
+_SAMPLES = 3
+#: A first call that takes longer is the measurement, although it warms up.
+_LONG_S = 0.5
+_FILE = "costs.json"
+
+
+def job_of(work: MatrixWork, device: torch.device) -> str:
+    """The name that costs of this work stand under; a CPU's depend on its threads."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{work.shape.name}, {work.polar}{threads}"
+
+
+def with_costs(work: MatrixWork, device: torch.device, costs: Costs, shapes: Iterable[tuple[int, int]]) -> MatrixWork:
+    """``work`` with the costs of ``shapes``; with counted operations where one of them was not measured."""
+    found = costs["jobs"].get(job_of(work, device), {})
+    known = {shape: found[_key(shape)] for shape in shapes if _key(shape) in found}
+    return replace(work, costs=known if known and all(shape in known for shape in shapes) else None)
+
+
+def measured(
+    works: Iterable[tuple[MatrixWork, frozenset[tuple[int, int]]]], device: torch.device, saved: Costs | None = None
+) -> Costs:
+    """Costs of each work's shapes (m, n): those of a checkpoint first, then those of the cache, then by the clock."""
+    name = device_name(device)
+    jobs: dict[str, dict[str, float]] = {}
+    kept = _cached(name)
+    fresh = False
+    for work, shapes in works:
+        job = job_of(work, device)
+        own = jobs.setdefault(job, {})
+        from_checkpoint = saved["jobs"].get(job, {}) if saved is not None and saved["device"] == name else {}
+        for shape in sorted(shapes):
+            key = _key(shape)
+            found = own.get(key) or from_checkpoint.get(key) or kept.get(job, {}).get(key)
+            if found is None:
+                found = _timed(work, shape, device)
+                fresh = fresh or found is not None
+            if found is not None:
+                own[key] = found
+    if fresh:
+        _keep(name, {**kept, **{job: {**kept.get(job, {}), **own} for job, own in jobs.items()}})
+    return {"device": name, "jobs": jobs}
+
+
+def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> float | None:
+    """Milliseconds of one matrix, the best of a few; None, and a line that says so, where it cannot be done."""
+    generator = torch.Generator(device).manual_seed(0)  # not the user's stream of random numbers
+    direction = torch.randn(1, *shape, generator=generator, device=device).to(work.polar.message_dtype)
+    weights = torch.randn(1, *shape, generator=generator, device=device) if work.shape.weights else None
+
+    def once() -> float:
+        _synchronize(device)
+        begin = time.perf_counter()
+        work.shape.solve(direction, weights, work.polar)
+        _synchronize(device)
+        return time.perf_counter() - begin
+
+    try:
+        first = once()
+        seconds = first if first > _LONG_S else min(once() for _ in range(_SAMPLES))
+    except RuntimeError as problem:  # out of memory, or a library's own
+        logger.warning(
+            "ds_optim: a %s matrix could not be timed, operations are counted (%s)", _key(shape), _line(problem)
+        )
+        return None
+    return float(f"{max(seconds * 1e3, 1e-6):.3g}")
+
+
+def _cached(name: str) -> Mapping[str, Mapping[str, float]]:
+    path = cache_folder() / _FILE
+    try:
+        found: Mapping[str, Mapping[str, float]] = read_table(path, VERSION)["devices"].get(name, {})
+        return {job: {key: float(cost) for key, cost in costs.items()} for job, costs in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
+        logger.warning("ds_optim: the table of costs %s cannot be read (%s); matrices are timed anew", path, problem)
+        return {}
+
+
+def _keep(name: str, jobs: Mapping[str, Mapping[str, float]]) -> None:
+    """Make ``jobs`` all that the cache has of a device; a run goes on where that is not possible."""
+    path = cache_folder() / _FILE
+    try:
+        table = read_table(path, VERSION)
+    except (OSError, ValueError):
+        table = {"version": VERSION, "devices": {}}
+    table["devices"][name] = jobs
+    try:
+        write_table(path, table)
+    except OSError as problem:
+        logger.warning("ds_optim: measured costs cannot be kept in %s (%s)", path, problem)
+
+
+def _key(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _line(problem: BaseException) -> str:
+    return str(problem).strip().split("\n")[0]

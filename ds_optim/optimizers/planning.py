@@ -1,0 +1,98 @@
+"""Who works on which matrix, agreed on by all ranks before the first step.
+
+"auto" asks the hardware and costs are by the clock, so that ranks would choose differently: rank 0 chooses for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ds_optim.matrix.polar import PolarSpec
+from ds_optim.optimizers.costs import Costs, measured, with_costs
+from ds_optim.optimizers.matrices import MatrixWorker, views_of
+from ds_optim.optimizers.matrix_work import MatrixWork
+from ds_optim.optimizers.rules import RULES
+from ds_optim.sharding.binding import Binding
+
+
+def plan_workers(
+    binding: Binding, rules: Sequence[str], polar: PolarSpec, exchange: Mapping[str, Any], saved: Costs | None
+) -> tuple[dict[int, MatrixWorker], Costs | None]:
+    """A worker for each unit whose rule may ask for matrices, and the costs that owners were chosen by.
+
+    Args:
+        rules: of the units, in their order.
+        saved: the costs of a checkpoint. None of them is measured anew, so that its plan is made again.
+
+    Raises:
+        RuntimeError: on every rank, where plans differ all the same.
+    """
+    works = _works(binding, rules, polar, exchange)
+    choice: tuple[dict[int, PolarSpec], Costs | None] | None = None
+    if binding.comm.rank == 0:
+        works = {number: _resolved(work, binding, number) for number, work in works.items()}
+        costs = _costs(binding, works, saved) if exchange["costs"] == "measured" else None
+        choice = {number: work.polar for number, work in works.items()}, costs
+    polars, costs = binding.comm.gather_objects(choice)[0]
+    workers = {}
+    for number, work in works.items():
+        work = replace(work, polar=polars[number])
+        if costs is not None:
+            work = with_costs(work, binding.device, costs, _matrices(binding, number))
+        unit, members = binding.layout.units[number], binding.members[number]
+        workers[number] = MatrixWorker(unit, members, binding.comm, work=work, device=binding.device)
+    plans = tuple((number, worker.digest()) for number, worker in sorted(workers.items()))
+    check_alike(binding.comm.gather_objects(plans))
+    return workers, costs
+
+
+def check_alike(answers: Sequence[Any]) -> None:
+    """Raise RuntimeError where the ranks' answers differ."""
+    if len(set(answers)) != 1:
+        raise RuntimeError(
+            "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
+            "parameter groups and optimizer JSON"
+        )
+
+
+def _works(
+    binding: Binding, rules: Sequence[str], polar: PolarSpec, exchange: Mapping[str, Any]
+) -> dict[int, MatrixWork]:
+    works = {}
+    for number, rule in enumerate(rules):
+        shape = RULES[rule].shape
+        if shape is not None:
+            works[number] = MatrixWork(
+                shape=shape,
+                polar=polar,
+                bucket_mb=exchange["bucket_mb"],
+                overlap=exchange["overlap"],
+                stacked=binding.device.type != "cpu",
+            )
+    return works
+
+
+def _resolved(work: MatrixWork, binding: Binding, number: int) -> MatrixWork:
+    weights = binding.members[number][0].parameter.dtype
+    return replace(work, polar=work.polar.resolve(binding.device, weights))
+
+
+def _costs(binding: Binding, works: Mapping[int, MatrixWork], saved: Costs | None) -> Costs | None:
+    """What the owners of cut matrices are chosen by; None where no matrix is cut."""
+    units = binding.layout.units
+    cut = {
+        number: work
+        for number, work in works.items()
+        if any(len(units[number].holders(param)) > 1 for param in range(len(units[number].params)))
+    }
+    if not cut:
+        return None
+    return measured([(work, _matrices(binding, number)) for number, work in cut.items()], binding.device, saved)
+
+
+def _matrices(binding: Binding, number: int) -> frozenset[tuple[int, int]]:
+    """The shapes of a unit's matrices."""
+    views = set(views_of(binding.members[number]).values())
+    return frozenset((m, n) for view in views for _, m, n in view.matrices())

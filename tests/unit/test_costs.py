@@ -1,0 +1,102 @@
+"""Measured costs: which number wins, what is kept, and what a run does where nothing can be measured or kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_optim.matrix.polar import PolarSpec
+from ds_optim.matrix.shapes import POLAR, WEIGHT_BASIS, Shape
+from ds_optim.optimizers import costs
+from ds_optim.optimizers.matrix_work import MatrixWork
+
+CPU = torch.device("cpu")
+SHAPES = frozenset({(16, 48), (32, 32)})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "costs.json"
+
+
+def work(shape: Shape = POLAR) -> MatrixWork:
+    polar = PolarSpec(dtype="float32").resolve(CPU)
+    return MatrixWork(shape=shape, polar=polar, bucket_mb=1, overlap=True, stacked=False)
+
+
+def never(*args: object) -> float:
+    raise AssertionError("measured although the number is known")
+
+
+@pytest.mark.parametrize("shape", [POLAR, WEIGHT_BASIS])
+def test_each_shape_is_timed_and_kept_for_the_next_run(
+    shape: Shape, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.random.get_rng_state()
+    found = costs.measured([(work(shape), SHAPES)], CPU)
+    assert torch.equal(state, torch.random.get_rng_state()), "the user's random numbers are not used"
+    (job,) = found["jobs"]
+    assert set(found["jobs"][job]) == {"16x48", "32x32"}
+    assert min(found["jobs"][job].values()) > 0
+    monkeypatch.setattr(costs, "_timed", never)
+    assert costs.measured([(work(shape), SHAPES)], CPU) == found
+    known = costs.with_costs(work(shape), CPU, found, SHAPES).costs
+    assert known is not None
+    assert known[16, 48] == found["jobs"][job]["16x48"]
+
+
+def test_a_checkpoints_numbers_come_first_on_the_device_they_are_of(cache: Path) -> None:
+    own = costs.measured([(work(), SHAPES)], CPU)
+    (job,) = own["jobs"]
+    saved = {"device": own["device"], "jobs": {job: {"16x48": 7.0, "32x32": 9.0}}}
+    assert costs.measured([(work(), SHAPES)], CPU, saved) == saved
+    elsewhere = {**saved, "device": "another"}
+    assert costs.measured([(work(), SHAPES)], CPU, elsewhere) == own
+    assert json.loads(cache.read_text())["devices"][own["device"]] == own["jobs"], "not what a checkpoint brought"
+
+
+def test_other_threads_and_other_coefficients_are_another_job(cache: Path) -> None:
+    names = {costs.job_of(work(), CPU)}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        names.add(costs.job_of(work(), CPU))
+    finally:
+        torch.set_num_threads(threads)
+    names.add(costs.job_of(work(WEIGHT_BASIS), CPU))
+    assert len(names) == 3
+
+
+def test_a_shape_that_cannot_be_timed_leaves_all_to_the_count(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def solve(c: torch.Tensor, w: torch.Tensor | None, spec: PolarSpec) -> torch.Tensor:
+        if c.shape[-1] == 48:
+            raise RuntimeError("out of memory\nand more")
+        return c
+
+    broken = work(Shape("broken", solve, POLAR.cost))
+    found = costs.measured([(broken, SHAPES)], CPU)
+    assert "16x48 matrix could not be timed, operations are counted (out of memory)" in caplog.text
+    assert costs.with_costs(broken, CPU, found, SHAPES).costs is None
+    assert costs.with_costs(broken, CPU, found, [(32, 32)]).costs is not None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 99, "devices": {}}', '{"version": 1, "devices": {"%s": 3}}'])
+def test_a_table_that_cannot_be_read_is_measured_anew(text: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.parent.mkdir()
+    cache.write_text(text.replace("%s", costs.device_name(CPU)))
+    found = costs.measured([(work(), SHAPES)], CPU)
+    assert "cannot be read" in caplog.text
+    assert len(*found["jobs"].values()) == 2
+
+
+def test_a_run_goes_on_where_nothing_can_be_kept(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.parent.parent.joinpath("cache").write_text("a file where the folder should be")
+    found = costs.measured([(work(), SHAPES)], CPU)
+    assert len(*found["jobs"].values()) == 2
+    assert "cannot be kept" in caplog.text
