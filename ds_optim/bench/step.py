@@ -161,7 +161,9 @@ def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, sta
                 for what, times in (("step", whole), ("optimizer", step))
                 for other in (ADAMW, DEEPSPEED_MUON)
             }
-            row.extra["ratios"]["optimizer / limit"] = over_limit(inside.median, case, by_rank)
+            floor = limit_ms(case, by_rank)
+            row.extra["ratios"]["optimizer / limit"] = round(inside.median / floor, 2) if floor else None
+            row.extra["ratios"][f"step at the limit / {ADAMW}"] = at_the_limit(case, by_rank, whole.get(ADAMW))
             row.extra["overlap"] = covered([r.overlap[case] for r in by_rank])
         elif isinstance(outcome, NotMeasured):
             row.extra["not_measured"] = outcome.reason
@@ -176,8 +178,8 @@ def covered(by_rank: list[Overlap]) -> float | None:
     return round(sum(overlap.covered_ms for overlap in by_rank) / flying, 3) if flying else None
 
 
-def over_limit(milliseconds: float, case: str, by_rank: list[RankTimes]) -> float | None:
-    """How many times what the least work takes at the rates that the ranks reached side by side."""
+def limit_ms(case: str, by_rank: list[RankTimes]) -> float | None:
+    """What the least work takes at the rates that the ranks reached side by side."""
     floors = []
     for measured in by_rank:
         if measured.limits is None:
@@ -186,7 +188,15 @@ def over_limit(milliseconds: float, case: str, by_rank: list[RankTimes]) -> floa
         products = measured.limits.milliseconds("bf16", operations) if operations else 0.0
         floors.append(None if products is None else nbytes / measured.limits.copy_gb_s / 1e6 + products)
     known = [floor for floor in floors if floor]
-    return round(milliseconds / statistics.mean(known), 2) if known else None
+    return statistics.mean(known) if known else None
+
+
+def at_the_limit(case: str, by_rank: list[RankTimes], whole: Outcome | None) -> float | None:
+    """The ratio to AdamW's whole step if the two differed by their least work alone."""
+    if not isinstance(whole, Times):
+        return None
+    floor, reference = limit_ms(case, by_rank), limit_ms(ADAMW, by_rank)
+    return None if floor is None or reference is None else round(1 + (floor - reference) / whole.median, 3)
 
 
 def slowest(by_rank: list[list[float] | None], missing: str | None) -> Outcome:

@@ -49,6 +49,7 @@ STEP = TableSpec(
         *_TIMES,
         Column(title="Optimizer", value=_extra("optimizer_ms"), text=milliseconds),
         _ratio("Step / AdamW's", f"step / {ADAMW}"),
+        _ratio("at the limit", f"step at the limit / {ADAMW}"),
         _ratio("/ DS Muon's", f"step / {DEEPSPEED_MUON}"),
         _ratio("Optimizer / AdamW's", f"optimizer / {ADAMW}"),
         _ratio("/ DS Muon's ", f"optimizer / {DEEPSPEED_MUON}"),
