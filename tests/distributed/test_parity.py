@@ -42,10 +42,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Lamb": {"lr": 1e-2},
     "StableAdamW": {"lr": 1e-3},
 }
-# One optimizer is run in every cell: the one that orthogonalizes, takes signs of matrices and hands the rest to Lion.
-# The others are run at every sharded stage and world size, precision and accumulation dealt as in a Latin square;
-# in every cell too (three times as long) where DS_OPTIM_ALL_CELLS is set.
-EVERYWHERE = set(OPTIMIZERS) if os.environ.get("DS_OPTIM_ALL_CELLS") else {"LionMuon"}
+# One optimizer is run in every cell of up to three ranks: the one that orthogonalizes, takes signs of matrices and
+# hands the rest to Lion. The others are run at every sharded stage and world size, precision and accumulation dealt as
+# in a Latin square; in every cell too (three times as long) where DS_OPTIM_ALL_CELLS is set.
+ALL_CELLS = bool(os.environ.get("DS_OPTIM_ALL_CELLS"))
 # What the rest is built of; the others are dealt to two ranks in fp32, and to three at one stage.
 FOUNDATION = ("Lion", "SignSGD", "Signum", "Muon", "Muonlight", "LionMuon", "SignMuon")
 _SQUARE = (("fp32", 1), ("bf16", 3), ("fp32", 3), ("bf16", 1))
@@ -124,7 +124,8 @@ def _cells() -> Iterator[Cell]:
             for stage in (0, 1, 2, 3):
                 for dtype in ("fp32", "bf16"):
                     for accumulation in (1, 3):
-                        if kind in EVERYWHERE or _is_dealt(kind, world_size, stage, dtype, accumulation):
+                        everywhere = ALL_CELLS or (kind == "LionMuon" and world_size < 4)
+                        if everywhere or _is_dealt(kind, world_size, stage, dtype, accumulation):
                             yield _cell(world_size, kind, stage, dtype, accumulation)
     for variant, (kinds, stages, world_sizes, changes, params) in VARIANTS.items():
         for kind in kinds:
