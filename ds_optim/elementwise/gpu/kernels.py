@@ -91,7 +91,7 @@ def _sign(
         momentum = tiles.load(m, scale, mask)
         direction = direction + momentum * d0
         tiles.store(m, scale, momentum * k0 + gradient * k1, mask, key, step_m, counter)
-    weights = weights * factor - tiles.sign(direction) * lr
+    weights = weights * factor - tiles.signed(lr, direction)
     tiles.store(p, None, weights, mask, key, step_p, counter)
 
 

@@ -4,6 +4,9 @@ What is stored in how many bits, the type of a pointer says: float32, int16 (the
 a pointer to the scale of the block). Formulas and their roundings are those of ``momentum`` and ``noise``. Where the
 whole tile lies in the slice, and on multiples of 16 bytes, ``mask`` is None: a thread then moves several elements at
 once. One warp does a tile, so that nothing in it waits for another.
+
+Triton 3.5 takes numbers below 2^-126 for 0 in quotients and exact roots: scales above 2^126 and second moments that
+small are then not those of the eager path. Later versions do not.
 """
 
 from __future__ import annotations
@@ -93,9 +96,9 @@ def rounding_bits(key: tl.tensor, step: tl.tensor, counter: tl.tensor) -> tl.ten
 
 
 @triton.jit
-def sign(x: tl.tensor) -> tl.tensor:
-    """-1, 0 or 1, 0 of what is no number."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+def signed(size: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """size sign(x), 0 where x is no number."""
+    return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
 
 
 @triton.jit
@@ -117,8 +120,8 @@ def _bfloat16(x: tl.tensor, noise: tl.tensor) -> tl.tensor:
     bits = x.to(tl.int32, bitcast=True)
     size = bits & _MAGNITUDE
     rounded = tl.minimum(tl.minimum(size, _LARGEST_BF16) + noise, _LARGEST_BF16)
-    rounded = tl.where(size == _INFINITE, _INFINITE, rounded)
-    rounded = tl.where(size > _INFINITE, 0x7FC00000, rounded)
+    # A NaN that arithmetic made has the highest bit of its fraction set, and stays one when it is cut.
+    rounded = tl.where(size < _INFINITE, rounded, size)
     return ((rounded | (bits ^ size)) >> 16).to(tl.int16)
 
 
@@ -139,11 +142,11 @@ def _encode(x: tl.tensor, scale: tl.tensor, noise: tl.tensor) -> tl.tensor:
     inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
     y = tl.abs(x) * inverse * (_LEVELS * _LEVELS)
     k = tl.floor(tl.sqrt(y) * 0.99999)
-    rest = y - k * k
-    more = rest >= k * 2.0 + 1.0
-    rest = tl.where(more, rest - (k * 2.0 + 1.0), rest)
-    k = tl.where(more, k + 1.0, k)
-    k = tl.where((noise.to(tl.float32) + 0.5) * (k * 2.0 + 1.0) < rest * 65536.0, k + 1.0, k)
+    rest, width = y - k * k, k * 2.0 + 1.0
+    beyond = rest - width
+    more = beyond >= 0
+    k, rest, width = tl.where(more, k + 1.0, k), tl.where(more, beyond, rest), tl.where(more, width + 2.0, width)
+    k = tl.where((noise.to(tl.float32) + 0.5) * width < rest * 65536.0, k + 1.0, k)
     k = tl.where(k < _LEVELS, k, _LEVELS)
     code = tl.where(y == y, k, 0.0).to(tl.int8)
     return tl.where(x < 0, -code, code)
