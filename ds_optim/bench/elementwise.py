@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.bench.timing import Case, NotMeasured, Outcome, Times, ratio, take_turns
-from ds_optim.elementwise import native
+from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, blend_into
 from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Int8, Rounding, Stored
@@ -28,7 +28,7 @@ from ds_optim.report.schema import Row
 
 LION = Blend(direction=(0.9, 0.1), momentum=(0.99, 0.01))
 _LR, _DECAY = 1e-4, 0.1
-_SWITCH = "DS_OPTIM_NATIVE"
+_SWITCHES = ("DS_OPTIM_NATIVE", "DS_OPTIM_COMPILE")
 COPY, IN_PLACE = "copy", "multiply in place"
 TORCH_ADAMW, DEEPSPEED_ADAMW = "torch AdamW, fused", "DeepSpeed AdamW"
 EAGER, COMPILED = "eager", "compiled"
@@ -72,7 +72,7 @@ class Flat:
 
 def rows(settings: ElementwiseSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
     """A row for each case."""
-    before = os.environ.get(_SWITCH)
+    before = {switch: os.environ.get(switch) for switch in _SWITCHES}
     try:
         passes = list(all_passes(settings))
         outcomes = measure(passes, settings)
@@ -221,9 +221,11 @@ def no_compiled_path(device: torch.device) -> str | None:
     """Why a step on ``device`` is not taken by the compiled kernels, if it is not."""
     _choose(COMPILED)
     p, m, g = (torch.zeros(BLOCK, device=device) for _ in range(3))
-    if native.sign_step(p, m, g, (*LION.direction, *LION.momentum), 0.0, 1.0):
+    arguments = p, m, g, (*LION.direction, *LION.momentum), 0.0, 1.0
+    if native.sign_step(*arguments) or fused.sign_step(*arguments):
         return None
-    return "no C compiler was found" if device.type == "cpu" else f"there are no compiled kernels for {device.type}"
+    missing = {"cpu": "no C compiler was found", "cuda": "Triton is missing, or cannot compile"}
+    return missing.get(device.type, f"there are no compiled kernels for {device.type}")
 
 
 def _chooser(path: str) -> Callable[[], None]:
@@ -233,17 +235,19 @@ def _chooser(path: str) -> Callable[[], None]:
 def _choose(path: str) -> None:
     """Let the next steps take ``path``, whatever they took before."""
     if path:
-        _use("0" if path == EAGER else "1")
+        _use(dict.fromkeys(_SWITCHES, "0" if path == EAGER else "1"))
 
 
-def _use(value: str | None) -> None:
-    if os.environ.get(_SWITCH) == value:
+def _use(values: Mapping[str, str | None]) -> None:
+    if all(os.environ.get(switch) == value for switch, value in values.items()):
         return
-    if value is None:
-        os.environ.pop(_SWITCH, None)
-    else:
-        os.environ[_SWITCH] = value
+    for switch, value in values.items():
+        if value is None:
+            os.environ.pop(switch, None)
+        else:
+            os.environ[switch] = value
     library.cache_clear()
+    fused.wanted.cache_clear()
 
 
 def to_row(item: Pass, outcomes: Mapping[str, Outcome], settings: ElementwiseSettings, stamp: Mapping[str, Any]) -> Row:

@@ -1,84 +1,68 @@
-"""The hot steps on a GPU in one kernel each: ``torch.compile`` of the formulas that the eager path spells out.
+"""The hot steps on a GPU: whether Triton's kernels do the work, or the eager path, to the same bits.
 
-What changes from step to step (rates, weights of a blend) is a tensor, and lengths are symbols, so that nothing is ever
-compiled anew for a shape or a learning rate. A compiler for GPUs may contract a product and a sum into one rounding:
-directions are within one unit in the last place of the eager path's. Where Triton is not found, or compiling fails, the
-eager path does the work, which one line says. ``DS_OPTIM_COMPILE=0`` asks for it.
+Where Triton is not found, or cannot compile, the eager path takes several passes over memory, which one line says.
+``DS_OPTIM_COMPILE=0`` asks for it. Each function answers whether the work was done; if not, nothing was touched.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import subprocess
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.momentum import Flat, Stored
+from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.native.steps import Weights
 
 logger = logging.getLogger("ds_optim")
 
+_DEVICE = "cuda"
 _broken: list[str] = []
 
 
 def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, factor: float) -> bool:
-    """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g. Whether it was done."""
-    if not _suits(p) or not _suits(g) or isinstance(m, Stored):
-        return False
-    if m is None:
-        return _run(_sign_of_gradient, (p, g), (weights[1], lr, factor))
-    return _run(_sign, (p, m, g), (*weights, lr, factor))
+    """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
+    return ready(p.device) and _run("sign_step", p, m, g, weights, lr, factor)
 
 
 def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
-    """out <- d0 m + d1 g; m <- k0 m + k1 g. Whether it was done."""
-    if not _suits(g) or m is None or isinstance(m, Stored) or out.device != g.device:
-        return False
-    return _run(_blend, (out, m, g), weights)
+    """out <- d0 m + d1 g; m <- k0 m + k1 g."""
+    return ready(g.device) and _run("blend_into", out, m, g, weights)
 
 
-def apply_update(p: Flat, update: Tensor, rate: float, factor: float) -> bool:
-    """p <- factor p - rate update. Whether it was done."""
-    if not _suits(p) or update.device != p.device:
-        return False
-    return _run(_apply, (p, update), (rate, factor))
+def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
+    """p <- factor p - rate update."""
+    return ready(p.device) and _run("apply_update", p, update, rate, factor)
 
 
-def _sign(p: Tensor, m: Tensor, g: Tensor, s: Tensor) -> None:
-    d0, d1, k0, k1, lr, factor = s.unbind()
-    direction = g * d1 + m * d0
-    m.copy_(m * k0 + g * k1)
-    p.copy_(p * factor - lr * torch.sign(direction))
+def adamw_step(
+    p: Flat,
+    m: Tensor,
+    v: Tensor,
+    g: Flat,
+    betas: tuple[float, float],
+    eps: float,
+    correction: float,
+    rate: float,
+    factor: float,
+) -> bool:
+    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
+    return ready(p.device) and _run("adamw_step", p, m, v, g, betas, eps, correction, rate, factor)
 
 
-def _sign_of_gradient(p: Tensor, g: Tensor, s: Tensor) -> None:
-    d1, lr, factor = s.unbind()
-    p.copy_(p * factor - lr * torch.sign(g * d1))
-
-
-def _blend(out: Tensor, m: Tensor, g: Tensor, s: Tensor) -> None:
-    d0, d1, k0, k1 = s.unbind()
-    direction = g * d1 + m * d0
-    m.copy_(m * k0 + g * k1)
-    out.copy_(direction)
-
-
-def _apply(p: Tensor, update: Tensor, s: Tensor) -> None:
-    rate, factor = s.unbind()
-    p.copy_(p * factor - update.to(p.dtype) * rate)
-
-
-def _suits(tensor: Flat) -> TypeGuard[Tensor]:
-    return isinstance(tensor, Tensor) and tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _wanted()
+def ready(device: torch.device) -> bool:
+    """Whether steps on ``device`` are for the kernels."""
+    return device.type == _DEVICE and not _broken and wanted()
 
 
 @cache
-def _wanted() -> bool:
+def wanted() -> bool:
+    """Whether Triton is there and not switched off; that it is missing is said once."""
     if os.environ.get("DS_OPTIM_COMPILE", "1") == "0":
         return False
     if find_spec("triton") is None:
@@ -87,26 +71,22 @@ def _wanted() -> bool:
     return True
 
 
-@cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
-
-
-def _run(function: Callable[..., None], tensors: tuple[Tensor, ...], scalars: tuple[float, ...]) -> bool:
-    """Call a compiled function; False, and nothing touched, where it cannot be compiled."""
-    if _broken or tensors[0].numel() < 2:  # one element is a shape of its own to the compiler
-        return False
-    rates = torch.tensor(scalars, dtype=torch.float32, device=tensors[0].device)
+def _run(step: str, *arguments: object) -> bool:
+    """Call a step of ``gpu.launch``; False, and nothing touched, where Triton cannot be loaded or cannot compile it."""
     try:
-        _compiled(function)(*tensors, rates)
-    except Exception as problem:  # compilers fail in many ways, all before anything is written
+        return bool(getattr(import_module("ds_optim.elementwise.gpu.launch"), step)(*arguments))
+    except Exception as problem:  # compilers fail in many ways, all before a kernel is launched
         if not _is_compilers(problem):
             raise
         _broken.append(str(problem))
-        logger.warning("ds_optim: torch.compile failed, the eager steps do the work (%s)", str(problem).split("\n")[0])
+        reason = (str(problem).strip() or type(problem).__name__).split("\n")[0]
+        logger.warning("ds_optim: Triton failed, the eager steps take several passes over memory (%s)", reason)
         return False
-    return True
 
 
-def _is_compilers(problem: Any) -> bool:
-    return type(problem).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
+def _is_compilers(problem: Exception) -> bool:
+    """Whether Triton is to blame, or an assembler or C compiler that it calls, and not the device or a caller."""
+    if isinstance(problem, torch.AcceleratorError):
+        return False
+    known = isinstance(problem, ImportError | OSError | RuntimeError | subprocess.SubprocessError)
+    return known or type(problem).__module__.startswith("triton")

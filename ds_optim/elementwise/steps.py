@@ -69,6 +69,8 @@ def adamw_step(
         raise ValueError(f"adamw_step counts steps from 1, not {step}")
     rate = lr / (1 - betas[0] ** step)
     correction = math.sqrt(1 - betas[1] ** step)
+    if fused.adamw_step(p, m, v, g, betas, eps, correction, rate, 1 - lr * decay):
+        return
     buffers = (scratch or Scratch()).take(2, p)
     with torch.no_grad():
         for weights, mean, square, gradient, a, b in chunks(p, m, v, g, buffers=buffers):
@@ -89,10 +91,11 @@ def apply_update(
     A bfloat16 update is brought to p's dtype first; lr times scale is rounded to p's dtype once.
     """
     check_flat(p, update=update)
-    if isinstance(update, Tensor):
-        numbers = lr * scale, 1 - lr * decay
-        if native.apply_update(p, update, *numbers) or fused.apply_update(p, update, *numbers):
-            return
+    numbers = lr * scale, 1 - lr * decay
+    if isinstance(update, Tensor) and native.apply_update(p, update, *numbers):
+        return
+    if fused.apply_update(p, update, *numbers):
+        return
     buffers = (scratch or Scratch()).take(1, p)
     with torch.no_grad():
         for weights, change, a in chunks(p, read_only(update), buffers=buffers):

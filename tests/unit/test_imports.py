@@ -61,7 +61,8 @@ def complaints(path: Path) -> list[str]:
             target = target if target in LEVEL else "__init__"
             wrong = target != room and LEVEL[target] >= LEVEL[room]
         elif room in TORCH_ALONE:
-            wrong = top != "torch" and top not in sys.stdlib_module_names
+            known = {"torch", "triton"} if path.parent.name == "gpu" else {"torch"}
+            wrong = top not in known and top not in sys.stdlib_module_names
         else:
             wrong = top == "deepspeed" and room in WITHOUT_DEEPSPEED
         if wrong:

@@ -1,0 +1,188 @@
+"""Calls of the kernels. Each answers whether it could do the work; if not, nothing was touched.
+
+A kernel is compiled at the first call with its dtypes, and never for a length, an offset, a rate or a step.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.elementwise.gpu import kernels
+from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Rounding, Stored
+from ds_optim.elementwise.native.steps import Weights
+
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+"""Of the compiler."""
+_LOADED = (torch.float32, torch.bfloat16, torch.float16)
+_LANES = BLOCK // 8
+_BYTES = 16
+"""What a thread can move at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slice:
+    """What all kernels ask about where they work. key, counter: see ``tiles.rounding_bits``."""
+
+    key: int = 0
+    counter: int = 0
+    n: int
+    head: int = 0
+    aligned: int
+
+
+def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, factor: float) -> bool:
+    """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
+    if not _is_weights(p) or not _is_momentum(m) or not _is_gradient(g):
+        return False
+    place = _slice(p, m, g)
+    if place is None:
+        return False
+    numbers = (*_floats(*weights, lr, factor), place.key, _step(p), _step(m))
+    _launch(kernels.sign_step, place, _data(p), _data(m), _scales(m), _data(g), *numbers)
+    return True
+
+
+def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
+    """out <- d0 m + d1 g; m <- k0 m + k1 g."""
+    if out.dtype not in _LOADED or not _is_momentum(m) or not _is_gradient(g):
+        return False
+    place = _slice(out, m, g)
+    if place is None:
+        return False
+    numbers = (*_floats(*weights), place.key, _step(m))
+    _launch(kernels.blend_into, place, _data(out), _data(m), _scales(m), _data(g), *numbers)
+    return True
+
+
+def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
+    """p <- factor p - rate update."""
+    if not _is_weights(p) or (isinstance(update, Tensor) and update.dtype not in _LOADED):
+        return False
+    place = _slice(p, update)
+    if place is None:
+        return False
+    numbers = (*_floats(rate, factor), place.key, _step(p))
+    _launch(kernels.apply_update, place, _data(p), _data(update), _scales(update), *numbers)
+    return True
+
+
+def adamw_step(
+    p: Flat,
+    m: Tensor,
+    v: Tensor,
+    g: Flat,
+    betas: tuple[float, float],
+    eps: float,
+    correction: float,
+    rate: float,
+    factor: float,
+) -> bool:
+    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
+    if not _is_weights(p) or not _is_gradient(g) or m.dtype != torch.float32 or v.dtype != torch.float32:
+        return False
+    place = _slice(p, m, v, g)
+    if place is None:
+        return False
+    moments = (betas[0], 1 - betas[0], betas[1], 1 - betas[1])
+    numbers = (*_floats(*moments, eps, correction, rate, factor), place.key, _step(p))
+    _launch(kernels.adamw_step, place, _data(p), _data(m), _data(v), _data(g), *numbers)
+    return True
+
+
+def _launch(kernel: Any, place: _Slice, values: Tensor | None, *arguments: Any) -> None:
+    assert values is not None
+    programs = -(-(place.head + place.n) // (BLOCK))
+    with _on(values.device):
+        kernel[(programs,)](
+            values,
+            *arguments,
+            place.counter,
+            place.n,
+            place.head,
+            place.aligned,
+            **OPTIONS,
+        )
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _slice(*tensors: Flat | None) -> _Slice | None:
+    """Where the work lies; None where there is none, or the tensors do not lie in step on one device."""
+    flat = [tensor for tensor in tensors if tensor is not None]
+    data = [tensor if isinstance(tensor, Tensor) else tensor.data for tensor in flat]
+    if data[0].numel() == 0 or any(one.device != data[0].device or not one.is_contiguous() for one in data):
+        return None
+    places = {replace(tensor.rounding, step=0) for tensor in flat if isinstance(tensor, Stored) and _in_blocks(tensor)}
+    if len(places) > 1:
+        return None
+    rounding = places.pop() if places else _anywhere(data)
+    head = rounding.start % BLOCK
+    return _Slice(
+        key=_signed((rounding.seed & 0xFFFFFFFF) | (~rounding.stream & 0xFFFFFFFF) << 32),
+        counter=rounding.start // BLOCK * _LANES,
+        n=data[0].numel(),
+        head=head,
+        aligned=int(_is_aligned(data, head)),
+    )
+
+
+def _anywhere(data: list[Tensor]) -> Rounding:
+    """A place for tensors whose blocks nobody asks about: one where they are aligned, if there is any."""
+    start = next((start for start in range(_BYTES) if _is_aligned(data, start)), 0)
+    return Rounding(seed=0, stream=0, step=0, start=start)
+
+
+def _is_aligned(data: list[Tensor], head: int) -> bool:
+    """Whether whole tiles begin at multiples of what a thread moves at once."""
+    return all((one.data_ptr() - head * one.element_size()) % _BYTES == 0 for one in data)
+
+
+def _in_blocks(tensor: Stored) -> bool:
+    """Whether it matters where the blocks of its parameter begin."""
+    return tensor.writable or isinstance(tensor, Int8)
+
+
+def _is_weights(p: Flat) -> bool:
+    return p.dtype == torch.float32 if isinstance(p, Tensor) else isinstance(p, Bfloat16) and p.writable
+
+
+def _is_momentum(m: Flat | None) -> bool:
+    if isinstance(m, Stored):
+        return isinstance(m, Bfloat16 | Int8) and m.writable
+    return m is None or m.dtype == torch.float32
+
+
+def _is_gradient(g: Flat) -> bool:
+    return g.dtype == torch.float32 if isinstance(g, Tensor) else isinstance(g, Bfloat16)
+
+
+def _data(values: Flat | None) -> Tensor | None:
+    """The memory behind ``values``; a bfloat16's bits as int16."""
+    if values is None:
+        return None
+    data = values if isinstance(values, Tensor) else values.data
+    return data.view(torch.int16) if data.dtype == torch.bfloat16 else data
+
+
+def _scales(values: Flat | None) -> Tensor | None:
+    return values.scales if isinstance(values, Int8) else None
+
+
+def _step(values: Flat | None) -> int:
+    return _signed(values.rounding.step) if isinstance(values, Stored) else 0
+
+
+def _signed(word: int) -> int:
+    """The number with the same 64 bits that a signed integer can have."""
+    return word - (1 << 64) if word >> 63 & 1 else word
+
+
+def _floats(*numbers: float) -> tuple[float, ...]:
+    return tuple(float(number) for number in numbers)
