@@ -52,7 +52,7 @@ _THREADS = 2
 # CUDA: not measured here. Published symmetric kernels lose at 1024 and win from 4096 on.
 _STRIPS_CUDA: Strips = ((4096, 2),)
 
-# Where gram / standard crosses 1. CPU: at 768, cut, between 1.25 and 1.5 in both dtypes; at 256, whole, between 1.5 and
+# Where gram / standard crosses 1. CPU: at 768, cut, between 1.2 and 1.4 in both dtypes; at 256, whole, between 1.5 and
 # 2, where the two are within 6%. CUDA: as published.
 _GRAM_FROM_CPU = 1.5
 _GRAM_FROM_CUDA = 1.5
