@@ -1,10 +1,13 @@
-"""The dispatch table that a user has measured: where on a device and in a dtype the Gram form wins.
+"""What ``auto`` goes by: the aspect from which the Gram form wins, and the strips of symmetric products.
 
-``ds-optim bench polar --store`` writes it, one JSON file in the user's cache folder for all devices:
+Here are the defaults, and the table that a user has measured, which goes before them. ``ds-optim bench polar
+--store`` writes it, one JSON file in the user's cache folder for all devices:
 
-    {"version": 1, "devices": {NAME: {"bfloat16": {"gram_from": 1.6, ...}}}}
+    {"version": 1, "devices": {NAME: {"bfloat16": {"gram_from": 1.6, "strips": {"512": 2, "1024": 8}, ...}}}}
 
 ``gram_from`` is the long side / short side above which the Gram form is the faster one; null where it never is.
+``strips`` says for each short side how many strips a symmetric product is cut into from there on, below the first
+one none (symmetric.py). Tables of before it was measured lack it and are read all the same.
 """
 
 from __future__ import annotations
@@ -26,6 +29,49 @@ from ds_optim.cache import cache_folder
 logger = logging.getLogger("ds_optim")
 
 VERSION = 1
+
+Strips = tuple[tuple[int, int], ...]
+"""(short side, strips from there on) pairs, short sides ascending; () cuts nothing."""
+
+# Short side and strips on a CPU: time against whole products of the standard form, keller x5, square and bfloat16, one
+# thread / two threads of a processor with AVX512-BF16:
+#   strips        2            3            4            6            8           16
+#    256     1.04 / 1.12  1.15 / 1.39  1.25 / 1.50
+#    384      .95 / 1.01   .93 / 1.06   .96 / 1.09  1.03 / 1.24  1.02 / 1.29
+#    512      .89 / .93    .89 / .96    .88 / .99    .91 / 1.09   .95 / 1.16
+#    768      .88 / .84    .85 / .77    .85 / .80    .82 / .81    .85 / .86
+#   1024                                .79 / .84    .78 / .80    .76 / .82    .79 / .89
+#   2048                                .77 / .77    .76 / .78    .75 / .78    .75 / .75
+# The Gram form gains more and float32, whose products take twice as long, gains from smaller sides on.
+_STRIPS_CPU: Mapping[str, Strips] = {
+    "float32": ((384, 3), (512, 4), (768, 6), (1024, 8)),
+    "bfloat16": ((384, 2), (768, 4), (1024, 8), (2048, 16)),
+    "float16": ((384, 2), (768, 4), (1024, 8), (2048, 16)),
+}
+_THREADS = 2
+# CUDA: not measured here. Published symmetric kernels lose at 1024 and win from 4096 on.
+_STRIPS_CUDA: Strips = ((4096, 2),)
+
+# Where gram / standard crosses 1. CPU: at 768, cut, between 1.2 and 1.4 in both dtypes; at 256, whole, between 1.5 and
+# 2, where the two are within 6%. CUDA: as published.
+_GRAM_FROM_CPU = 1.5
+_GRAM_FROM_CUDA = 1.5
+
+
+def default_gram_from(device: torch.device) -> float:
+    """The aspect above which ``auto`` takes the Gram form where nobody has measured."""
+    return _GRAM_FROM_CPU if device.type == "cpu" else _GRAM_FROM_CUDA
+
+
+def default_strips(device: torch.device, dtype: str) -> Strips:
+    """The strips that ``auto`` takes where nobody has measured.
+
+    More threads than were measured leave each less of a block: matrices must be so much larger, in area.
+    """
+    if device.type != "cpu":
+        return _STRIPS_CUDA
+    larger = max(1.0, torch.get_num_threads() / _THREADS) ** 0.5
+    return tuple((round(side * larger), strips) for side, strips in _STRIPS_CPU[dtype])
 
 
 def table_path() -> Path:
@@ -49,18 +95,35 @@ def gram_from(device: torch.device, dtype: str) -> float | None:
     """The measured aspect for ``device`` and ``dtype`` (float32, bfloat16, float16), infinity where the Gram form
     never wins; None where nothing was measured. A table that cannot be read counts as none, and a line says so.
     """
+    return _measured(device, dtype)[0]
+
+
+def strips(device: torch.device, dtype: str) -> Strips | None:
+    """The measured strips for ``device`` and ``dtype``; None where nothing was measured, as with ``gram_from``."""
+    return _measured(device, dtype)[1]
+
+
+def _measured(device: torch.device, dtype: str) -> tuple[float | None, Strips | None]:
     path = table_path()
     try:
         entry = _read(path)["devices"].get(device_name(device), {}).get(dtype)
         if entry is None:
-            return None
-        found = entry["gram_from"]
-        return math.inf if found is None else float(found)
+            return None, None
+        aspect = math.inf if entry["gram_from"] is None else float(entry["gram_from"])
+        return aspect, _strips_of(entry["strips"]) if "strips" in entry else None
     except FileNotFoundError:
-        return None
+        return None, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         logger.warning("ds_optim: the dispatch table %s cannot be read (%s); remove it or measure anew", path, problem)
-        return None
+        return None, None
+
+
+def _strips_of(stored: Mapping[str, Any]) -> Strips:
+    """The pairs of a table's ``strips``; ValueError where they are none."""
+    pairs = tuple(sorted((int(side), count) for side, count in stored.items()))
+    if any(type(count) is not int or count < 1 for _, count in pairs):
+        raise ValueError(f"strips {dict(stored)} are not whole numbers from 1 on")
+    return pairs
 
 
 def store(device: torch.device, measured: Mapping[str, Mapping[str, Any]]) -> Path:

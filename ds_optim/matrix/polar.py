@@ -15,24 +15,15 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.matrix import dispatch, newton_schulz
+from ds_optim.matrix import dispatch, newton_schulz, symmetric
 from ds_optim.matrix.normalize import prescaled
 from ds_optim.matrix.schedules import SCHEDULES, schedule
 
 METHODS = ("auto", "standard", "gram", "svd")
 NORMALIZATIONS = ("frobenius", "schatten4")
 DEFAULT_STEPS = 5
+_RESOLVED = ("gram_from", "strips")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Long side / short side above which ``auto`` takes the Gram form. CPU: time of gram / standard, keller x5, one thread:
-#   short side, aspect    1.0   1.5   2.0   2.7   3.0   4.0   8.0
-#   768, bfloat16        1.25  1.02         0.81  0.74  0.69
-#   768, float32         1.25  1.06         0.82
-#   256, bfloat16                    1.00               0.80  0.66
-#   256, float32                     0.92               0.71  0.55
-# CUDA: the published 1.5.
-_GRAM_FROM_CPU = 2.0
-_GRAM_FROM_CUDA = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +37,9 @@ class PolarSpec:
     dtype: what the iteration computes in; norms are float32 always. ``auto`` asks the hardware. ``svd`` computes
         in float32 always; its dtype is that of the messages, and ``auto`` asks the model's weights.
 
-    ``gram_from`` is set by ``resolve`` and is no JSON key: the aspect above which ``auto`` means ``gram``.
+    Set by ``resolve``, and no JSON keys:
+    gram_from: the aspect above which ``auto`` means ``gram``.
+    strips: into how many strips symmetric products are cut, (short side, strips from there on) pairs.
     """
 
     schedule: str = "keller"
@@ -55,6 +48,7 @@ class PolarSpec:
     normalize: str = "frobenius"
     dtype: str = "auto"
     gram_from: float | None = None
+    strips: dispatch.Strips | None = None
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, SCHEDULES)
@@ -77,7 +71,7 @@ class PolarSpec:
         """The spec that the JSON object says; UserError, with the nearest name, for what is unknown."""
         if not isinstance(options, Mapping):
             raise UserError(f'polar: {options!r} is no JSON object; write e.g. {{"schedule": "keller", "steps": 5}}')
-        keys = [field.name for field in fields(PolarSpec) if field.name != "gram_from"]
+        keys = [field.name for field in fields(PolarSpec) if field.name not in _RESOLVED]
         for key in options:
             if key not in keys:
                 raise UserError(f"polar: unknown key '{key}'; {_instead(key, keys)}")
@@ -93,12 +87,17 @@ class PolarSpec:
             dtype = "float32" if weights.itemsize >= 4 else "bfloat16"
         elif dtype == "auto":
             dtype = "bfloat16" if device.type != "cpu" or _cpu_has_bf16() else "float32"
-        gram_from = self.gram_from
-        if gram_from is None and self.method == "auto":
-            gram_from = dispatch.gram_from(device, dtype)  # what the user's own machine has shown
+        gram_from, strips = self.gram_from, self.strips
+        # What the user's own machine has shown goes first.
         if gram_from is None:
-            gram_from = _GRAM_FROM_CPU if device.type == "cpu" else _GRAM_FROM_CUDA
-        return replace(self, dtype=dtype, gram_from=gram_from)
+            measured = dispatch.gram_from(device, dtype) if self.method == "auto" else None
+            gram_from = dispatch.default_gram_from(device) if measured is None else measured
+        if strips is None and self.method == "svd":
+            strips = ()
+        elif strips is None:
+            found = dispatch.strips(device, dtype)
+            strips = dispatch.default_strips(device, dtype) if found is None else found
+        return replace(self, dtype=dtype, gram_from=gram_from, strips=strips)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -125,6 +124,11 @@ class PolarSpec:
         if self.gram_from is None:
             raise RuntimeError("a PolarSpec with method 'auto' has no method yet: call resolve(device) first")
         return "gram" if max(m, n) > self.gram_from * min(m, n) else "standard"
+
+    def strips_for(self, m: int, n: int) -> int:
+        """Into how many strips the symmetric products of an (m, n) matrix are cut; 1 is whole, as unresolved."""
+        short = min(m, n)
+        return next((count for side, count in reversed(self.strips or ()) if side <= short), 1)
 
 
 def polar(x: Tensor, spec: PolarSpec) -> Tensor:
@@ -162,7 +166,13 @@ def _polar(x: Tensor, spec: PolarSpec) -> Tensor:
     assert spec.steps is not None
     table = schedule(spec.schedule, spec.steps)
     iterate = newton_schulz.gram if method == "gram" else newton_schulz.standard
-    return iterate(x, table, dtype=spec.compute_dtype, schatten4=spec.normalize == "schatten4")
+    return iterate(
+        x,
+        table,
+        dtype=spec.compute_dtype,
+        schatten4=spec.normalize == "schatten4",
+        strips=spec.strips_for(x.shape[-2], x.shape[-1]),
+    )
 
 
 def _polar_svd(x: Tensor) -> Tensor:
@@ -173,22 +183,27 @@ def _polar_svd(x: Tensor) -> Tensor:
     return (u * (sigma > cutoff).unsqueeze(-2)) @ vh
 
 
-def cost(m: int, n: int, spec: PolarSpec) -> float:
-    """Modelled floating-point operations of one (m, n) matrix, s the short and l the long side.
+def cost(m: int, n: int, spec: PolarSpec, *, whole: bool = False) -> float:
+    """Floating-point operations of one (m, n) matrix, s the short and l the long side; modelled for svd.
 
     standard: 4 s^2 l + 2 s^3 a step. gram: 4 s^2 l a segment and 8 s^3 a step, less what a segment's first
-    and last step save. svd: thin, 6 s^2 l + 20 s^3, and the product UV'. ``spec`` is a resolved one.
+    and last step save. Of XX', half of the s^2 l, and of the s^3 only the share that ``spec``'s strips leave is done;
+    all of it with ``whole``. svd: thin, 6 s^2 l + 20 s^3, and the product UV'. ``spec`` is a resolved one.
     """
-    short, long = float(min(m, n)), float(max(m, n))
-    product, cube = 2 * short * short * long, 2 * short**3
+    short, long = min(m, n), max(m, n)
+    product, cube = 2.0 * short * short * long, 2.0 * short**3
     steps = spec.steps or DEFAULT_STEPS
     method = spec.method_for(m, n)
     if method == "svd":
         return 4 * product + 10 * cube
+    share = 1.0 if whole else symmetric.share(short, spec.strips_for(m, n))
     if method == "standard":
-        return steps * (2 * product + cube)
-    segments = newton_schulz.gram_segments(steps)
-    return len(segments) * 2 * product + sum(newton_schulz.gram_products(k) for k in segments) * cube
+        return steps * ((share + 1) * product + share * cube)
+    total = 0.0
+    for length in newton_schulz.gram_segments(steps):
+        mirrored, in_whole = newton_schulz.gram_products(length)
+        total += (share + 1) * product + (mirrored * share + in_whole) * cube
+    return total
 
 
 def scratch_elements(m: int, n: int, spec: PolarSpec) -> int:
@@ -200,11 +215,13 @@ def scratch_elements(m: int, n: int, spec: PolarSpec) -> int:
 
     standard: 2 s l + 2 s^2 (X and its ping-pong partner; A, B).
     gram: 2 s l + 4 s^2 (X and its partner; R, Z, Q and one product).
+    Where symmetric products are cut, each s^2 is s (s + 64 bytes of padding).
     svd: 3 s l + 2 s^2 (X, V', the product; U and U cut to the rank).
     All: at least the float32 copy that is normalized, and in 16 bits the cast X beside it.
     """
-    area, square = m * n, min(m, n) ** 2
+    area, short = m * n, min(m, n)
     method = spec.method_for(m, n)
+    square = short * symmetric.stride(short, spec.compute_dtype, spec.strips_for(m, n))
     normalizing = area if spec.compute_dtype == torch.float32 else 3 * area
     iterating = {"standard": 2 * area + 2 * square, "gram": 2 * area + 4 * square, "svd": 3 * area + 2 * square}
     return max(normalizing, iterating[method])

@@ -96,11 +96,28 @@ def test_polar_rows_have_ratios_of_their_medians() -> None:
         assert row.extra["ratios"]["time / DeepSpeed, eager"] == pytest.approx(row.ms_per_step / reference, rel=0.02)
         assert row.extra["ratios"]["time / DeepSpeed"] is None
         assert row.extra["tflops"] == pytest.approx(row.extra["operations"] / row.ms_per_step / 1e9, rel=0.02)
+        assert row.extra["operations"] == row.extra["operations_as_whole"], "16 rows are not cut"
+        assert row.extra["tflops_as_whole"] == row.extra["tflops"]
         best = max(row.extra["limits"]["matrix_tflops"][row.dtype].values())
         assert row.extra["ratios"]["rate / matrix rate"] == pytest.approx(
             row.extra["tflops"] / best, rel=0.02, abs=1e-3
         )
     assert [row.extra["auto"] for row in rows[:-1]] == [False, False, True, True]
+
+
+def test_rates_are_of_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "default_strips", lambda device, dtype: ((64, 2),))
+    settings = polar_settings(shapes=((64, 96),), max_elements=1 << 13)
+    standard, gram, theirs = polar.rows(settings, STAMP)
+    assert (standard.extra["strips"], gram.extra["strips"]) == (2, 2)
+    square, cube = 64**2 * 96, 64**3
+    assert standard.extra["operations"] == 17.5 * square + 7.5 * cube
+    assert standard.extra["operations_as_whole"] == 20 * square + 10 * cube
+    assert gram.extra["operations"] == 7 * square + 21.5 * cube
+    assert theirs.extra["operations"] == theirs.extra["operations_as_whole"] == 8 * square + 28 * cube
+    for row in (standard, gram):
+        done = row.extra["operations"] / row.extra["operations_as_whole"]
+        assert row.extra["tflops"] / row.extra["tflops_as_whole"] == pytest.approx(done, rel=2e-3)
 
 
 def test_deepspeeds_routine_is_what_we_say_it_is() -> None:
@@ -159,6 +176,36 @@ def test_a_measured_table_is_read_back(cache: Path) -> None:
     assert found is not None
     assert found == 0.0 or 1.0 <= found <= 2.0 or found == math.inf
     assert dispatch.gram_from(CPU, "bfloat16") is None
+    assert dispatch.strips(CPU, "float32") == (), "no side of those that are tried is so small"
+    assert lines[-2] == "fp32: strips of symmetric products: none"
+
+
+def test_measured_strips_are_stored(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polar_table, "STRIP_SIDES", {"cpu": (32, 64, 128)})
+    wins = [{1: 1.0}, {1: 1.0, 2: 0.8}, {1: 1.0, 2: 0.79, 4: 0.5}]
+    tried: list[list[str]] = []
+
+    def fixed(cases: list[Case], device: torch.device, rounds: int) -> dict[str, Times]:
+        for case in cases:
+            case.run()
+        if cases[0].name == "gram":
+            return {case.name: Times(samples=(1.0, 1.0)) for case in cases}
+        tried.append([case.name for case in cases])
+        return {case.name: Times(samples=(wins[len(tried) - 1][int(case.name)],) * 2) for case in cases}
+
+    monkeypatch.setattr(polar_table, "take_turns", fixed)
+    lines = list(polar_table.measure_and_store(polar_settings(max_elements=128 * 128), short_sides=(64,)))
+    assert tried == [["1"], ["1", "2"], ["1", "2", "4"]], "each cut once"
+    assert dispatch.strips(CPU, "float32") == ((64, 2), (128, 4))
+    assert "fp32: strips of symmetric products: 2 from 64, 4 from 128" in lines
+
+
+@pytest.mark.parametrize(
+    ("medians", "strips"),
+    [({1: 1.0}, 1), ({1: 1.0, 2: 0.99}, 1), ({1: 1.0, 2: 0.9, 4: 0.895, 8: 0.8}, 8), ({2: 1.0, 4: 1.1}, 2), ({}, 1)],
+)
+def test_fewer_strips_go_first(medians: dict[int, float], strips: int) -> None:
+    assert polar_table.fewest(medians) == strips
 
 
 def test_storing_keeps_what_else_is_there_and_leaves_no_scraps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
