@@ -12,19 +12,16 @@ one none (symmetric.py). Tables of before it was measured lack it and are read a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_optim.cache import cache_folder
+from ds_optim.cache import cache_folder, read_table, write_table
 
 logger = logging.getLogger("ds_optim")
 
@@ -106,7 +103,7 @@ def strips(device: torch.device, dtype: str) -> Strips | None:
 def _measured(device: torch.device, dtype: str) -> tuple[float | None, Strips | None]:
     path = table_path()
     try:
-        entry = _read(path)["devices"].get(device_name(device), {}).get(dtype)
+        entry = read_table(path, VERSION)["devices"].get(device_name(device), {}).get(dtype)
         if entry is None:
             return None, None
         aspect = math.inf if entry["gram_from"] is None else float(entry["gram_from"])
@@ -132,26 +129,10 @@ def store(device: torch.device, measured: Mapping[str, Mapping[str, Any]]) -> Pa
     The file changes in one move: a reader sees the old table or the new one. OSError where it cannot be written.
     """
     path = table_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        table = _read(path)
-    except (OSError, ValueError, KeyError, TypeError):
+        table = read_table(path, VERSION)
+    except (OSError, ValueError):
         table = {"version": VERSION, "devices": {}}
     table["devices"].setdefault(device_name(device), {}).update({dtype: dict(e) for dtype, e in measured.items()})
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(table, file, indent=1, allow_nan=False)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_table(path, table)
     return path
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The table; ValueError where it is none of this version."""
-    table = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(table, dict) or table.get("version") != VERSION or not isinstance(table.get("devices"), dict):
-        raise ValueError(f"it is no table of version {VERSION}")
-    return table
