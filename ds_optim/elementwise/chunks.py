@@ -79,6 +79,11 @@ def chunks(*tensors: Flat | None, buffers: list[Tensor]) -> Iterator[tuple[Any, 
         yield *row, *_cut(buffers, numel)
 
 
+def spans(*tensors: Flat | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """As :func:`chunks`, but tensors that the compiled kernels know come whole: a kernel needs no buffers."""
+    return iter([(*tensors, *buffers)]) if native.suits(*tensors) else chunks(*tensors, buffers=buffers)
+
+
 def _stored_chunks(tensors: Sequence[Flat | None], buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
     like = next(tensor for tensor in tensors if tensor is not None)
     step = chunk_elements(like.device)
