@@ -18,7 +18,7 @@ static inline float next_root(float root, float x, double beta, double rest) {
     return (float)sqrt((d * d) * beta + (e * e) * rest);
 }
 
-static inline void advance(int n, float *restrict m, float *restrict root, const float *restrict g, Moments w) {
+OF_RUN void advance(int n, float *restrict m, float *restrict root, const float *restrict g, Moments w) {
     for (int i = 0; i < n; i++) m[i] = m[i] * w.k0 + g[i] * w.k1;
     for (int i = 0; i < n; i++) root[i] = next_root(root[i], g[i], w.beta, w.rest);
 }
@@ -30,49 +30,60 @@ static inline float lamb_update(float p, float m, float root, Moments w, float d
     return decays ? update + p * decay : update;
 }
 
+OF_RUN void lasm_run(int n, float *restrict p, float *restrict m, float *restrict root, const float *restrict g,
+                     Moments w, float lr, float factor) {
+    for (int i = 0; i < n; i++) root[i] = next_root(root[i], g[i] - m[i], w.beta, w.rest);
+    for (int i = 0; i < n; i++) {
+        m[i] = m[i] * w.k0 + (g[i] / (root[i] + 1)) * w.k1;
+        p[i] = p[i] * factor - lr * sign_of(m[i]);
+    }
+}
+
 /* v <- beta v + rest (g - m)^2; m <- k0 m + k1 g / (1 + sqrt(v)); p <- factor p - lr sign(m) */
 void ds_optim_lasm_element_step(int64_t n, float *restrict p, float *restrict m, float *restrict root,
                                 const float *restrict g, Moments w, float lr, float factor) {
-    for (int64_t begin = 0; begin < n; begin += RUN) {
-        const int64_t end = at_most(n, begin + RUN);
-        for (int64_t i = begin; i < end; i++) root[i] = next_root(root[i], g[i] - m[i], w.beta, w.rest);
-        for (int64_t i = begin; i < end; i++) {
-            m[i] = m[i] * w.k0 + (g[i] / (root[i] + 1)) * w.k1;
-            p[i] = p[i] * factor - lr * sign_of(m[i]);
-        }
-    }
+    int64_t i = 0;
+    for (; i + RUN <= n; i += RUN) lasm_run(RUN, p + i, m + i, root + i, g + i, w, lr, factor);
+    lasm_run((int)(n - i), p + i, m + i, root + i, g + i, w, lr, factor);
+}
+
+OF_RUN void difference_run(int n, const float *restrict m, const float *restrict g, double sums[LANES]) {
+    float c[RUN];
+    for (int i = 0; i < n; i++) c[i] = g[i] - m[i];
+    add_squares(sums, n, c);
 }
 
 /* The sum of (g - m)^2. */
 void ds_optim_lasm_difference(int64_t n, const float *restrict m, const float *restrict g, double *out) {
-    float c[RUN];
     for (int64_t part = 0; part < n; part += PART) {
         double sums[LANES] = {0};
         const int64_t end = at_most(n, part + PART);
-        for (int64_t i = part; i < end; i += RUN) {
-            const int count = (int)at_most(end - i, RUN);
-            for (int j = 0; j < count; j++) c[j] = g[i + j] - m[i + j];
-            add_squares(sums, count, c);
-        }
+        int64_t i = part;
+        for (; i + RUN <= end; i += RUN) difference_run(RUN, m + i, g + i, sums);
+        difference_run((int)(end - i), m + i, g + i, sums);
         *out++ = total(sums);
     }
+}
+
+OF_RUN void lamb_run(int n, const float *restrict p, float *restrict m, float *restrict root, const float *restrict g,
+                     Moments w, float decay, int decays, double of_p[LANES], double of_update[LANES]) {
+    float update[RUN];
+    advance(n, m, root, g, w);
+    for (int i = 0; i < n; i++) update[i] = lamb_update(p[i], m[i], root[i], w, decay, decays);
+    add_squares(of_p, n, p);
+    add_squares(of_update, n, update);
 }
 
 /* m and root move on; the sums of p^2 and r^2. */
 void ds_optim_lamb_measure(int64_t n, const float *restrict p, float *restrict m, float *restrict root,
                            const float *restrict g, Moments w, float decay, int decays, double *out) {
-    float update[RUN];
     for (int64_t part = 0; part < n; part += PART) {
         double of_p[LANES] = {0}, of_update[LANES] = {0};
         const int64_t end = at_most(n, part + PART);
-        for (int64_t i = part; i < end; i += RUN) {
-            const int count = (int)at_most(end - i, RUN);
-            advance(count, m + i, root + i, g + i, w);
-            for (int j = 0; j < count; j++)
-                update[j] = lamb_update(p[i + j], m[i + j], root[i + j], w, decay, decays);
-            add_squares(of_p, count, p + i);
-            add_squares(of_update, count, update);
-        }
+        int64_t i = part;
+        for (; i + RUN <= end; i += RUN)
+            lamb_run(RUN, p + i, m + i, root + i, g + i, w, decay, decays, of_p, of_update);
+        lamb_run((int)(end - i), p + i, m + i, root + i, g + i, w, decay, decays, of_p, of_update);
         *out++ = total(of_p);
         *out++ = total(of_update);
     }
@@ -84,23 +95,28 @@ void ds_optim_lamb_step(int64_t n, float *restrict p, const float *restrict m, c
     for (int64_t i = 0; i < n; i++) p[i] -= lamb_update(p[i], m[i], root[i], w, decay, decays) * lr;
 }
 
-/* m and root move on; the sum of (g / max(sqrt(v_hat), eps))^2, of which NaN stays NaN. */
+OF_RUN void stable_run(int n, float *restrict m, float *restrict root, const float *restrict g, Moments w,
+                       double sums[LANES]) {
+    double ratios[RUN];
+    advance(n, m, root, g, w);
+    for (int i = 0; i < n; i++) {
+        const double size = root[i] / w.deviation;
+        ratios[i] = g[i] / (size < w.eps ? w.eps : size); /* NaN stays NaN */
+    }
+    for (int i = n; i < RUN; i++) ratios[i] = 0;
+    for (int i = 0; i < RUN; i += LANES)
+        for (int j = 0; j < LANES; j++) sums[j] += ratios[i + j] * ratios[i + j];
+}
+
+/* m and root move on; the sum of (g / max(sqrt(v_hat), eps))^2. */
 void ds_optim_stable_measure(int64_t n, float *restrict m, float *restrict root, const float *restrict g, Moments w,
                              double *out) {
     for (int64_t part = 0; part < n; part += PART) {
         double sums[LANES] = {0};
         const int64_t end = at_most(n, part + PART);
-        for (int64_t i = part; i < end; i += RUN) {
-            const int count = (int)at_most(end - i, RUN);
-            advance(count, m + i, root + i, g + i, w);
-            double ratios[RUN] = {0};
-            for (int j = 0; j < count; j++) {
-                const double size = root[i + j] / w.deviation;
-                ratios[j] = g[i + j] / (size < w.eps ? w.eps : size);
-            }
-            for (int k = 0; k < RUN; k += LANES)
-                for (int j = 0; j < LANES; j++) sums[j] += ratios[k + j] * ratios[k + j];
-        }
+        int64_t i = part;
+        for (; i + RUN <= end; i += RUN) stable_run(RUN, m + i, root + i, g + i, w, sums);
+        stable_run((int)(end - i), m + i, root + i, g + i, w, sums);
         *out++ = total(sums);
     }
 }

@@ -67,22 +67,24 @@ void ds_optim_move_momentum(int64_t n, float *restrict m, const float *restrict 
 void ds_optim_square_sums(int64_t n, const float *restrict values, double *out) {
     for (int64_t part = 0; part < n; part += PART) {
         double sums[LANES] = {0};
-        const int64_t end = at_most(n, part + PART);
-        for (int64_t i = part; i < end; i += RUN) add_squares(sums, (int)at_most(end - i, RUN), values + i);
+        add_squares(sums, (int)at_most(n - part, PART), values + part);
         *out++ = total(sums);
     }
 }
 
-void ds_optim_direction_squares(int64_t n, const float *restrict m, const float *restrict g, Blend w, double *out) {
+OF_RUN void direction_run(int n, const float *restrict m, const float *restrict g, Blend w, double sums[LANES]) {
     float c[RUN];
+    for (int i = 0; i < n; i++) c[i] = direction(m[i], g[i], w);
+    add_squares(sums, n, c);
+}
+
+void ds_optim_direction_squares(int64_t n, const float *restrict m, const float *restrict g, Blend w, double *out) {
     for (int64_t part = 0; part < n; part += PART) {
         double sums[LANES] = {0};
         const int64_t end = at_most(n, part + PART);
-        for (int64_t i = part; i < end; i += RUN) {
-            const int count = (int)at_most(end - i, RUN);
-            for (int j = 0; j < count; j++) c[j] = direction(m[i + j], g[i + j], w);
-            add_squares(sums, count, c);
-        }
+        int64_t i = part;
+        for (; i + RUN <= end; i += RUN) direction_run(RUN, m + i, g + i, w, sums);
+        direction_run((int)(end - i), m + i, g + i, w, sums);
         *out++ = total(sums);
     }
 }
@@ -131,7 +133,8 @@ typedef uint32_t Words __attribute__((vector_size(32)));
 typedef int32_t Signed __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
-enum { WIDTH = 8, VECTORS = 8, ROUNDS = 10 };
+enum { WIDTH = 8, VECTORS = 8, GROUP = WIDTH * VECTORS, ROUNDS = 10 };
+enum { NOISE = 4 * GROUP }; /* long enough for what was stored to have left for the cache before it is loaded */
 
 typedef struct {
     Wide k0[ROUNDS], k1[ROUNDS]; /* the keys of each round, in all lanes */
@@ -155,9 +158,9 @@ static inline Wide product(Wide a, uint32_t b) {
 #endif
 }
 
-/* (w + 1/2) / 2^31 - 1 of the first words w of Philox4x32-10 of WIDTH * VECTORS counters (step, first ...). It is exact
+/* (w + 1/2) / 2^31 - 1 of the first words w of Philox4x32-10 of GROUP counters (step, first ...). It is exact
  * before it is rounded to fp32: w - 2^31 is the word as a signed number once its first bit is turned over. */
-static inline void uniform_group(float *noise, uint64_t first, const Schedule *s) {
+static inline void uniform_group(float noise[GROUP], uint64_t first, const Schedule *s) {
     const Wide ramp = {0, 1, 2, 3, 4, 5, 6, 7};
     const uint64_t p = (s->step & 0xFFFFFFFFu) * 0xD2511F53u; /* alike for all: the first round has one product less */
     Wide c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
@@ -188,36 +191,47 @@ static inline void uniform_group(float *noise, uint64_t first, const Schedule *s
     }
 }
 
-static inline void uniform_run(float noise[RUN], uint64_t first, const Schedule *s) {
-    for (int i = 0; i < RUN; i += WIDTH * VECTORS) uniform_group(noise + i, first + (uint64_t)i, s);
+static inline void uniform_run(float noise[NOISE], uint64_t first, const Schedule *s) {
+    for (int i = 0; i < NOISE; i += GROUP) uniform_group(noise + i, first + (uint64_t)i, s);
 }
 
+OF_RUN void stochastic_run(int n, float *restrict p, const float *restrict m, float bound, float lr, float factor,
+                           uint64_t first, const Schedule *schedule) {
+    float noise[NOISE];
+    uniform_run(noise, first, schedule);
+    for (int i = 0; i < n; i++) p[i] = p[i] * factor - lr * sign_of(noise[i] * bound + m[i]);
+}
+
+/* p <- factor p - lr sign(m + bound noise) */
 void ds_optim_stochastic_sign_step(int64_t n, float *restrict p, const float *restrict m, float bound, float lr,
                                    float factor, Key key) {
     const Schedule schedule = schedule_of(key);
-    float noise[RUN];
-    for (int64_t i = 0; i < n; i += RUN) {
-        const int count = (int)at_most(n - i, RUN);
-        uniform_run(noise, key.start + (uint64_t)i, &schedule);
-        for (int j = 0; j < count; j++)
-            p[i + j] = p[i + j] * factor - lr * sign_of(noise[j] * bound + m[i + j]);
+    int64_t i = 0;
+    for (; i + NOISE <= n; i += NOISE)
+        stochastic_run(NOISE, p + i, m + i, bound, lr, factor, key.start + (uint64_t)i, &schedule);
+    if (i < n) stochastic_run((int)(n - i), p + i, m + i, bound, lr, factor, key.start + (uint64_t)i, &schedule);
+}
+
+OF_RUN void element_run(int n, float *restrict p, float *restrict m, float *restrict bounds, const float *restrict g,
+                        Blend w, float lr, float factor, uint64_t first, const Schedule *schedule) {
+    float noise[NOISE];
+    uniform_run(noise, first, schedule);
+    for (int i = 0; i < n; i++) {
+        const float momentum = next(m[i], g[i], w), size = fabsf(momentum), old = bounds[i];
+        const float limit = size <= old || old != old ? old : size; /* NaN where either is */
+        m[i] = momentum;
+        bounds[i] = limit;
+        p[i] = p[i] * factor - lr * sign_of(noise[i] * limit + momentum);
     }
 }
 
-/* The same after m has moved on and each bound has been raised to |m|, NaN where either is. */
+/* The same after m has moved on and each bound has been raised to |m|. */
 void ds_optim_stochastic_element_step(int64_t n, float *restrict p, float *restrict m, float *restrict bounds,
                                       const float *restrict g, Blend w, float lr, float factor, Key key) {
     const Schedule schedule = schedule_of(key);
-    float noise[RUN];
-    for (int64_t i = 0; i < n; i += RUN) {
-        const int count = (int)at_most(n - i, RUN);
-        uniform_run(noise, key.start + (uint64_t)i, &schedule);
-        for (int j = 0; j < count; j++) {
-            const float momentum = next(m[i + j], g[i + j], w), size = fabsf(momentum), old = bounds[i + j];
-            const float limit = size <= old || old != old ? old : size;
-            m[i + j] = momentum;
-            bounds[i + j] = limit;
-            p[i + j] = p[i + j] * factor - lr * sign_of(noise[j] * limit + momentum);
-        }
-    }
+    int64_t i = 0;
+    for (; i + NOISE <= n; i += NOISE)
+        element_run(NOISE, p + i, m + i, bounds + i, g + i, w, lr, factor, key.start + (uint64_t)i, &schedule);
+    if (i < n)
+        element_run((int)(n - i), p + i, m + i, bounds + i, g + i, w, lr, factor, key.start + (uint64_t)i, &schedule);
 }
