@@ -23,7 +23,11 @@ OF_RUN void advance(int n, float *restrict m, float *restrict root, const float 
     for (int i = 0; i < n; i++) root[i] = next_root(root[i], g[i], w.beta, w.rest);
 }
 
-static inline float ratio(float m, float root, Moments w) { return (m / w.mean) / (root / w.deviation + (float)w.eps); }
+/* After some hundred steps both corrections are 1, and dividing by them changes no bit. */
+static inline float ratio(float m, float root, Moments w) {
+    if (w.mean == 1 && w.deviation == 1) return m / (root + (float)w.eps);
+    return (m / w.mean) / (root / w.deviation + (float)w.eps);
+}
 
 static inline float lamb_update(float p, float m, float root, Moments w, float decay, int decays) {
     const float update = ratio(m, root, w);
