@@ -55,10 +55,9 @@ def direction_into(out: Tensor, m: Flat, g: Flat, blend: Blend, scratch: Scratch
 def direction_squares(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """The sum of squares of the direction in fp64; nothing moves."""
     check_flat(g, m=m)
-    buffers = [*scratch.take(2, g), *scratch.take(1, g, torch.float64)]
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, b, d in spans(g, read_only(m), buffers=buffers):
+        for gradient, momentum, a, b, d in spans(g, read_only(m), scratch=scratch, narrow=2, wide=1):
             found = native.rules.direction_squares(momentum, gradient, blend.weights)
             if found is None:
                 d.copy_(direction(momentum, gradient, blend, a, b))

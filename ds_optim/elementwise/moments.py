@@ -10,9 +10,8 @@ pass over memory (``native.rules``); what stands here says what it computes, to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class Moments:
     def root_correction(self) -> float:
         return math.sqrt(1 - self.betas[1] ** self.step)
 
-    @property
+    @cached_property
     def weights(self) -> native.MomentWeights:
         """As the kernels take them."""
         return _weights(self.betas, self.eps, self.mean_correction, self.root_correction)
@@ -62,17 +61,11 @@ def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> No
     root.copy_(d.add_(e).sqrt_())
 
 
-def _walk(scratch: Scratch, count: int, first: Flat, *others: Flat) -> Iterator[tuple[Any, ...]]:
-    """Spans of the tensors, ``count`` buffers of their dtype and two of fp64."""
-    buffers = [*scratch.take(count, first), *scratch.take(2, first, torch.float64)]
-    return spans(first, *others, buffers=buffers)
-
-
 def lasm_difference(m: Flat, g: Flat, scratch: Scratch) -> Tensor:
     """The sum of (g - m)^2 in fp64. Moves nothing."""
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, d, _ in _walk(scratch, 1, g, read_only(m)):
+        for gradient, momentum, a, d, _ in spans(g, read_only(m), scratch=scratch, narrow=1, wide=2):
             found = native.lasm_difference(momentum, gradient)
             if found is None:
                 d.copy_(torch.sub(gradient, momentum, out=a))
@@ -97,7 +90,7 @@ def lasm_element_step(
     check_flat(p, m=m, root=root, g=g)
     numbers = _weights(betas), lr * scale, 1 - lr * decay
     with torch.no_grad():
-        for weights, momentum, deviation, gradient, a, d, e in _walk(scratch, 1, p, m, root, g):
+        for weights, momentum, deviation, gradient, a, d, e in spans(p, m, root, g, scratch=scratch, narrow=1, wide=2):
             if native.lasm_element_step(weights, momentum, deviation, gradient, *numbers):
                 continue
             torch.sub(gradient, momentum, out=a)
@@ -118,7 +111,9 @@ def lamb_measure(
     check_flat(p, m=m, root=root, g=g)
     sums = torch.zeros(2, dtype=torch.float64, device=p.device)
     with torch.no_grad():
-        for weights, mean, square, gradient, a, b, d, e in _walk(scratch, 2, read_only(p), m, root, g):
+        for weights, mean, square, gradient, a, b, d, e in spans(
+            read_only(p), m, root, g, scratch=scratch, narrow=2, wide=2
+        ):
             found = native.lamb_measure(weights, mean, square, gradient, moments.weights, decay)
             if found is None:
                 _advance(mean, square, gradient, moments, a, d, e)
@@ -132,7 +127,7 @@ def lamb_step(p: Flat, m: Tensor, root: Tensor, *, moments: Moments, lr: float, 
     """p <- p - lr r, r as in :func:`lamb_measure`; lr has the trust ratio in it."""
     check_flat(p, m=m, root=root)
     with torch.no_grad():
-        for weights, mean, square, a, b in spans(p, m, root, buffers=scratch.take(2, p)):
+        for weights, mean, square, a, b in spans(p, m, root, scratch=scratch, narrow=2):
             if not native.lamb_step(weights, mean, square, moments.weights, lr, decay):
                 weights.sub_(_lamb_update(weights, mean, square, moments, decay, a, b).mul_(lr))
 
@@ -147,7 +142,7 @@ def stable_measure(m: Tensor, root: Tensor, g: Flat, moments: Moments, scratch: 
     check_flat(m, root=root, g=g)
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for mean, square, gradient, a, d, e in _walk(scratch, 1, m, root, g):
+        for mean, square, gradient, a, d, e in spans(m, root, g, scratch=scratch, narrow=1, wide=2):
             found = native.stable_measure(mean, square, gradient, moments.weights)
             if found is None:
                 _advance(mean, square, gradient, moments, a, d, e)
@@ -164,7 +159,7 @@ def stable_step(
     """p <- p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)."""
     check_flat(p, m=m, root=root)
     with torch.no_grad():
-        for weights, mean, square, a, b in spans(p, m, root, buffers=scratch.take(2, p)):
+        for weights, mean, square, a, b in spans(p, m, root, scratch=scratch, narrow=2):
             if not native.stable_step(weights, mean, square, moments.weights, lr, 1 - lr * decay):
                 decayed(weights, lr, decay).sub_(_ratio(mean, square, moments, a, b).mul_(lr))
 

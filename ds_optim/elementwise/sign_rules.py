@@ -23,7 +23,7 @@ def agreement(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """How many elements' gradients point where the direction does: u g > 0, u = sign(direction). Moves nothing."""
     count = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, b in spans(g, read_only(m), buffers=scratch.take(2, g)):
+        for gradient, momentum, a, b in spans(g, read_only(m), scratch=scratch, narrow=2):
             found = native.agreement(momentum, gradient, blend.weights)
             if found is None:
                 _mask_agreeing(direction(momentum, gradient, blend, a, b).sign_(), gradient, b)
@@ -38,7 +38,7 @@ def cautious_step(
     """p <- p (1 - lr decay) - lr scale u [u g > 0], u = sign(direction); m moves on."""
     check_flat(p, m=m, g=g)
     with torch.no_grad():
-        for weights, momentum, gradient, a, b in spans(p, m, g, buffers=scratch.take(2, p)):
+        for weights, momentum, gradient, a, b in spans(p, m, g, scratch=scratch, narrow=2):
             if native.cautious_step(weights, momentum, gradient, blend.weights, lr * scale, 1 - lr * decay):
                 continue
             direction(momentum, gradient, blend, a, b).sign_()
@@ -56,7 +56,7 @@ def smallest_nonzero(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor
     """The smallest |direction| that is not 0; infinity where all are. Moves nothing."""
     least = torch.full((), float("inf"), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, b in spans(g, read_only(m), buffers=scratch.take(2, g)):
+        for gradient, momentum, a, b in spans(g, read_only(m), scratch=scratch, narrow=2):
             found = native.smallest_nonzero(momentum, gradient, blend.weights)
             if found is None:
                 size = direction(momentum, gradient, blend, a, b).abs_()
@@ -69,7 +69,7 @@ def count_from(m: Flat, g: Flat, blend: Blend, nu: float, scratch: Scratch) -> T
     """How many elements have |direction| >= nu. Moves nothing."""
     count = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, b in spans(g, read_only(m), buffers=scratch.take(2, g)):
+        for gradient, momentum, a, b in spans(g, read_only(m), scratch=scratch, narrow=2):
             found = native.count_from(momentum, gradient, blend.weights, nu)
             if found is None:
                 found = direction(momentum, gradient, blend, a, b).abs_().ge_(nu).sum(dtype=torch.float64)
@@ -83,7 +83,7 @@ def gated_step(
     """p <- p (1 - lr decay) - lr h(c), c the direction: h = sign where |c| >= nu, c itself below; m moves on."""
     check_flat(p, m=m, g=g)
     with torch.no_grad():
-        for weights, momentum, gradient, a, b in spans(p, m, g, buffers=scratch.take(2, p)):
+        for weights, momentum, gradient, a, b in spans(p, m, g, scratch=scratch, narrow=2):
             if native.gated_step(weights, momentum, gradient, blend.weights, lr, 1 - lr * decay, nu):
                 continue
             direction(momentum, gradient, blend, a, b)
@@ -99,7 +99,7 @@ def raw_step(p: Flat, m: Flat, g: Flat, *, blend: Blend, lr: float, decay: float
     """p <- p (1 - lr decay) - lr direction; m moves on."""
     check_flat(p, m=m, g=g)
     with torch.no_grad():
-        for weights, momentum, gradient, a, b in spans(p, m, g, buffers=scratch.take(2, p)):
+        for weights, momentum, gradient, a, b in spans(p, m, g, scratch=scratch, narrow=2):
             if native.raw_step(weights, momentum, gradient, blend.weights, lr, 1 - lr * decay):
                 continue
             advance(momentum, gradient, blend, a, b)
@@ -110,7 +110,7 @@ def move_momentum(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """m moves on; the largest |m| of the new ones, 0 for none."""
     largest = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for momentum, gradient, a in spans(m, g, buffers=scratch.take(1, g)):
+        for momentum, gradient, a in spans(m, g, scratch=scratch, narrow=1):
             found = native.move_momentum(momentum, gradient, blend.weights)
             if found is None:
                 move_on(momentum, gradient, blend, a)
@@ -140,7 +140,7 @@ def stochastic_sign_step(
     check_flat(p, m=m)
     key = {"seed": seed, "stream": stream, "step": step}
     with torch.no_grad():
-        for weights, momentum, a in spans(p, read_only(m), buffers=scratch.take(1, p)):
+        for weights, momentum, a in spans(p, read_only(m), scratch=scratch, narrow=1):
             if not native.stochastic_sign_step(weights, momentum, bound, lr, 1 - lr * decay, start=start, **key):
                 uniform_noise(a, start=start, **key).mul_(bound).add_(momentum)
                 decayed(weights, lr, decay).sub_(a.sign_(), alpha=lr)
@@ -165,7 +165,7 @@ def stochastic_element_step(
     """m moves on; B <- max(B, |m|), element by element; the step of :func:`stochastic_sign_step`. bounds: B, (n,)."""
     check_flat(p, m=m, bounds=bounds, g=g)
     with torch.no_grad():
-        for weights, momentum, limit, gradient, a in spans(p, m, bounds, g, buffers=scratch.take(1, p)):
+        for weights, momentum, limit, gradient, a in spans(p, m, bounds, g, scratch=scratch, narrow=1):
             rates = lr, 1 - lr * decay
             done = native.stochastic_element_step(
                 weights,

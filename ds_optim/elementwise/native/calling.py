@@ -33,9 +33,9 @@ class BlendWeights(ctypes.Structure):
 def is_plain(tensor: Any) -> bool:
     """Whether it is a vector of fp32 in a CPU's memory, without gaps."""
     return (
-        isinstance(tensor, Tensor)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
+        type(tensor) is Tensor
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
         and tensor.dim() == 1
         and tensor.is_contiguous()
     )

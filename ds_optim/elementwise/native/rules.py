@@ -163,7 +163,7 @@ def _step(name: str, tensors: tuple[Tensor, ...], *scalars: Any) -> bool:
     lib = library()
     if lib is None or not suits(*tensors):
         return False
-    kernel = lib[name]
+    kernel = getattr(lib, name)
 
     def part(begin: int, count: int) -> None:
         places = (address(tensor, begin) for tensor in tensors)
@@ -178,7 +178,7 @@ def _measure(name: str, tensors: tuple[Tensor, ...], *scalars: Any, join: str, c
     lib = library()
     if lib is None or not suits(*tensors):
         return None
-    kernel, numel = lib[name], tensors[0].numel()
+    kernel, numel = getattr(lib, name), tensors[0].numel()
     out = torch.full((max(1, -(-numel // PART)), columns), _IDENTITY[join], dtype=torch.float64)
 
     def part(begin: int, count: int) -> None:
