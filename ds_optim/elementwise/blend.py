@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise import fused, native
-from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.chunks import Scratch, chunks, spans
 from ds_optim.elementwise.momentum import Flat, read_only
 
 
@@ -22,6 +22,11 @@ class Blend:
     direction: tuple[float, float]
     momentum: tuple[float, float]
 
+    @property
+    def weights(self) -> tuple[float, float, float, float]:
+        """All four, the direction's first."""
+        return *self.direction, *self.momentum
+
 
 def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scratch | None = None) -> None:
     """Write the direction to ``out`` and move ``m`` on, in one pass over memory; g is never written.
@@ -31,8 +36,7 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scra
     direction[1] * g. Roundings: see ``direction``, and one more where ``out`` has another dtype.
     """
     check_flat(g, out=out, m=m)
-    weights = (*blend.direction, *blend.momentum)
-    if native.blend_into(out, m, g, weights) or fused.blend_into(out, m, g, weights):
+    if native.blend_into(out, m, g, blend.weights) or fused.blend_into(out, m, g, blend.weights):
         return
     buffers = (scratch or Scratch()).take(2, g)
     with torch.no_grad():
@@ -51,12 +55,14 @@ def direction_into(out: Tensor, m: Flat, g: Flat, blend: Blend, scratch: Scratch
 def direction_squares(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """The sum of squares of the direction in fp64; nothing moves."""
     check_flat(g, m=m)
-    buffers = [*scratch.take(2, g), *scratch.take(1, g, torch.float64)]
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, b, d in chunks(g, read_only(m), buffers=buffers):
-            d.copy_(direction(momentum, gradient, blend, a, b))
-            total += d.mul_(d).sum()
+        for gradient, momentum, a, b, d in spans(g, read_only(m), scratch=scratch, narrow=2, wide=1):
+            found = native.rules.direction_squares(momentum, gradient, blend.weights)
+            if found is None:
+                d.copy_(direction(momentum, gradient, blend, a, b))
+                found = d.mul_(d).sum()
+            total += found
     return total
 
 

@@ -79,6 +79,18 @@ def chunks(*tensors: Flat | None, buffers: list[Tensor]) -> Iterator[tuple[Any, 
         yield *row, *_cut(buffers, numel)
 
 
+def spans(first: Flat, *others: Flat, scratch: Scratch, narrow: int, wide: int = 0) -> Iterator[tuple[Any, ...]]:
+    """As :func:`chunks`, with ``narrow`` buffers of the dtype of ``first`` and ``wide`` ones of fp64.
+
+    Tensors that the compiled kernels know come whole, with None for each buffer: a kernel needs none.
+    """
+    if native.suits(first, *others):
+        yield first, *others, *repeat(None, narrow + wide)
+        return
+    buffers = [*scratch.take(narrow, first), *scratch.take(wide, first, torch.float64)]
+    yield from chunks(first, *others, buffers=buffers)
+
+
 def _stored_chunks(tensors: Sequence[Flat | None], buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
     like = next(tensor for tensor in tensors if tensor is not None)
     step = chunk_elements(like.device)

@@ -3,22 +3,23 @@
 The second buffer holds the root of the second moment, not the moment: the squares of gradients above 1e19
 overflow fp32 and those below 1e-23 are lost in it, while the root has the gradient's own size. It is moved
 on in fp64, s <- sqrt(b s^2 + (1 - b) x^2), and rounded once. Flat tensors (n,) of one dtype, g never
-written, every operation rounded by itself (see ``blend.direction``).
+written, every operation rounded by itself (see ``blend.direction``). On a CPU each function is one compiled
+pass over memory (``native.rules``); what stands here says what it computes, to the bit, and does it elsewhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ds_optim.elementwise.blend import check_flat
-from ds_optim.elementwise.chunks import Scratch, chunks
+from ds_optim.elementwise.chunks import Scratch, spans
 from ds_optim.elementwise.momentum import Flat, read_only
+from ds_optim.elementwise.native import rules as native
 from ds_optim.elementwise.steps import decayed
 
 
@@ -38,6 +39,18 @@ class Moments:
     def root_correction(self) -> float:
         return math.sqrt(1 - self.betas[1] ** self.step)
 
+    @cached_property
+    def weights(self) -> native.MomentWeights:
+        """As the kernels take them."""
+        return _weights(self.betas, self.eps, self.mean_correction, self.root_correction)
+
+
+def _weights(
+    betas: tuple[float, float], eps: float = 0.0, mean: float = 1.0, deviation: float = 1.0
+) -> native.MomentWeights:
+    b1, b2 = betas
+    return native.MomentWeights(beta=b2, rest=1 - b2, eps=eps, k0=b1, k1=1 - b1, mean=mean, deviation=deviation)
+
 
 def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> None:
     """root <- sqrt(beta root^2 + (1 - beta) x^2); d and e are fp64 scratch."""
@@ -48,19 +61,16 @@ def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> No
     root.copy_(d.add_(e).sqrt_())
 
 
-def _walk(scratch: Scratch, count: int, first: Flat, *others: Flat) -> Iterator[tuple[Any, ...]]:
-    """Chunks of the tensors, ``count`` buffers of their dtype and two of fp64."""
-    buffers = [*scratch.take(count, first), *scratch.take(2, first, torch.float64)]
-    return chunks(first, *others, buffers=buffers)
-
-
 def lasm_difference(m: Flat, g: Flat, scratch: Scratch) -> Tensor:
     """The sum of (g - m)^2 in fp64. Moves nothing."""
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, momentum, a, d, _ in _walk(scratch, 1, g, read_only(m)):
-            d.copy_(torch.sub(gradient, momentum, out=a))
-            total += d.mul_(d).sum()
+        for gradient, momentum, a, d, _ in spans(g, read_only(m), scratch=scratch, narrow=1, wide=2):
+            found = native.lasm_difference(momentum, gradient)
+            if found is None:
+                d.copy_(torch.sub(gradient, momentum, out=a))
+                found = d.mul_(d).sum()
+            total += found
     return total
 
 
@@ -78,8 +88,11 @@ def lasm_element_step(
 ) -> None:
     """v <- b2 v + (1-b2) (g - m)^2; m <- b1 m + (1-b1) g / (1 + sqrt(v)); p <- p (1 - lr decay) - lr scale sign(m)."""
     check_flat(p, m=m, root=root, g=g)
+    numbers = _weights(betas), lr * scale, 1 - lr * decay
     with torch.no_grad():
-        for weights, momentum, deviation, gradient, a, d, e in _walk(scratch, 1, p, m, root, g):
+        for weights, momentum, deviation, gradient, a, d, e in spans(p, m, root, g, scratch=scratch, narrow=1, wide=2):
+            if native.lasm_element_step(weights, momentum, deviation, gradient, *numbers):
+                continue
             torch.sub(gradient, momentum, out=a)
             _move_root(deviation, a, betas[1], d, e)
             torch.add(deviation, 1, out=a)
@@ -88,41 +101,35 @@ def lasm_element_step(
             decayed(weights, lr, decay).sub_(torch.sign(momentum, out=a), alpha=lr * scale)
 
 
-def advance_moments(m: Tensor, root: Tensor, g: Flat, moments: Moments, scratch: Scratch) -> None:
-    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2, kept as its root."""
-    check_flat(m, root=root, g=g)
+def lamb_measure(
+    p: Flat, m: Tensor, root: Tensor, g: Flat, moments: Moments, decay: float, scratch: Scratch
+) -> list[Tensor]:
+    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2, kept as its root; the sums of p^2 and r^2 in fp64.
+
+    r = m_hat / (sqrt(v_hat) + eps) + decay p.
+    """
+    check_flat(p, m=m, root=root, g=g)
+    sums = torch.zeros(2, dtype=torch.float64, device=p.device)
     with torch.no_grad():
-        for mean, square, gradient, a, d, e in _walk(scratch, 1, m, root, g):
-            torch.mul(gradient, 1 - moments.betas[0], out=a)
-            mean.mul_(moments.betas[0]).add_(a)
-            _move_root(square, gradient, moments.betas[1], d, e)
-
-
-def _ratio(mean: Tensor, root: Tensor, moments: Moments, a: Tensor, b: Tensor) -> Tensor:
-    """m_hat / (sqrt(v_hat) + eps), in b; a is spent."""
-    torch.div(root, moments.root_correction, out=a).add_(moments.eps)
-    return torch.div(mean, moments.mean_correction, out=b).div_(a)
-
-
-def lamb_norms(p: Flat, m: Tensor, root: Tensor, moments: Moments, decay: float, scratch: Scratch) -> list[Tensor]:
-    """The sums of p^2 and r^2 in fp64, r = m_hat / (sqrt(v_hat) + eps) + decay p."""
-    sums = [torch.zeros((), dtype=torch.float64, device=p.device) for _ in range(2)]
-    with torch.no_grad():
-        for weights, mean, square, a, b, d, _ in _walk(scratch, 2, read_only(p), m, root):
-            update = _lamb_update(weights, mean, square, moments, decay, a, b)
-            for total, values in zip(sums, (weights, update), strict=True):
-                d.copy_(values)
-                total += d.mul_(d).sum()
-    return sums
+        for weights, mean, square, gradient, a, b, d, e in spans(
+            read_only(p), m, root, g, scratch=scratch, narrow=2, wide=2
+        ):
+            found = native.lamb_measure(weights, mean, square, gradient, moments.weights, decay)
+            if found is None:
+                _advance(mean, square, gradient, moments, a, d, e)
+                update = _lamb_update(weights, mean, square, moments, decay, a, b)
+                found = torch.stack([_square_sum(weights, d), _square_sum(update, d)])
+            sums += found
+    return list(sums.unbind())
 
 
 def lamb_step(p: Flat, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch) -> None:
-    """p <- p - lr r, r as in :func:`lamb_norms`; lr has the trust ratio in it."""
+    """p <- p - lr r, r as in :func:`lamb_measure`; lr has the trust ratio in it."""
     check_flat(p, m=m, root=root)
-    buffers = scratch.take(2, p)
     with torch.no_grad():
-        for weights, mean, square, a, b in chunks(p, m, root, buffers=buffers):
-            weights.sub_(_lamb_update(weights, mean, square, moments, decay, a, b).mul_(lr))
+        for weights, mean, square, a, b in spans(p, m, root, scratch=scratch, narrow=2):
+            if not native.lamb_step(weights, mean, square, moments.weights, lr, decay):
+                weights.sub_(_lamb_update(weights, mean, square, moments, decay, a, b).mul_(lr))
 
 
 def _lamb_update(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: float, a: Tensor, b: Tensor) -> Tensor:
@@ -130,14 +137,19 @@ def _lamb_update(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: fl
     return update.add_(torch.mul(p, decay, out=a)) if decay else update
 
 
-def stable_ratio(root: Tensor, g: Flat, moments: Moments, scratch: Scratch) -> Tensor:
-    """The sum of g^2 / max(v_hat, eps^2) in fp64."""
+def stable_measure(m: Tensor, root: Tensor, g: Flat, moments: Moments, scratch: Scratch) -> Tensor:
+    """m and v move on as in :func:`lamb_measure`; the sum of g^2 / max(v_hat, eps^2) in fp64."""
+    check_flat(m, root=root, g=g)
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
-        for gradient, square, a, d, e in _walk(scratch, 1, g, root):
-            d.copy_(torch.div(square, moments.root_correction, out=a)).clamp_min_(moments.eps)
-            e.copy_(gradient)
-            total += e.div_(d).square_().sum()
+        for mean, square, gradient, a, d, e in spans(m, root, g, scratch=scratch, narrow=1, wide=2):
+            found = native.stable_measure(mean, square, gradient, moments.weights)
+            if found is None:
+                _advance(mean, square, gradient, moments, a, d, e)
+                d.copy_(torch.div(square, moments.root_correction, out=a)).clamp_min_(moments.eps)
+                e.copy_(gradient)
+                found = e.div_(d).square_().sum()
+            total += found
     return total
 
 
@@ -146,7 +158,26 @@ def stable_step(
 ) -> None:
     """p <- p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)."""
     check_flat(p, m=m, root=root)
-    buffers = scratch.take(2, p)
     with torch.no_grad():
-        for weights, mean, square, a, b in chunks(p, m, root, buffers=buffers):
-            decayed(weights, lr, decay).sub_(_ratio(mean, square, moments, a, b).mul_(lr))
+        for weights, mean, square, a, b in spans(p, m, root, scratch=scratch, narrow=2):
+            if not native.stable_step(weights, mean, square, moments.weights, lr, 1 - lr * decay):
+                decayed(weights, lr, decay).sub_(_ratio(mean, square, moments, a, b).mul_(lr))
+
+
+def _advance(m: Tensor, root: Tensor, g: Tensor, moments: Moments, a: Tensor, d: Tensor, e: Tensor) -> None:
+    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g^2, kept as its root; a, d and e are spent."""
+    torch.mul(g, 1 - moments.betas[0], out=a)
+    m.mul_(moments.betas[0]).add_(a)
+    _move_root(root, g, moments.betas[1], d, e)
+
+
+def _ratio(mean: Tensor, root: Tensor, moments: Moments, a: Tensor, b: Tensor) -> Tensor:
+    """m_hat / (sqrt(v_hat) + eps), in b; a is spent."""
+    torch.div(root, moments.root_correction, out=a).add_(moments.eps)
+    return torch.div(mean, moments.mean_correction, out=b).div_(a)
+
+
+def _square_sum(values: Tensor, d: Tensor) -> Tensor:
+    """In fp64; d is spent."""
+    d.copy_(values)
+    return d.mul_(d).sum()

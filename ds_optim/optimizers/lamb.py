@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ds_optim.elementwise.moments import Moments, advance_moments, lamb_norms, lamb_step
+from ds_optim.elementwise.moments import Moments, lamb_measure, lamb_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
 from ds_optim.optimizers.rules import (
@@ -34,8 +34,7 @@ def lamb(group: Group, step: int) -> ParameterUpdate:
     decay = group["weight_decay"]
 
     def partial(piece: Piece) -> list[Tensor]:
-        advance_moments(piece.wide_m, piece.v, piece.g, moments, piece.scratch)
-        return lamb_norms(piece.p, piece.wide_m, piece.v, moments, decay, piece.scratch)
+        return lamb_measure(piece.p, piece.wide_m, piece.v, piece.g, moments, decay, piece.scratch)
 
     def decide(spec: ParamSpec, squares: Sequence[float], _: float) -> Decision:
         theta, r = (math.sqrt(square) for square in squares)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ds_optim.elementwise.moments import Moments, advance_moments, stable_ratio, stable_step
+from ds_optim.elementwise.moments import Moments, stable_measure, stable_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
 from ds_optim.optimizers.rules import (
@@ -32,8 +32,7 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
     decay = group["weight_decay"]
 
     def partial(piece: Piece) -> list[Tensor]:
-        advance_moments(piece.wide_m, piece.v, piece.g, moments, piece.scratch)
-        return [stable_ratio(piece.v, piece.g, moments, piece.scratch)]
+        return [stable_measure(piece.wide_m, piece.v, piece.g, moments, piece.scratch)]
 
     def decide(spec: ParamSpec, sums: Sequence[float], _: float) -> Decision:
         rms = math.sqrt(sums[0] / spec.numel)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import Unpack
 
 from ds_optim.elementwise.noise import stream_of
-from ds_optim.elementwise.sign_rules import move_momentum, raise_bounds, stochastic_sign_step
+from ds_optim.elementwise.sign_rules import move_momentum, stochastic_element_step, stochastic_sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_choice, check_seed
 from ds_optim.optimizers.rules import (
@@ -36,7 +35,7 @@ def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
         return Decision(lr=rate(group), scalar=bound, value=bound)
 
     def apply(piece: Piece, chosen: Decision) -> None:
-        _noisy_step(group, step, piece, chosen, chosen.value)
+        stochastic_sign_step(piece.p, piece.m, chosen.value, **_common(group, step, piece, chosen))
 
     peak = Measure(op="max", columns=1, partial=lambda p: [move_momentum(p.m, p.g, blend, p.scratch)])
     return ParameterUpdate(measure=peak, decide=decide, apply=apply, decay=group["weight_decay"])
@@ -47,28 +46,25 @@ def sto_sign_sgd_element(group: Group, step: int) -> ParameterUpdate:
     blend = average(group["beta"])
 
     def apply(piece: Piece, chosen: Decision) -> None:
-        move_momentum(piece.m, piece.g, blend, piece.scratch)
-        raise_bounds(piece.v, piece.m, piece.scratch)
-        _noisy_step(group, step, piece, chosen, piece.v)
+        common = _common(group, step, piece, chosen)
+        stochastic_element_step(piece.p, piece.m, piece.v, piece.g, blend=blend, **common)
 
     return ParameterUpdate(
         decide=lambda spec, _, __: Decision(lr=rate(group)), apply=apply, decay=group["weight_decay"]
     )
 
 
-def _noisy_step(group: Group, step: int, piece: Piece, chosen: Decision, bound: Tensor | float) -> None:
-    stochastic_sign_step(
-        piece.p,
-        piece.m,
-        bound,
-        lr=chosen.lr,
-        decay=group["weight_decay"],
-        seed=group["seed"],
-        stream=stream_of(piece.spec.name),
-        step=step,
-        start=piece.start,
-        scratch=piece.scratch,
-    )
+def _common(group: Group, step: int, piece: Piece, chosen: Decision) -> dict[str, Any]:
+    """What a noisy step of a slice is given, whatever its bound."""
+    return {
+        "lr": chosen.lr,
+        "decay": group["weight_decay"],
+        "seed": group["seed"],
+        "stream": stream_of(piece.spec.name),
+        "step": step,
+        "start": piece.start,
+        "scratch": piece.scratch,
+    }
 
 
 class StoSignSGD(ZeroOptimizer):

@@ -53,9 +53,9 @@ def square_sum(values: Flat) -> Tensor:
         for (chunk,) in chunks(read_only(values), buffers=[]):
             total += square_sum(chunk).to(total.device)
         return total
-    compiled = native.square_sum(values)
+    compiled = native.rules.square_sums(values)
     if compiled is not None:
-        return torch.tensor(compiled, dtype=torch.float64)
+        return compiled
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in values.split(_CHUNK):
         total += chunk.double().square_().sum()

@@ -17,7 +17,6 @@ from ds_optim.elementwise.momentum import Bfloat16, Int8, Rounding, Stored, read
 from ds_optim.elementwise.native import library as loading
 from ds_optim.elementwise.native import steps as calls
 from ds_optim.elementwise.noise import uniform_noise
-from ds_optim.elementwise.sign_rules import stochastic_sign_step
 from ds_optim.elementwise.steps import apply_update, sign_step
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
@@ -115,19 +114,6 @@ def test_a_sum_of_squares_is_exact_to_fp64(n: int) -> None:
     found = native.square_sum(values)
     assert found == pytest.approx(float(values.double().square().sum()), rel=1e-14)
     assert native.square_sum(values.double()) is None
-
-
-def test_a_stochastic_sign_step_is_the_same(eager: Callable[[bool], None]) -> None:
-    results = []
-    for wanted in (True, False):
-        eager(wanted)
-        p = torch.zeros(1000)
-        stochastic_sign_step(
-            p, gauss(1000, 3), 2.0, lr=0.1, decay=0.1, seed=1, stream=2, step=3, start=4, scratch=Scratch()
-        )
-        results.append(p)
-    assert torch.equal(*results)
-    assert results[0].unique().numel() == 2
 
 
 def test_what_the_kernels_do_not_know_is_left_to_the_eager_path() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import ds_optim
 from ds_optim.elementwise import chunks as chunking
 from ds_optim.elementwise import noise as noise_module
+from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.noise import stream_of, uniform, uniform_noise
-from ds_optim.elementwise.sign_rules import stochastic_sign_step
+from ds_optim.elementwise.sign_rules import stochastic_element_step, stochastic_sign_step
 from tests import philox
 from tests.stepping import SmallModel, build, random_grads, take_steps, trained, weights_of
 
@@ -89,8 +90,12 @@ def test_noise_of_another_key_or_counter_is_independent(other: dict[str, int]) -
 
 def step_of(m: Tensor, bound: Tensor | float, start: int, p: Tensor | None = None) -> Tensor:
     p = torch.zeros_like(m) if p is None else p.clone()
-    keys = {"seed": 1, "stream": 2, "step": 3}
-    stochastic_sign_step(p, m, bound, lr=LR, decay=0.25, start=start, scratch=Scratch(), **keys)
+    common: dict[str, Any] = {"lr": LR, "decay": 0.25, "seed": 1, "stream": 2, "step": 3, "start": start}
+    if isinstance(bound, float):
+        stochastic_sign_step(p, m, bound, scratch=Scratch(), **common)
+        return p
+    still = Blend((1.0, 0.0), (1.0, 0.0))
+    stochastic_element_step(p, m.clone(), bound.clone(), torch.zeros_like(m), blend=still, scratch=Scratch(), **common)
     return p
 
 

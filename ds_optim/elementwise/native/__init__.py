@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ds_optim.elementwise.native import rules
 from ds_optim.elementwise.native.library import is_available
+from ds_optim.elementwise.native.rules import suits
 from ds_optim.elementwise.native.steps import (
     apply_update,
     blend_into,
@@ -13,4 +15,15 @@ from ds_optim.elementwise.native.steps import (
     uniform_noise,
 )
 
-__all__ = ["apply_update", "blend_into", "is_available", "load", "sign_step", "square_sum", "store", "uniform_noise"]
+__all__ = [
+    "apply_update",
+    "blend_into",
+    "is_available",
+    "load",
+    "rules",
+    "sign_step",
+    "square_sum",
+    "store",
+    "suits",
+    "uniform_noise",
+]

@@ -1,0 +1,68 @@
+"""What every call of a compiled kernel needs: which tensors suit it, their addresses, and a part for each thread."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_float, c_uint64, c_void_p
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements worth a thread of their own: about 20 microseconds of work.
+_GRAIN = 1 << 16
+
+
+class Key(ctypes.Structure):
+    """(seed, stream, step) of a parameter's noise, and the place of the first element in its parameter."""
+
+    _fields_ = (("seed", c_uint64), ("stream", c_uint64), ("step", c_uint64), ("start", c_uint64))
+
+
+class BlendWeights(ctypes.Structure):
+    """direction = d0 m + d1 g; m <- k0 m + k1 g."""
+
+    _fields_ = (("d0", c_float), ("d1", c_float), ("k0", c_float), ("k1", c_float))
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a vector of fp32 in a CPU's memory, without gaps."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.dim() == 1
+        and tensor.is_contiguous()
+    )
+
+
+def address(tensor: Tensor, begin: int = 0) -> c_void_p:
+    """Of the element ``begin``."""
+    return c_void_p(tensor.data_ptr() + begin * tensor.element_size())
+
+
+def in_parts(numel: int, multiple: int, part: Callable[[int, int], None]) -> None:
+    """Call ``part(begin, count)`` on torch's threads, for parts that begin at multiples of ``multiple``."""
+    threads = min(torch.get_num_threads(), numel // _GRAIN)
+    if threads < 2:
+        part(0, numel)
+        return
+    width = -(-numel // (threads * multiple)) * multiple
+    edges = [*range(0, numel, width), numel]
+    jobs = [_pool(threads, os.getpid()).submit(part, a, b - a) for a, b in pairwise(edges)]
+    for job in jobs:
+        job.result()
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """ctypes lets go of the interpreter during a call, so that Python's threads work side by side.
+
+    One for each process: a forked one has the parent's pool, and none of its threads.
+    """
+    return ThreadPoolExecutor(threads, thread_name_prefix="ds_optim")
