@@ -1,4 +1,4 @@
-"""Compile ``kernels.c`` with the machine's own C compiler, keep the result, and load it.
+"""Compile the C files of this folder with the machine's own C compiler, keep the result, and load it.
 
 Where there is no compiler the eager path does the same to the bit, and one line says so. ``DS_OPTIM_NATIVE=0`` asks
 for the eager path.
@@ -21,7 +21,7 @@ from ds_optim.cache import cache_folder
 
 logger = logging.getLogger("ds_optim")
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_FOLDER = Path(__file__).parent
 # No contraction of two roundings into one; the two others let loops be vectorized and change no value.
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _COMPILE_SECONDS = 120
@@ -48,9 +48,12 @@ def is_available() -> bool:
 
 
 def _compiled() -> Path:
-    """The shared object, made if this source has not been compiled on this kind of machine before."""
+    """The shared object, made if these sources have not been compiled on this kind of machine before."""
     compiler = _compiler()
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    sources = sorted(_FOLDER.glob("*.c"))
+    key = hashlib.sha256()
+    for file in [*sources, *sorted(_FOLDER.glob("*.h"))]:
+        key.update(repr((file.name, file.read_bytes())).encode())
     key.update(repr((compiler, _FLAGS, platform.machine(), _cpu())).encode())
     target = cache_folder() / f"kernels-{key.hexdigest()[:20]}.so"
     if not target.exists():
@@ -59,7 +62,7 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
             subprocess.run(
-                [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(made), str(_SOURCE), "-lm"],
+                [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(made), *map(str, sources), "-lm"],
                 check=True,
                 capture_output=True,
                 text=True,
