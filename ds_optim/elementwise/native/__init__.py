@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ds_optim.elementwise.native.library import is_available
 from ds_optim.elementwise.native.steps import (
+    adamw_step,
     apply_update,
     blend_into,
     load,
@@ -13,4 +14,14 @@ from ds_optim.elementwise.native.steps import (
     uniform_noise,
 )
 
-__all__ = ["apply_update", "blend_into", "is_available", "load", "sign_step", "square_sum", "store", "uniform_noise"]
+__all__ = [
+    "adamw_step",
+    "apply_update",
+    "blend_into",
+    "is_available",
+    "load",
+    "sign_step",
+    "square_sum",
+    "store",
+    "uniform_noise",
+]
