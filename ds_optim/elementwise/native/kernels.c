@@ -52,19 +52,41 @@ static inline void sign_run(int n, float *restrict p, float *restrict m, const f
     }
 }
 
+/* A block of weights and of a gradient in fp32, and of momentum as it is stored. */
+static inline void sign_block(const Block *b, float *p, const Array *m, const float *g, Blend w, float lr, float factor,
+                              const Rounds *rounds) {
+#ifdef WIDE_VECTORS
+    if (b->count == BLOCK && !signbit(lr) && (m->kind == BFLOAT16 || m->kind == INT8)) {
+        if (m->kind == BFLOAT16) {
+            uint16_t *values = (uint16_t *)m->values + b->position;
+            look_ahead(values);
+            wide_sign_bfloat16(p, values, g, w, lr, factor, rounds, b->begin);
+        } else {
+            int8_t *codes = (int8_t *)m->values + b->position;
+            float *scale = m->scales + b->number;
+            look_ahead(codes);
+            *scale = wide_sign_int8(p, codes, *scale, g, w, lr, factor, rounds, b->begin);
+        }
+        return;
+    }
+#endif
+    float room[BLOCK];
+    float *momentum = load(m, b, room);
+    sign_run(b->count, p, momentum, g, w, lr, factor);
+    store(m, b, rounds, momentum);
+}
+
 /* p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g */
 void ds_optim_sign_step(int64_t n, Array p, Array m, Array g, Blend w, float lr, float factor) {
     const Rounds of_p = rounding_of(&p), of_m = rounding_of(&m);
-    float room_p[BLOCK], room_m[BLOCK], room_g[BLOCK];
+    float room_p[BLOCK], room_g[BLOCK];
     for (Block b = {.number = -1}; next_block(&b, n, start_of(&p, &m));) {
         const float *gradient = load(&g, &b, room_g);
         float *weights = load(&p, &b, room_p);
         if (m.kind == NONE) {
             for (int i = 0; i < b.count; i++) weights[i] = weights[i] * factor - lr * sign_of(gradient[i] * w.d1);
         } else {
-            float *momentum = load(&m, &b, room_m);
-            sign_run(b.count, weights, momentum, gradient, w, lr, factor);
-            store(&m, &b, &of_m, momentum);
+            sign_block(&b, weights, &m, gradient, w, lr, factor, &of_m);
         }
         store(&p, &b, &of_p, weights);
     }
