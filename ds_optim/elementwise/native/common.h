@@ -65,12 +65,11 @@ static inline int next_block(Block *b, int64_t n, uint64_t start) {
     return left > 0;
 }
 
-/* Ask for the first lines of the next page: where one ends, so does what a processor fetches ahead by itself, and a
- * pass over some streams stands still at each page of each. Measured: a quarter of the time of a step. */
+/* Ask for the first line of the next page: where a page ends, so does what a processor fetches ahead by itself, and a
+ * pass over some streams stands still at each page of each. From that line on it goes ahead again. Measured: a fifth of
+ * the time of a step; more lines, or a line in each block, gain less. */
 static inline void look_ahead(const void *at) {
-    enum { PAGE = 4096, LINE = 64, LINES = 4 };
+    enum { PAGE = 4096 };
     const uintptr_t place = (uintptr_t)at % PAGE;
-    if (place < PAGE / 4 || place >= PAGE / 2) return; /* once or a few times a page, by blocks of 256 to 1024 bytes */
-    const char *next = (const char *)at + (PAGE - place);
-    for (int i = 0; i < LINES; i++) __builtin_prefetch(next + i * LINE);
+    if (place >= PAGE / 2 && place < PAGE / 4 * 3) __builtin_prefetch((const char *)at + (PAGE - place));
 }
