@@ -3,19 +3,6 @@
 
 #include "common.h"
 
-/* Eight lanes of 64 bits, a word of 32 in the low half of each; what stands in the high half does not matter. */
-typedef uint64_t Wide __attribute__((vector_size(64)));
-typedef uint32_t Narrow __attribute__((vector_size(32)));
-enum { WIDTH = 8, VECTORS = LANES / WIDTH };
-
-static inline Wide product(Wide a, uint32_t b) {
-#ifdef WIDE_VECTORS
-    return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); /* compilers do not see that 64 x 64 is too much */
-#else
-    return (a & 0xFFFFFFFFu) * b;
-#endif
-}
-
 /* The step and the key of each of the ten rounds, each key in the low half of 64 bits. */
 typedef struct {
     uint64_t step, keys[10][2];
@@ -37,30 +24,27 @@ static inline Rounds rounding_of(const Array *a) {
 
 /* Philox4x32-10 of LANES counters (step, first ... first + LANES - 1), a word of each in words[i]. */
 static inline void philox(uint32_t words[4][LANES], uint64_t first, const Rounds *rounds) {
-    const uint64_t step = rounds->step;
-    const Wide ramp = {0, 1, 2, 3, 4, 5, 6, 7};
-    Wide c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-        const Wide element = ramp + (first + (uint64_t)(v * WIDTH));
-        c0[v] = (Wide){0} + step;
-        c1[v] = (Wide){0} + (step >> 32);
-        c2[v] = element;
-        c3[v] = element >> 32;
+    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
+    for (int i = 0; i < LANES; i++) {
+        c0[i] = (uint32_t)rounds->step;
+        c1[i] = (uint32_t)(rounds->step >> 32);
+        c2[i] = (uint32_t)(first + (uint64_t)i);
+        c3[i] = (uint32_t)((first + (uint64_t)i) >> 32);
     }
     for (int round = 0; round < 10; round++) {
-        for (int v = 0; v < VECTORS; v++) {
-            const Wide p = product(c0[v], 0xD2511F53u), q = product(c2[v], 0xCD9E8D57u);
-            c0[v] = (q >> 32) ^ c1[v] ^ rounds->keys[round][0];
-            c1[v] = q;
-            c2[v] = (p >> 32) ^ c3[v] ^ rounds->keys[round][1];
-            c3[v] = p;
+        const uint32_t k0 = (uint32_t)rounds->keys[round][0], k1 = (uint32_t)rounds->keys[round][1];
+        for (int i = 0; i < LANES; i++) {
+            const uint64_t p = (uint64_t)c0[i] * 0xD2511F53u, q = (uint64_t)c2[i] * 0xCD9E8D57u;
+            c0[i] = (uint32_t)(q >> 32) ^ c1[i] ^ k0;
+            c1[i] = (uint32_t)q;
+            c2[i] = (uint32_t)(p >> 32) ^ c3[i] ^ k1;
+            c3[i] = (uint32_t)p;
         }
     }
-    for (int v = 0; v < VECTORS; v++) {
-        const Narrow found[4] = {__builtin_convertvector(c0[v], Narrow), __builtin_convertvector(c1[v], Narrow),
-                                 __builtin_convertvector(c2[v], Narrow), __builtin_convertvector(c3[v], Narrow)};
-        for (int w = 0; w < 4; w++) memcpy(&words[w][v * WIDTH], &found[w], sizeof(Narrow));
-    }
+    memcpy(words[0], c0, sizeof c0);
+    memcpy(words[1], c1, sizeof c1);
+    memcpy(words[2], c2, sizeof c2);
+    memcpy(words[3], c3, sizeof c3);
 }
 
 /* 16 random bits for each element of the block of 256 that begins at "begin", a multiple of 256: of 32 counters first
