@@ -43,8 +43,7 @@ static inline float encode(int n, int8_t *restrict out, const float *restrict va
     const float inverse = largest > 0 ? 1 / largest : 0;
     for (int i = 0; i < n; i++) {
         float x = (fabsf(values[i]) * inverse) * (float)(LEVELS * LEVELS);
-        x = x < 4 * LEVELS * LEVELS ? x : 0; /* NaN: its code is 0. A cut is the floor, and cheap on any processor */
-        float k = (float)(int32_t)sqrtf(x);
+        float k = floorf(sqrtf(x));
         float above = (x - k * k) * 0x1p16f;
         k = ((float)(int32_t)bits[i] + 0.5f) * (k * 2 + 1) < above ? k + 1 : k;
         k = k > LEVELS ? LEVELS : k;
