@@ -21,9 +21,9 @@ from ds_optim.bench.timing import Case, NotMeasured, Outcome, Times, ratio, take
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, blend_into
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Int8, Rounding, Stored
+from ds_optim.elementwise.momentum import BLOCK, WEIGHTS, Bfloat16, Int8, Rounding, Stored
 from ds_optim.elementwise.native.library import library
-from ds_optim.elementwise.steps import apply_update, sign_step
+from ds_optim.elementwise.steps import adamw_step, apply_update, sign_step
 from ds_optim.report.schema import Row
 
 LION = Blend(direction=(0.9, 0.1), momentum=(0.99, 0.01))
@@ -31,6 +31,7 @@ _LR, _DECAY = 1e-4, 0.1
 _SWITCHES = ("DS_OPTIM_NATIVE", "DS_OPTIM_COMPILE")
 COPY, IN_PLACE = "copy", "multiply in place"
 TORCH_ADAMW, DEEPSPEED_ADAMW = "torch AdamW, fused", "DeepSpeed AdamW"
+MASTERS, ADAMW = "sign step, all in bfloat16", "AdamW step"
 EAGER, COMPILED = "eager", "compiled"
 #: Bytes of a value of momentum; of int8 with its share of the scale of a block.
 MOMENTUM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / BLOCK}
@@ -108,6 +109,14 @@ def all_passes(settings: ElementwiseSettings) -> Iterator[Pass]:
                 bytes_per_element=12 + 2 * width,
                 made=lambda dtype=dtype: _sign_step(flat(), dtype),  # type: ignore[misc]
             )
+        yield Pass(
+            name=MASTERS,
+            what="sign step",
+            path=path,
+            bytes_per_element=10,
+            made=lambda: _masters_step(flat()),
+        )
+        yield Pass(name=ADAMW, what="sign step", path=path, bytes_per_element=28, made=lambda: _adamw(flat()))
     for what, make, others in (("blend into", _blend, 12), ("apply", _apply, 8)):
         for path in (COMPILED, EAGER):
             for dtype, width in (("float32", 4), ("bfloat16", 2)):
@@ -174,6 +183,22 @@ def _sign_step(flat: Flat, dtype: str) -> Callable[[], object]:
             momentum = replace(momentum, rounding=replace(momentum.rounding, step=momentum.rounding.step + 1))
 
     return run
+
+
+def _masters_step(flat: Flat) -> Callable[[], object]:
+    """Weights, gradient and momentum in bfloat16."""
+    scratch, momentum = Scratch(), stored_momentum(flat.p, "bfloat16")
+    rounding = Rounding(seed=0, stream=1, step=WEIGHTS, start=0)
+    p = Bfloat16(rounding=rounding, values=flat.p.bfloat16())
+    g = Bfloat16(rounding=rounding, values=flat.g.bfloat16(), writable=False)
+    return lambda: sign_step(p, momentum, g, blend=LION, lr=_LR, decay=_DECAY, scratch=scratch)
+
+
+def _adamw(flat: Flat) -> Callable[[], object]:
+    scratch, m, v = Scratch(), torch.zeros_like(flat.p), torch.zeros_like(flat.p)
+    return lambda: adamw_step(
+        flat.p, m, v, flat.g, lr=_LR, betas=(0.9, 0.999), eps=1e-8, decay=_DECAY, step=1, scratch=scratch
+    )
 
 
 def _blend(flat: Flat, dtype: str) -> Callable[[], object]:

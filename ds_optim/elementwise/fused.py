@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import Flat
-from ds_optim.elementwise.native.steps import Weights
+from ds_optim.elementwise.native.steps import AdamW, Weights
 
 logger = logging.getLogger("ds_optim")
 
@@ -40,19 +40,9 @@ def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
     return ready(p.device) and _run("apply_update", p, update, rate, factor)
 
 
-def adamw_step(
-    p: Flat,
-    m: Tensor,
-    v: Tensor,
-    g: Flat,
-    betas: tuple[float, float],
-    eps: float,
-    correction: float,
-    rate: float,
-    factor: float,
-) -> bool:
+def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
-    return ready(p.device) and _run("adamw_step", p, m, v, g, betas, eps, correction, rate, factor)
+    return ready(p.device) and _run("adamw_step", p, m, v, g, numbers)
 
 
 def ready(device: torch.device) -> bool:

@@ -69,7 +69,8 @@ def adamw_step(
         raise ValueError(f"adamw_step counts steps from 1, not {step}")
     rate = lr / (1 - betas[0] ** step)
     correction = math.sqrt(1 - betas[1] ** step)
-    if fused.adamw_step(p, m, v, g, betas, eps, correction, rate, 1 - lr * decay):
+    numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, correction, rate, 1 - lr * decay)
+    if native.adamw_step(p, m, v, g, numbers) or fused.adamw_step(p, m, v, g, numbers):
         return
     buffers = (scratch or Scratch()).take(2, p)
     with torch.no_grad():
@@ -78,7 +79,7 @@ def adamw_step(
             mean.mul_(betas[0]).add_(a)
             torch.mul(gradient, gradient, out=a)
             square.mul_(betas[1]).add_(a.mul_(1 - betas[1]))
-            torch.sqrt(square, out=a).div_(correction).add_(eps)
+            _root_into(a, square).div_(correction).add_(eps)
             torch.div(mean, a, out=b).mul_(rate)
             decayed(weights, lr, decay).sub_(b)
 
@@ -92,15 +93,18 @@ def apply_update(
     """
     check_flat(p, update=update)
     numbers = lr * scale, 1 - lr * decay
-    if isinstance(update, Tensor) and native.apply_update(p, update, *numbers):
-        return
-    if fused.apply_update(p, update, *numbers):
+    if native.apply_update(p, update, *numbers) or fused.apply_update(p, update, *numbers):
         return
     buffers = (scratch or Scratch()).take(1, p)
     with torch.no_grad():
         for weights, change, a in chunks(p, read_only(update), buffers=buffers):
             a.copy_(change).mul_(lr * scale)
             decayed(weights, lr, decay).sub_(a)
+
+
+def _root_into(out: Tensor, values: Tensor) -> Tensor:
+    """The nearest value to the root. A CPU's vector library may be a last bit off in fp32, by way of fp64 it is not."""
+    return out.copy_(values.double().sqrt_()) if values.device.type == "cpu" else torch.sqrt(values, out=out)
 
 
 def decayed(p: Tensor, lr: float, decay: float) -> Tensor:

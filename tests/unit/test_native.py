@@ -16,7 +16,6 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import Bfloat16, Int8, Rounding, Stored, read_only, scales_numel
 from ds_optim.elementwise.native import library as loading
 from ds_optim.elementwise.native import steps as calls
-from ds_optim.elementwise.noise import uniform_noise
 from ds_optim.elementwise.steps import apply_update, sign_step
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
@@ -98,22 +97,6 @@ def test_threads_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     four = some_steps(kind, 77, 300_001)
     assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
-
-
-def test_noise_is_that_of_the_eager_path() -> None:
-    for start, numel, step in ((0, 1000, 0), (2**33 + 5, 70, 2**40), (17, 1, 3)):
-        place = {"seed": 2**32 - 1, "stream": 12345, "step": step, "start": start}
-        out = torch.empty(numel)
-        assert native.uniform_noise(out, **place)
-        assert torch.equal(out, uniform_noise(torch.empty(numel), **place))
-
-
-@pytest.mark.parametrize("n", [0, 1, 31, 32, 100_003])
-def test_a_sum_of_squares_is_exact_to_fp64(n: int) -> None:
-    values = gauss(n, 5) * 1e25
-    found = native.square_sum(values)
-    assert found == pytest.approx(float(values.double().square().sum()), rel=1e-14)
-    assert native.square_sum(values.double()) is None
 
 
 def test_what_the_kernels_do_not_know_is_left_to_the_eager_path() -> None:

@@ -15,7 +15,7 @@ from ds_optim.elementwise.blend import Blend, direction_squares
 from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.moments import Moments
 from ds_optim.elementwise.momentum import Bfloat16, Flat, Int8, Rounding, scales_numel
-from ds_optim.elementwise.native import rules
+from ds_optim.elementwise.native import rules, steps
 from ds_optim.elementwise.noise import uniform_noise
 from ds_optim.sharding.sums import rounded_once, square_sum
 
@@ -140,8 +140,8 @@ Pass = Callable[[Flat, Flat, Tensor, Flat], list[Tensor]]
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Choose the path."""
-    compiled = rules.library()
-    return lambda wanted: monkeypatch.setattr(rules, "library", lambda: None if wanted else compiled)
+    compiled = steps.library()
+    return lambda wanted: monkeypatch.setattr(steps, "library", lambda: None if wanted else compiled)
 
 
 def bits(tensor: Tensor) -> Tensor:

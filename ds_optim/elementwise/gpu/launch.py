@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.gpu import kernels
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Rounding, Stored
-from ds_optim.elementwise.native.steps import Weights
+from ds_optim.elementwise.native.steps import AdamW, Weights
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Of the compiler."""
@@ -71,26 +71,15 @@ def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
     return True
 
 
-def adamw_step(
-    p: Flat,
-    m: Tensor,
-    v: Tensor,
-    g: Flat,
-    betas: tuple[float, float],
-    eps: float,
-    correction: float,
-    rate: float,
-    factor: float,
-) -> bool:
+def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
     if not _is_weights(p) or not _is_gradient(g) or m.dtype != torch.float32 or v.dtype != torch.float32:
         return False
     place = _slice(p, m, v, g)
     if place is None:
         return False
-    moments = (betas[0], 1 - betas[0], betas[1], 1 - betas[1])
-    numbers = (*_floats(*moments, eps, correction, rate, factor), place.key, _step(p))
-    _launch(kernels.adamw_step, place, _data(p), _data(m), _data(v), _data(g), *numbers)
+    own = (*_floats(*numbers), place.key, _step(p))
+    _launch(kernels.adamw_step, place, _data(p), _data(m), _data(v), _data(g), *own)
     return True
 
 

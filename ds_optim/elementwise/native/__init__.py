@@ -5,25 +5,16 @@ from __future__ import annotations
 from ds_optim.elementwise.native import rules
 from ds_optim.elementwise.native.library import is_available
 from ds_optim.elementwise.native.rules import suits
-from ds_optim.elementwise.native.steps import (
-    apply_update,
-    blend_into,
-    load,
-    sign_step,
-    square_sum,
-    store,
-    uniform_noise,
-)
+from ds_optim.elementwise.native.steps import adamw_step, apply_update, blend_into, load, sign_step, store
 
 __all__ = [
+    "adamw_step",
     "apply_update",
     "blend_into",
     "is_available",
     "load",
     "rules",
     "sign_step",
-    "square_sum",
     "store",
     "suits",
-    "uniform_noise",
 ]

@@ -46,14 +46,14 @@ def address(tensor: Tensor, begin: int = 0) -> c_void_p:
     return c_void_p(tensor.data_ptr() + begin * tensor.element_size())
 
 
-def in_parts(numel: int, multiple: int, part: Callable[[int, int], None]) -> None:
-    """Call ``part(begin, count)`` on torch's threads, for parts that begin at multiples of ``multiple``."""
+def in_parts(numel: int, multiple: int, part: Callable[[int, int], None], head: int = 0) -> None:
+    """Call ``part(begin, count)`` on torch's threads, for parts that begin at ``head`` + multiples of ``multiple``."""
     threads = min(torch.get_num_threads(), numel // _GRAIN)
     if threads < 2:
         part(0, numel)
         return
     width = -(-numel // (threads * multiple)) * multiple
-    edges = [*range(0, numel, width), numel]
+    edges = [0, *range(head + width, numel, width), numel]
     jobs = [_pool(threads, os.getpid()).submit(part, a, b - a) for a, b in pairwise(edges)]
     for job in jobs:
         job.result()

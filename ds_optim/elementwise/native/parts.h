@@ -3,35 +3,18 @@
  * A pass that measures leaves one number for each PART elements, counted from the tensor's first one: whoever calls
  * joins them, in their order, so that the number of threads decides nothing.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#pragma once
 
-enum { PART = 1 << 14, RUN = 64, LANES = 32 };
+#include "common.h"
+
+enum { PART = 1 << 14, RUN = 64 };
 
 /* Of what is done to a run: where its length is RUN the compiler knows it, and a processor, which looks some hundred
  * operations ahead, roots and divides in one loop of a run while it adds up in the next. */
 #define OF_RUN static inline __attribute__((always_inline))
 
-typedef struct {
-    float d0, d1; /* direction = d0 m + d1 g */
-    float k0, k1; /* m <- k0 m + k1 g */
-} Blend;
-
-static inline float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* Of |value|: ordered as the numbers are, with NaN above all. */
-static inline uint32_t size_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits & 0x7FFFFFFFu;
-}
-
-static inline float sign_of(float x) { return (float)(x > 0) - (float)(x < 0); }
+static inline uint32_t size_bits(float value) { return to_bits(value) & 0x7FFFFFFFu; }
 
 static inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 

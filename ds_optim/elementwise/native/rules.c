@@ -5,9 +5,6 @@
  * "out" takes a number for each part (parts.h), "factor" is that of the decay.
  */
 #include "parts.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 static inline float direction(float m, float g, Blend w) { return g * w.d1 + m * w.d0; }
 
@@ -123,10 +120,6 @@ void ds_optim_raw_step(int64_t n, float *restrict p, float *restrict m, const fl
 
 /* ------------------------------------------------------------------------------------------------ noise */
 
-typedef struct {
-    uint64_t seed, stream, step, start; /* start: the place of the first element in its parameter */
-} Key;
-
 /* Lanes of 64 bits, a word of 32 in the low half of each; what stands in the high half does not matter. */
 typedef uint64_t Wide __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(32)));
@@ -151,7 +144,7 @@ static Schedule schedule_of(Key key) {
 }
 
 static inline Wide product(Wide a, uint32_t b) {
-#ifdef __AVX512F__
+#ifdef WIDE_VECTORS
     return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); /* compilers do not see that 64 x 64 is too much */
 #else
     return (a & 0xFFFFFFFFu) * b;

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise.native import steps
 from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_plain
-from ds_optim.elementwise.native.library import library
 from ds_optim.elementwise.native.steps import Weights
 
 PART = 1 << 14
@@ -40,7 +40,7 @@ class MomentWeights(ctypes.Structure):
 
 def suits(*tensors: Any) -> bool:
     """Whether the kernels are there and know these tensors."""
-    return library() is not None and all(map(is_plain, tensors))
+    return steps.library() is not None and all(map(is_plain, tensors))
 
 
 # ------------------------------------------------------------------------------------------------ sign rules
@@ -160,7 +160,7 @@ def stable_step(p: Tensor, m: Tensor, root: Tensor, weights: MomentWeights, lr: 
 
 def _step(name: str, tensors: tuple[Tensor, ...], *scalars: Any) -> bool:
     """Call a kernel on all of the tensors; a tuple among the scalars is the noise's key of the first element."""
-    lib = library()
+    lib = steps.library()
     if lib is None or not suits(*tensors):
         return False
     kernel = getattr(lib, name)
@@ -175,7 +175,7 @@ def _step(name: str, tensors: tuple[Tensor, ...], *scalars: Any) -> bool:
 
 def _measure(name: str, tensors: tuple[Tensor, ...], *scalars: Any, join: str, columns: int = 1) -> Tensor | None:
     """Call a kernel on all of the tensors and join its parts' numbers."""
-    lib = library()
+    lib = steps.library()
     if lib is None or not suits(*tensors):
         return None
     kernel, numel = getattr(lib, name), tensors[0].numel()
