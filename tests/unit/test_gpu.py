@@ -135,7 +135,7 @@ def every_call(device: str, more: int = 0) -> None:
         assert launch.sign_step(weights, m, g, WEIGHTS, rate, 1 - rate)
         assert launch.blend_into(p, m, g, WEIGHTS)
         assert launch.apply_update(p, g, rate, 1.0)
-        assert launch.adamw_step(p, v, g, g, (0.9, rate), rate, 1.0, rate, 1.0)
+        assert launch.adamw_step(p, v, g, g, (0.9, 0.1, rate, 1 - rate, rate, 1.0, rate, 1.0))
 
 
 def test_what_does_not_lie_in_step_is_left_to_the_eager_path() -> None:
