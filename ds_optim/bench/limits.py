@@ -60,11 +60,14 @@ def measure_limits(
     sizes: Sequence[int] = MATRIX_SIZES,
     copy_bytes: int | None = None,
     seconds: float = 3.0,
+    hold: float | None = None,
 ) -> Limits:
     """Measure ``device``. A product that would take longer than ``seconds`` for all its samples is left out.
 
     Args:
         copy_bytes: of the tensor that is copied; by default one that no cache holds.
+        hold: seconds over which each rate is the mean, for ranks that share a machine and measure at the same time;
+            None for the best sample, which nobody else slowed down.
     """
     rates: dict[str, dict[int, float]] = {}
     missing: dict[str, str] = {}
@@ -76,34 +79,37 @@ def measure_limits(
                 missing[f"{dtype} {size}"] = f"would take about {expected:.0f} s"
                 continue
             try:
-                found[size] = matrix_tflops(device, DTYPES[dtype], size)
+                found[size] = matrix_tflops(device, DTYPES[dtype], size, hold)
             except RuntimeError as problem:
                 missing[f"{dtype} {size}"] = reason_line(problem)
-    copied = copy_gb_s(device, copy_bytes or COPY_BYTES[device.type])
+    copied = copy_gb_s(device, copy_bytes or COPY_BYTES[device.type], hold)
     return Limits(copy_gb_s=copied, matrix_tflops=rates, not_measured=missing)
 
 
-def copy_gb_s(device: torch.device, nbytes: int) -> float:
+def copy_gb_s(device: torch.device, nbytes: int, hold: float | None = None) -> float:
     """Bytes moved by copies of ``nbytes``, each read once and written once; 1e9 a second."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
-    best = _best_ms(lambda: target.copy_(source), device)
-    return 2 * source.nbytes / best / 1e6
+    return 2 * source.nbytes / _call_ms(lambda: target.copy_(source), device, hold) / 1e6
 
 
-def matrix_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def matrix_tflops(device: torch.device, dtype: torch.dtype, size: int, hold: float | None = None) -> float:
     """Operations of products of two (size, size) matrices, 1e12 a second."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    best = _best_ms(lambda: torch.mm(left, right, out=out), device)
-    return 2.0 * size**3 / best / 1e9
+    return 2.0 * size**3 / _call_ms(lambda: torch.mm(left, right, out=out), device, hold) / 1e9
 
 
-def _best_ms(run: Any, device: torch.device) -> float:
-    """The best sample: nothing else that the machine does makes it faster."""
+def _call_ms(run: Any, device: torch.device, hold: float | None) -> float:
+    """Milliseconds of a call: of the best sample, or the mean over ``hold`` seconds of calls."""
     once = elapsed_ms(run, device)
     repeats = max(1, min(100, int(2.0 / max(once, 1e-3))))
-    return max(min(elapsed_ms(run, device, repeats) for _ in range(_SAMPLES)), 1e-6)
+    if hold is None:
+        return max(min(elapsed_ms(run, device, repeats) for _ in range(_SAMPLES)), 1e-6)
+    samples = [elapsed_ms(run, device, repeats)]
+    while sum(samples) * repeats < hold * 1e3:
+        samples.append(elapsed_ms(run, device, repeats))
+    return max(sum(samples) / len(samples), 1e-6)
 
 
 def _digits(value: float) -> float:

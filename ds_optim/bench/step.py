@@ -25,7 +25,7 @@ from ds_optim.optimizers import param_groups
 from ds_optim.report.schema import Row
 
 STEPS_A_TURN = 4  # timed ones, after one that finds cold caches: two periods of LionMuon
-_LIMIT_BYTES, _LIMIT_SIZE = 1 << 27, 1024
+_LIMIT_BYTES, _LIMIT_SIZE, _LIMIT_SECONDS = 1 << 27, 1024, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,10 @@ def measure(rank: int, world_size: int, stage: int, settings: StepSettings) -> R
         except Exception as problem:  # what one optimizer lacks here must not cost the others their rows
             missing[case] = " ".join(str(problem).split())
     torch.distributed.barrier()
-    limits = measure_limits(group.device(), dtypes=("bf16",), sizes=(_LIMIT_SIZE,), copy_bytes=_LIMIT_BYTES)
+    # All ranks at once, as they step: on a CPU they share cores and memory.
+    limits = measure_limits(
+        group.device(), dtypes=("bf16",), sizes=(_LIMIT_SIZE,), copy_bytes=_LIMIT_BYTES, hold=_LIMIT_SECONDS
+    )
     whole: dict[str, list[float]] = {case: [] for case in built}
     step: dict[str, list[float]] = {case: [] for case in built}
     for turn in range(settings.rounds + 1):

@@ -63,6 +63,8 @@ def test_limits_are_positive_and_say_what_would_take_too_long() -> None:
     assert min(rate for rates in limits.matrix_tflops.values() for rate in rates.values()) > 0
     assert limits.matrix_rate("fp32") == max(limits.matrix_tflops["fp32"].values())
     assert limits.matrix_rate("fp16") is None
+    held = measure_limits(CPU, dtypes=("fp32",), sizes=(64,), copy_bytes=1 << 20, hold=0.02)
+    assert 0 < held.matrix_tflops["fp32"][64] <= 2 * limits.matrix_tflops["fp32"][64], "a mean, not a sum"
     hurried = measure_limits(CPU, dtypes=("fp32",), sizes=(32, 4096), copy_bytes=1 << 20, seconds=1e-3)
     assert list(hurried.matrix_tflops["fp32"]) == [32]
     assert hurried.not_measured["fp32 4096"].startswith("would take about")
