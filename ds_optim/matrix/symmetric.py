@@ -51,6 +51,9 @@ def matmul(left: Tensor, right: Tensor, *, out: Tensor, strips: int) -> None:
     """out <- left @ right, which must be symmetric: (..., s, k), (..., k, s) -> (..., s, s), neither of the two."""
     product = torch.mm if out.dim() == 2 else torch.bmm
     cut = edges(out.shape[-1], strips)
+    if len(cut) == 2:  # small matrices: views would cost a tenth of what is multiplied
+        product(left, right, out=out)
+        return
     for start, stop in pairwise(cut):
         product(left[..., start:, :], right[..., start:stop], out=out[..., start:, start:stop])
     _mirror(out, cut)
@@ -60,6 +63,9 @@ def addmm(acc: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float
     """out <- beta * acc + alpha * left @ right, which must be symmetric, as acc is. ``out`` is none of the three."""
     product = torch.addmm if out.dim() == 2 else torch.baddbmm
     cut = edges(out.shape[-1], strips)
+    if len(cut) == 2:
+        product(acc, left, right, beta=beta, alpha=alpha, out=out)
+        return
     for start, stop in pairwise(cut):
         below = (..., slice(start, None), slice(start, stop))
         product(acc[below], left[..., start:, :], right[..., start:stop], beta=beta, alpha=alpha, out=out[below])
