@@ -16,6 +16,9 @@ from torch import Tensor
 
 # Elements worth a thread of their own: about 20 microseconds of work.
 _GRAIN = 1 << 16
+# What a thread takes at a time. Two threads with a half of 2^26 elements each took 0.82 of AdamW's time for a sign
+# step, with parts of 2^22 0.71, of 2^20 0.74, of 2^18 0.87: near each other they share what memory has open.
+_MOST = 1 << 22
 
 
 class Key(ctypes.Structure):
@@ -52,7 +55,7 @@ def in_parts(numel: int, multiple: int, part: Callable[[int, int], None], head: 
     if threads < 2:
         part(0, numel)
         return
-    width = -(-numel // (threads * multiple)) * multiple
+    width = -(-min(numel, threads * _MOST) // (threads * multiple)) * multiple
     edges = [0, *range(head + width, numel, width), numel]
     jobs = [_pool(threads, os.getpid()).submit(part, a, b - a) for a, b in pairwise(edges)]
     for job in jobs:
