@@ -10,12 +10,18 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """``$DS_OPTIM_CACHE``, else ``ds_optim`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist yet."""
+    """``$DS_OPTIM_CACHE``, else ``ds_optim`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist yet.
+
+    For a user without a home, a folder of the user's own among the temporary files.
+    """
     own = os.environ.get("DS_OPTIM_CACHE")
     if own:
         return Path(own)
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ds_optim"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "ds_optim"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"ds_optim-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def read_table(path: Path, version: int) -> dict[str, Any]:

@@ -157,8 +157,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             check_stored_dtype(entry, self._momentum_dtype)
         super().load_state_dict(wrapped(plain))
         unwrap(self)
+        self._keep_costs(description)
+
+    def _keep_costs(self, description: Mapping[str, Any] | None) -> None:
+        """Make the plan of the saved run again, where a checkpoint brings what it was made from."""
         costs = description.get(COSTS) if description is not None else None
-        if costs is not None and costs != self._costs:  # the plan of the saved run is made again
+        if costs is not None and costs != self._costs:
             self._costs, self._planned = costs, False
 
     def identity(self) -> Identity:
@@ -174,9 +178,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _settle_groups(self) -> bool:
         """Put right what a universal load wrote into the groups since the last call; whether there was one."""
-        if not any(SAVED in group for group in self._all_groups):
+        description = next((group[SAVED] for group in self._all_groups if SAVED in group), None)
+        if description is None:
             return False
         restore_groups(self._all_groups, self.identity())
+        self._keep_costs(description)
         self._universal = True
         return True
 
@@ -247,7 +253,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         binding = bind(self, self._members, self._all_groups)
         rules = tuple(self._all_groups[unit.group]["rule"] for unit in binding.layout.units)
         meant = type(self).__name__, binding.layout.digest(), rules, self._polar, tuple(sorted(self._exchange.items()))
-        check_alike(binding.comm.gather_objects(meant))
+        check_alike(binding.peers.gather_objects(meant))
         self._binding, self._planned = binding, False
         self._init_states(binding)
         return binding

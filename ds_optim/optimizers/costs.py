@@ -9,9 +9,9 @@ machine deals the matrices out alike, and in checkpoints, so that a resumed one 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,22 +26,27 @@ VERSION = 1
 Costs = dict[str, Any]
 """As above; plain, so that it can be saved."""
 _SAMPLES = 3
-#: A first call that takes longer is the measurement, although it warms up.
+#: A first call that takes longer is the measurement.
 _LONG_S = 0.5
+#: All ranks wait: shapes that are left after so long are not timed.
+_PATIENCE_S = 60.0
+_WARM_UP = (64, 64)
 _FILE = "costs.json"
 
 
 def job_of(work: MatrixWork, device: torch.device) -> str:
     """The name that costs of this work stand under; a CPU's depend on its threads."""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{work.shape.name}, {work.polar}{threads}"
+    return f"{work.shape.name}, {work.polar}{threads}, torch {torch.__version__}"
 
 
-def with_costs(work: MatrixWork, device: torch.device, costs: Costs, shapes: Iterable[tuple[int, int]]) -> MatrixWork:
-    """``work`` with the costs of ``shapes``; with counted operations where one of them was not measured."""
+def costs_of(
+    work: MatrixWork, device: torch.device, costs: Costs, shapes: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], float] | None:
+    """The costs of ``shapes``; None where one of them was not measured, so that operations are counted for all."""
     found = costs["jobs"].get(job_of(work, device), {})
-    known = {shape: found[_key(shape)] for shape in shapes if _key(shape) in found}
-    return replace(work, costs=known if known and all(shape in known for shape in shapes) else None)
+    known = {shape: found.get(_key(shape)) for shape in shapes}
+    return None if None in known.values() else known
 
 
 def measured(
@@ -51,29 +56,35 @@ def measured(
     name = device_name(device)
     jobs: dict[str, dict[str, float]] = {}
     kept = _cached(name)
-    fresh = False
+    fresh: dict[str, dict[str, float]] = {}
+    deadline = time.monotonic() + _PATIENCE_S
     for work, shapes in works:
         job = job_of(work, device)
         own = jobs.setdefault(job, {})
         from_checkpoint = saved["jobs"].get(job, {}) if saved is not None and saved["device"] == name else {}
+        warm = False
         for shape in sorted(shapes):
             key = _key(shape)
             found = own.get(key) or from_checkpoint.get(key) or kept.get(job, {}).get(key)
-            if found is None:
+            if found is None and time.monotonic() < deadline:
+                if not warm:  # libraries start up in their first call
+                    _timed(work, _WARM_UP, device)
+                    warm = True
                 found = _timed(work, shape, device)
-                fresh = fresh or found is not None
+                if found is not None:
+                    fresh.setdefault(job, {})[key] = found
             if found is not None:
                 own[key] = found
+            else:
+                logger.warning("ds_optim: %s matrices were not timed: for theirs, operations are counted", key)
     if fresh:
-        _keep(name, {**kept, **{job: {**kept.get(job, {}), **own} for job, own in jobs.items()}})
+        _keep(name, fresh)
     return {"device": name, "jobs": jobs}
 
 
 def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> float | None:
     """Milliseconds of one matrix, the best of a few; None, and a line that says so, where it cannot be done."""
     generator = torch.Generator(device).manual_seed(0)  # not the user's stream of random numbers
-    direction = torch.randn(1, *shape, generator=generator, device=device).to(work.polar.message_dtype)
-    weights = torch.randn(1, *shape, generator=generator, device=device) if work.shape.weights else None
 
     def once() -> float:
         _synchronize(device)
@@ -83,12 +94,12 @@ def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> fl
         return time.perf_counter() - begin
 
     try:
+        direction = torch.randn(1, *shape, generator=generator, device=device).to(work.polar.message_dtype)
+        weights = torch.randn(1, *shape, generator=generator, device=device) if work.shape.weights else None
         first = once()
         seconds = first if first > _LONG_S else min(once() for _ in range(_SAMPLES))
     except RuntimeError as problem:  # out of memory, or a library's own
-        logger.warning(
-            "ds_optim: a %s matrix could not be timed, operations are counted (%s)", _key(shape), _line(problem)
-        )
+        logger.warning("ds_optim: a %s matrix could not be timed (%s)", _key(shape), _line(problem))
         return None
     return float(f"{max(seconds * 1e3, 1e-6):.3g}")
 
@@ -97,7 +108,10 @@ def _cached(name: str) -> Mapping[str, Mapping[str, float]]:
     path = cache_folder() / _FILE
     try:
         found: Mapping[str, Mapping[str, float]] = read_table(path, VERSION)["devices"].get(name, {})
-        return {job: {key: float(cost) for key, cost in costs.items()} for job, costs in found.items()}
+        return {
+            job: {key: float(cost) for key, cost in costs.items() if 0 < float(cost) < math.inf}
+            for job, costs in found.items()
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as problem:
@@ -106,13 +120,16 @@ def _cached(name: str) -> Mapping[str, Mapping[str, float]]:
 
 
 def _keep(name: str, jobs: Mapping[str, Mapping[str, float]]) -> None:
-    """Make ``jobs`` all that the cache has of a device; a run goes on where that is not possible."""
+    """Add to the cache; a run goes on where that is not possible."""
     path = cache_folder() / _FILE
     try:
         table = read_table(path, VERSION)
     except (OSError, ValueError):
         table = {"version": VERSION, "devices": {}}
-    table["devices"][name] = jobs
+    own = table["devices"].get(name)
+    own = table["devices"][name] = own if isinstance(own, dict) else {}
+    for job, costs in jobs.items():
+        own[job] = {**(own[job] if isinstance(own.get(job), dict) else {}), **costs}
     try:
         write_table(path, table)
     except OSError as problem:

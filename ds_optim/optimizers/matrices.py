@@ -109,7 +109,8 @@ class MatrixWorker:
             result = self.shape.solve(torch.cat([row[number] for row in unpacked]), seen, self._polar)
             relative = self._relative(scale, (count, m, n)) / first
             if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV
-                result = (result.float() * relative).to(result.dtype)
+                for matrix in result:
+                    matrix.copy_(matrix.float().mul_(relative))
             for pieces, piece in zip(results, result.split(count), strict=True):
                 pieces.append(piece)
         out = directions

@@ -1,6 +1,7 @@
 """How the matrices of a unit are worked on, as data: what travels, what it costs, what is held for it.
 
-A step, the estimate and the simulator plan an exchange from this alone, and so plan the same one.
+A step, the estimate and the simulator plan an exchange from this alone: the same one, where a step counts operations
+as they do (``"costs": "modelled"``) and where measured costs put matrices into the same order.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _MIB = 1 << 20
 #: Elements that a rank sends and receives for each that it owns in a bucket. "each": it receives its own matrices and
 #: sends as many. "flat": of its partition the first and the last matrix may be cut, and both be others'.
 _MOVED = {"each": 2, "flat": 3, "none": 0}
-#: Buckets that an overlapped exchange has at least, where each then holds this many elements: smaller messages cost
-#: more in latency than they hide.
+#: Buckets that an overlapped exchange is cut into where each then holds so many elements: smaller messages cost more
+#: in latency than they hide.
 _BUCKETS, _LEAST_BUCKET = 4, 1 << 18
 
 
@@ -85,10 +86,17 @@ class MatrixWork:
 
     def _temporaries_per_element(self, view: MatrixView) -> float:
         each = max(self.scratch(m, n) / (m * n) for _, m, n in view.matrices())
-        return each + (self.there if is_cut_up(view) else 0)
+        return each + self._copied(view)
+
+    def _copied(self, view: MatrixView) -> int:
+        """Bytes an element of the copies that take matrices out of a parameter and put results back into one."""
+        if not is_cut_up(view):
+            return 0
+        return self.there + (self.back if self.shape.result is not None else 0)
 
     def plan(self, unit: Unit, views: Mapping[int, MatrixView]) -> ExchangePlan:
-        """The exchange of the unit's matrices, which holds at most max(bucket, c x largest matrix) bytes.
+        """The exchange of the unit's matrices, which holds at most max(bucket, c x largest matrix) bytes (at stage 3
+        c more for each parameter, of which a rank holds an N-th, rounded up).
 
         With overlap it has some buckets even where one could hold all: nothing can be worked on while the first one
         flies in, nor while the last one flies out.
@@ -124,7 +132,7 @@ class MatrixWork:
             equal = len(list(run))
             for count, m, n in view.matrices():
                 held = (count * equal if self.stacked else 1) * self.scratch(m, n)
-                most = max(most, held + (count * equal * m * n * self.there if is_cut_up(view) else 0))
+                most = max(most, held + equal * view.numel * self._copied(view))
         return most
 
 

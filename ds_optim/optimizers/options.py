@@ -27,7 +27,7 @@ AUX_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 256, "overlap": True, "costs": "measured"}
-COSTS = ("measured", "modelled")
+COST_MODELS = ("measured", "modelled")
 
 
 class CommonOptions(TypedDict, total=False):
@@ -94,7 +94,7 @@ def check_exchange(options: Any) -> dict[str, Any]:
     merged = {**EXCHANGE_DEFAULTS, **options}
     check_positive("exchange.bucket_mb", merged["bucket_mb"])
     check_bool("exchange.overlap", merged["overlap"])
-    check_choice("exchange.costs", merged["costs"], COSTS)
+    check_choice("exchange.costs", merged["costs"], COST_MODELS)
     return merged
 
 

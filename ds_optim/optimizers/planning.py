@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_optim.matrix.polar import PolarSpec
-from ds_optim.optimizers.costs import Costs, measured, with_costs
+from ds_optim.optimizers.costs import Costs, costs_of, measured
 from ds_optim.optimizers.matrices import MatrixWorker, views_of
 from ds_optim.optimizers.matrix_work import MatrixWork
 from ds_optim.optimizers.rules import RULES
@@ -30,22 +30,45 @@ def plan_workers(
         RuntimeError: on every rank, where plans differ all the same.
     """
     works = _works(binding, rules, polar, exchange)
-    choice: tuple[dict[int, PolarSpec], Costs | None] | None = None
-    if binding.comm.rank == 0:
-        works = {number: _resolved(work, binding, number) for number, work in works.items()}
-        costs = _costs(binding, works, saved) if exchange["costs"] == "measured" else None
-        choice = {number: work.polar for number, work in works.items()}, costs
-    polars, costs = binding.comm.gather_objects(choice)[0]
+    choice = _guarded(binding, works, exchange["costs"] == "measured", saved) if binding.peers.rank == 0 else None
+    choice = binding.peers.gather_objects(choice)[0]
+    if isinstance(choice, str):
+        raise RuntimeError(f"rank 0 could not plan the exchange of matrices: {choice}")
     workers = {}
     for number, work in works.items():
-        work = replace(work, polar=polars[number])
-        if costs is not None:
-            work = with_costs(work, binding.device, costs, _matrices(binding, number))
+        work = replace(work, polar=choice.polars[number], costs=choice.costs[number])
         unit, members = binding.layout.units[number], binding.members[number]
         workers[number] = MatrixWorker(unit, members, binding.comm, work=work, device=binding.device)
     plans = tuple((number, worker.digest()) for number, worker in sorted(workers.items()))
-    check_alike(binding.comm.gather_objects(plans))
-    return workers, costs
+    check_alike(binding.peers.gather_objects(plans))
+    return workers, choice.table
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """What rank 0 chose: by unit, how to orthogonalize and what its matrices cost; and all costs, to be saved."""
+
+    polars: dict[int, PolarSpec]
+    costs: dict[int, dict[tuple[int, int], float] | None]
+    table: Costs | None
+
+
+def _guarded(binding: Binding, works: Mapping[int, MatrixWork], timed: bool, saved: Costs | None) -> _Choice | str:
+    """The choice, or why there is none: the other ranks wait for an answer."""
+    try:
+        return _chosen(binding, works, timed, saved)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+
+
+def _chosen(binding: Binding, works: Mapping[int, MatrixWork], timed: bool, saved: Costs | None) -> _Choice:
+    works = {number: _resolved(work, binding, number) for number, work in works.items()}
+    table = _costs(binding, works, saved) if timed else None
+    costs: dict[int, dict[tuple[int, int], float] | None] = dict.fromkeys(works)
+    if table is not None:
+        for number, work in works.items():
+            costs[number] = costs_of(work, binding.device, table, _matrices(binding, number))
+    return _Choice(polars={number: work.polar for number, work in works.items()}, costs=costs, table=table)
 
 
 def check_alike(answers: Sequence[Any]) -> None:

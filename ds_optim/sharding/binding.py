@@ -36,7 +36,8 @@ class Binding:
 
     ``tensors[u]`` are the tensors of unit u: one flat partition under ZeRO, the parameters themselves where
     nothing is sharded. ``members[u]`` are its parameters in the order of ``layout.units[u].params``.
-    ``device`` is where matrices are worked on.
+    ``device`` is where matrices are worked on. ``replicas`` are the ranks that hold all of the model each, where
+    nothing is sharded.
     """
 
     layout: Layout
@@ -44,11 +45,17 @@ class Binding:
     device: torch.device
     tensors: list[list[Tensor]]
     members: list[list[Member]]
+    replicas: Comm | None = None
     unit_by_tensor: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         # By identity, not by address: a swapped-out partition changes its storage and stays the same tensor.
         self.unit_by_tensor = {id(t): unit for unit, tensors in enumerate(self.tensors) for t in tensors}
+
+    @property
+    def peers(self) -> Comm:
+        """The ranks that must choose alike."""
+        return self.replicas or self.comm
 
     @property
     def sharded(self) -> bool:

@@ -177,9 +177,12 @@ class Exchange:
         arrived = torch.empty(sum(out_counts), dtype=message.dtype, device=self.device)
         return _Letter(message, arrived, self.comm.all_to_all(arrived, out_counts, message, counts))
 
-    @record_function(DEPART)
     def _depart(self, route: _Route, fill: Fill) -> _Flight:
         """Post the messages that bring a bucket's matrices to their owners."""
+        with record_function(DEPART):
+            return self._departed(route, fill)
+
+    def _departed(self, route: _Route, fill: Fill) -> _Flight:
         messages = [torch.empty(sum(route.sent), dtype=dtype, device=self.device) for dtype in self.dtypes]
         for held, begin, end in route.outgoing:
             fill(held, [message[begin:end] for message in messages])
@@ -212,12 +215,12 @@ class Exchange:
         for held, row in _own_rows(route, results):
             apply(held, row)
 
-    @record_function(LAND)
     def _land(self, flight: _Flight, apply: Apply) -> None:
         (letter,) = flight.letters
         letter.pending.wait()
-        for held, begin, end in flight.route.outgoing:
-            apply(held, letter.arrived[begin:end])
+        with record_function(LAND):
+            for held, begin, end in flight.route.outgoing:
+                apply(held, letter.arrived[begin:end])
 
 
 def _own_rows(route: _Route, stacks: Sequence[Tensor]) -> Iterator[tuple[Slice, Tensor]]:

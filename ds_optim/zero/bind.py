@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, is_optimized
+from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
 from ds_optim.zero.agree import raise_everywhere
@@ -36,8 +37,8 @@ Address = tuple[int, int, int]
 """(start in the parameter, elements, offset in the flat partition) of what this rank holds."""
 
 
-def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding | None:
-    """Bind to what ZeRO-1/2, ``BF16_Optimizer`` or ZeRO-3 made; None where the parameters are not sharded.
+def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
+    """Bind to what ZeRO-1/2, ``BF16_Optimizer`` or ZeRO-3 made, or to parameters that are not sharded.
 
     Raises:
         NotYet: DeepSpeed is still initializing (stage 0 with 16-bit weights steps once, on zeros).
@@ -55,7 +56,7 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
         announce_routes(optimizer, groups)
-        return None
+        return replace(bind_unsharded(members, groups), replicas=comm)
     if stage == 3:
         binding = _bind_stage3(trained, first, comm)
     else:
@@ -113,7 +114,7 @@ def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Gro
 def _copies_problem(trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:
     """Where nothing is sharded, a tensor that is not the parameter must be a copy of it.
 
-    Shapes are compared by the caller of this binder, who assumes that nothing is sharded.
+    Shapes are compared by ``bind_unsharded``.
     """
     for group, members in zip(groups, trained, strict=True):
         tensors = [t for t in group["params"] if t.requires_grad and t.numel()]

@@ -10,8 +10,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from ds_optim.elementwise import native
+from ds_optim.matrix import dispatch
 from ds_optim.memory.tracker import TensorTracker
 from ds_optim.optimizers import costs
 
@@ -92,44 +94,115 @@ def test_a_checkpoint_loaded_between_steps_brings_its_plan(tmp_path: Path) -> No
         assert before != after, "else nothing is shown"
 
 
-def held(rank: int, world_size: int, cell: Cell, bucket_mb: float, overlap: bool) -> tuple[int, float, int]:
-    """Bytes that a step held beyond what it found, what the plan allows them to be, and buckets."""
+def failing(rank: int, world_size: int, folder: Path) -> str:
+    """What a step says where rank 0 alone cannot choose."""
+
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("the clock\nstands still")
+
+    with own_cache(folder), mock.patch.object(costs, "_timed", broken):
+        engine = start(Cell(stage=3), world_size, MUON)
+        try:
+            one_step(engine, 0, rank, world_size)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            engine.destroy()
+    return "no error"
+
+
+def test_what_rank_0_cannot_do_is_said_by_all(tmp_path: Path) -> None:
+    said = "rank 0 could not plan the exchange of matrices: ZeroDivisionError: the clock stands still"
+    assert run_ranks(2, failing, tmp_path) == [said, said]
+
+
+def unequal(rank: int, world_size: int, folder: Path) -> tuple[list[str], list[bool]]:
+    """Plans and whether they are by the clock, of ranks that have different numbers of threads."""
+    torch.set_num_threads(1 + rank)
+    try:
+        with own_cache(folder):
+            engine = start(Cell(stage=3), world_size, MUON)
+            one_step(engine, 0, rank, world_size)
+            workers = own_optimizer(engine).matrix_workers.values()
+            found = plans_of(engine), [worker.work.costs is not None for worker in workers]
+            engine.destroy()
+    finally:
+        torch.set_num_threads(1)
+    return found
+
+
+def test_ranks_with_other_threads_plan_alike(tmp_path: Path) -> None:
+    first, second = run_ranks(2, unequal, tmp_path)
+    assert first == second
+    assert first[1] == [True]
+
+
+def replicas(rank: int, world_size: int, folder: Path) -> list[str]:
+    """How matrices are worked on at stage 0 where rank 1 has been told otherwise by its own table."""
+    with own_cache(folder / str(rank)):
+        if rank == 1:
+            dispatch.store(torch.device("cpu"), {"float32": {"gram_from": 1.0, "strips": {"4": 3}}})
+        optimizer = {"type": "Muon", "params": {"polar": {"dtype": "float32"}}}
+        engine = start(Cell(stage=0), world_size, optimizer)
+        one_step(engine, 0, rank, world_size)
+        found = [str(worker.work.polar) for worker in own_optimizer(engine).matrix_workers.values()]
+        engine.destroy()
+    return found
+
+
+def test_replicas_work_alike(tmp_path: Path) -> None:
+    first, second = run_ranks(2, replicas, tmp_path)
+    assert first == second
+
+
+def held(
+    rank: int, world_size: int, cell: Cell, kind: str, bucket_mb: float, overlap: bool
+) -> list[tuple[int, float, int]]:
+    """For each unit: bytes that a step held beyond what it found, what they may be, and buckets."""
     polar = {"steps": 2, "dtype": "float32", "method": "standard"}
-    params = {"polar": polar, "exchange": {"bucket_mb": bucket_mb, "overlap": overlap}}
-    engine = start(cell, world_size, {"type": "Muon", "params": params})
+    params = {"polar": polar, "exchange": {"bucket_mb": bucket_mb, "overlap": overlap}, **KINDS[kind][1]}
+    engine = start(cell, world_size, {"type": KINDS[kind][0], "params": params})
     one_step(engine, 0, rank, world_size)
-    optimizer = own_optimizer(engine)
-    peaks: list[int] = []
-    bounds: list[float] = []
-    for _, worker in sorted(optimizer.matrix_workers.items()):
+    found: list[tuple[int, float, int]] = []
+    for _, worker in sorted(own_optimizer(engine).matrix_workers.items()):
         unit, work = worker.plan.unit, worker.work
         c = work.held_per_element(unit, set(worker.plan.views.values()))
         largest = max(unit.params[param].numel for param in worker.plan.views)
-        bounds.append(max(bucket_mb * 2**20, c * largest) + (c * len(unit.params) if cell.stage == 3 else 0))
-        run = worker.run
+        bound = max(bucket_mb * 2**20, c * largest) + (c * len(unit.params) if cell.stage == 3 else 0)
+        bound += 2048  # rates, norms and the like
+        if not native.is_available():  # eager steps walk in chunks
+            bound += 3 * 4 * max(piece.numel for piece in unit.slices(rank))
 
-        def tracked(*args: Any, run: Any = run) -> None:
+        def tracked(*args: Any, run: Any = worker.run, worker: Any = worker, bound: float = bound) -> None:
             with TensorTracker() as tracker:
                 run(*args)
-            peaks.append(tracker.peak_bytes - tracker.base_bytes)
+            found.append((tracker.peak_bytes - tracker.base_bytes, bound, len(worker.plan.buckets)))
 
         worker.run = tracked  # type: ignore[method-assign]
     one_step(engine, 1, rank, world_size)
-    buckets = max(len(worker.plan.buckets) for worker in optimizer.matrix_workers.values())
     engine.destroy()
-    assert len(peaks) == len(bounds)
-    slack = 2048  # rates, norms and the like
-    if not native.is_available():  # eager steps walk in chunks
-        slack += 3 * 4 * max(s.numel for w in optimizer.matrix_workers.values() for s in w.plan.unit.slices(rank))
-    return max(peaks), max(bounds) + slack, buckets
+    return found
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("bucket_mb", [0.001, 0.25])
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Muon": ("Muon", {}),
+    "SpectralLion": ("SpectralLion", {"basis": "weight"}),
+    "SpectralLion-momentum": ("SpectralLion", {"basis": "momentum"}),
+    "transposed": ("Muon", {"views": [{"match": "weight", "transpose": True}]}),
+    "signs, transposed": ("SpectralLion", {"basis": "momentum", "views": [{"match": "weight", "transpose": True}]}),
+}
+HELD = [
+    *(("Muon", stage, mb, overlap) for stage in (1, 3) for mb in (0.001, 0.05) for overlap in (True, False)),
+    *((kind, 3, 0.001, True) for kind in KINDS if kind != "Muon"),
+]
+
+
+@pytest.mark.parametrize(("kind", "stage", "bucket_mb", "overlap"), HELD)
 def test_a_step_holds_no_more_than_the_bucket_or_a_multiple_of_the_largest_matrix(
-    stage: int, bucket_mb: float, overlap: bool
+    kind: str, stage: int, bucket_mb: float, overlap: bool
 ) -> None:
-    for peak, bound, buckets in run_ranks(2, held, Cell(stage=stage), bucket_mb, overlap):
-        assert 0 < peak <= bound
-        assert (buckets > 1) == (stage == 3 and bucket_mb < 0.01)
+    for seen in run_ranks(2, held, Cell(stage=stage), kind, bucket_mb, overlap):
+        assert seen
+        for peak, bound, buckets in seen:
+            assert 0 < peak <= bound
+            assert (buckets > 1) == (stage == 3)

@@ -151,7 +151,7 @@ def _blends() -> Iterator[Case]:
 def _updates() -> Iterator[Case]:
     for p, (start, n) in product(KINDS, PLACES[2:5]):
         weights, values = stored(p, gauss(n, 1), start, WEIGHTS + 5), gauss(n, 2)
-        updates: list[Flat | None] = [values, values.bfloat16(), values.half()]
+        updates: list[Flat | None] = [values, values.bfloat16(), values.half(), values.nan_to_num(0.0).sign().char()]
         updates += [stored("bfloat16", values, start), stored("int8", values, start)]
         step: Callable[..., object] = partial(steps.apply_update, lr=0.02, decay=0.1, scale=0.3)
         for update in updates:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_optim.cache import cache_folder
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import POLAR, WEIGHT_BASIS, Shape
 from ds_optim.optimizers import costs
@@ -44,7 +45,7 @@ def test_each_shape_is_timed_and_kept_for_the_next_run(
     assert min(found["jobs"][job].values()) > 0
     monkeypatch.setattr(costs, "_timed", never)
     assert costs.measured([(work(shape), SHAPES)], CPU) == found
-    known = costs.with_costs(work(shape), CPU, found, SHAPES).costs
+    known = costs.costs_of(work(shape), CPU, found, SHAPES)
     assert known is not None
     assert known[16, 48] == found["jobs"][job]["16x48"]
 
@@ -81,9 +82,10 @@ def test_a_shape_that_cannot_be_timed_leaves_all_to_the_count(
 
     broken = work(Shape("broken", solve, POLAR.cost))
     found = costs.measured([(broken, SHAPES)], CPU)
-    assert "16x48 matrix could not be timed, operations are counted (out of memory)" in caplog.text
-    assert costs.with_costs(broken, CPU, found, SHAPES).costs is None
-    assert costs.with_costs(broken, CPU, found, [(32, 32)]).costs is not None
+    assert "16x48 matrix could not be timed (out of memory)" in caplog.text
+    assert "16x48 matrices were not timed: for theirs, operations are counted" in caplog.text
+    assert costs.costs_of(broken, CPU, found, SHAPES) is None
+    assert costs.costs_of(broken, CPU, found, [(32, 32)]) is not None
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 99, "devices": {}}', '{"version": 1, "devices": {"%s": 3}}'])
@@ -100,3 +102,36 @@ def test_a_run_goes_on_where_nothing_can_be_kept(cache: Path, caplog: pytest.Log
     found = costs.measured([(work(), SHAPES)], CPU)
     assert len(*found["jobs"].values()) == 2
     assert "cannot be kept" in caplog.text
+
+
+def test_what_is_left_after_a_minute_is_not_timed(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(costs, "_PATIENCE_S", 0.0)
+    found = costs.measured([(work(), SHAPES)], CPU)
+    assert found["jobs"] == {costs.job_of(work(), CPU): {}}
+    assert costs.costs_of(work(), CPU, found, SHAPES) is None
+    assert caplog.text.count("were not timed") == 2
+
+
+def test_numbers_that_are_no_costs_are_measured_anew(cache: Path) -> None:
+    own = costs.measured([(work(), SHAPES)], CPU)
+    table = json.loads(cache.read_text())
+    (job,) = own["jobs"]
+    table["devices"][own["device"]][job].update({"16x48": -1.0, "8x8": 3.0})
+    cache.write_text(json.dumps(table))
+    assert costs.measured([(work(), SHAPES)], CPU)["jobs"][job]["16x48"] > 0
+    kept = json.loads(cache.read_text())["devices"][own["device"]][job]
+    assert kept["8x8"] == 3.0, "others' numbers stay"
+    assert kept["16x48"] > 0
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DS_OPTIM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder().name.startswith("ds_optim-")

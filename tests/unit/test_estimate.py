@@ -136,7 +136,7 @@ def test_exchange_scratch_grows_with_buckets_and_matrices_only() -> None:
     assert large < 2 * matrices * 8, "one bucket: what travels, stacks, results and the scratch of Newton-Schulz"
 
 
-@pytest.mark.parametrize("bucket_mb", [0.5, 64])
+@pytest.mark.parametrize("bucket_mb", [0.5, 256])
 def test_exchange_scratch_is_what_a_step_allocates(bucket_mb: float) -> None:
     """Between the matrices' scratch and that with the chunks of elementwise steps, which kernels may do without."""
     params = {"polar": {"dtype": "float32"}, "exchange": {"bucket_mb": bucket_mb}, "period": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,8 @@ SIZES = [(0, 255), (0, 256), (77, 300), (255, 1), (255, 258), (3, 5000)]
 MOMENTA = ["none", "float32", "bfloat16", "int8"]
 STORED = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
 """Dtypes of (weights, gradients)."""
-ODD = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -3e-39, 1.2e-38, 3.3e38, -3.4e38, 1.0]
+LARGEST_NAN = struct.unpack("f", struct.pack("I", 0x7FFFFFFF))[0]
+ODD = [0.0, -0.0, float("nan"), LARGEST_NAN, float("inf"), -float("inf"), 1e-45, -3e-39, 1.2e-38, 3.3e38, -3.4e38, 1.0]
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C compiler: there is the eager path alone")
 

@@ -61,7 +61,7 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
 
 def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
     """p <- factor p - rate update."""
-    if not _is_weights(p) or (isinstance(update, Tensor) and update.dtype not in _LOADED):
+    if not _is_weights(p) or (isinstance(update, Tensor) and update.dtype not in (*_LOADED, torch.int8)):
         return False
     place = _slice(p, update)
     if place is None:

@@ -1,9 +1,9 @@
 """A tile: the elements of one block of a parameter, of which some may lie outside of the slice and are masked.
 
 What is stored in how many bits, the type of a pointer says: float32, int16 (the bits of a bfloat16), int8 (codes, with
-a pointer to the scale of the block). Formulas and their roundings are those of ``momentum`` and ``noise``. Where the
-whole tile lies in the slice, and on multiples of 16 bytes, ``mask`` is None: a thread then moves several elements at
-once. One warp does a tile, so that nothing in it waits for another.
+a pointer to the scale of the block; without it whole numbers). Formulas and their roundings are those of ``momentum``
+and ``noise``. Where the whole tile lies in the slice, and on multiples of 16 bytes, ``mask`` is None: a thread then
+moves several elements at once. One warp does a tile, so that nothing in it waits for another.
 
 Triton 3.5 takes numbers below 2^-126 for 0 in quotients and exact roots: scales above 2^126 and second moments that
 small are then not those of the eager path. Later versions do not.
@@ -42,7 +42,7 @@ def load(values: tl.tensor, scale: tl.tensor, mask: tl.tensor) -> tl.tensor:
         raw = tl.load(values + offsets, mask=mask, other=0)
     if values.dtype.element_ty == tl.int16:
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif values.dtype.element_ty == tl.int8:
+    elif values.dtype.element_ty == tl.int8 and scale is not None:
         t = raw.to(tl.float32) * (1 / _LEVELS)
         return t * tl.abs(t) * tl.load(scale)
     else:

@@ -20,6 +20,8 @@ from ds_optim.elementwise.native.steps import Weights
 
 PART = 1 << 14
 """Elements that a pass joins into one number, as in ``parts.h``."""
+_IN_ORDER = 1 << 12
+"""Numbers that torch joins in one thread."""
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": 0.0}
 _JOIN: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
 
@@ -186,6 +188,8 @@ def _measure(name: str, tensors: tuple[Tensor, ...], *scalars: Any, join: str, c
         kernel(c_int64(count), *places, *scalars, address(out, begin // PART * columns))
 
     in_parts(numel, PART, part)
+    while out.shape[0] > _IN_ORDER:
+        out = torch.stack([_JOIN[join](piece, dim=0) for piece in out.split(_IN_ORDER)])
     total = _JOIN[join](out, dim=0)
     return total if columns > 1 else total[0]
 

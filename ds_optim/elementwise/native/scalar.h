@@ -6,8 +6,8 @@
 #define LARGEST_BFLOAT16 0x7F7F0000u /* as the upper half of an fp32 */
 
 static inline uint16_t nearest_bfloat16(float value) {
-    uint32_t bits = to_bits(value);
-    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+    const uint32_t bits = to_bits(value), nearest = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : nearest);
 }
 
 /* Between two values of bfloat16 or none, as the bits say; what is not finite stays what it is. */
