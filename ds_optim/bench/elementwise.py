@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_optim.bench.fused_adamw import deepspeed_adamw, torch_adamw
 from ds_optim.bench.timing import Case, NotMeasured, Outcome, Times, ratio, take_turns
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, blend_into
@@ -98,8 +98,18 @@ def all_passes(settings: ElementwiseSettings) -> Iterator[Pass]:
 
     yield Pass(name=COPY, what="limits", bytes_per_element=8, made=lambda: _copy(flat()))
     yield Pass(name=IN_PLACE, what="limits", bytes_per_element=8, made=lambda: _in_place(flat()))
-    yield Pass(name=TORCH_ADAMW, what="sign step", bytes_per_element=28, made=lambda: _torch_adamw(flat()))
-    yield Pass(name=DEEPSPEED_ADAMW, what="sign step", bytes_per_element=28, made=lambda: _deepspeed_adamw(flat()))
+    yield Pass(
+        name=TORCH_ADAMW,
+        what="sign step",
+        bytes_per_element=28,
+        made=lambda: torch_adamw(flat().p, flat().g, lr=_LR, decay=_DECAY),
+    )
+    yield Pass(
+        name=DEEPSPEED_ADAMW,
+        what="sign step",
+        bytes_per_element=28,
+        made=lambda: deepspeed_adamw(flat().p, flat().g, lr=_LR, decay=_DECAY),
+    )
     for path in (COMPILED, EAGER):
         for dtype, width in MOMENTUM_BYTES.items():
             yield Pass(
@@ -135,41 +145,6 @@ def _copy(flat: Flat) -> Callable[[], object]:
 
 def _in_place(flat: Flat) -> Callable[[], object]:
     return lambda: flat.out.mul_(1.0)
-
-
-def _torch_adamw(flat: Flat) -> Callable[[], object]:
-    return torch.optim.AdamW([_parameter(flat)], lr=_LR, weight_decay=_DECAY, fused=True).step
-
-
-def _deepspeed_adamw(flat: Flat) -> Callable[[], object]:
-    """DeepSpeed's AdamW for the device, where its C++ op is built; RuntimeError where it is not."""
-    os.environ.setdefault("DS_ACCELERATOR", flat.p.device.type)
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-
-    op = "cpu_adam" if flat.p.device.type == "cpu" else "fused_adam"
-    if not op_is_built(op):
-        raise RuntimeError(f"DeepSpeed's op {op} is not built on this machine")
-    kind = DeepSpeedCPUAdam if op == "cpu_adam" else FusedAdam
-    step: Callable[[], object] = kind([_parameter(flat)], lr=_LR, weight_decay=_DECAY).step
-    return step
-
-
-def op_is_built(name: str) -> bool:
-    """Whether DeepSpeed's op was built, at installation or at an earlier use."""
-    from deepspeed.git_version_info import installed_ops
-    from torch.utils.cpp_extension import _get_build_directory
-
-    if installed_ops.get(name, False):
-        return True
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(root) / name if root else Path(_get_build_directory(name, False))
-    return any(folder.glob(f"{name}*.so"))
-
-
-def _parameter(flat: Flat) -> torch.nn.Parameter:
-    parameter = torch.nn.Parameter(flat.p)
-    parameter.grad = flat.g
-    return parameter
 
 
 def _sign_step(flat: Flat, dtype: str) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from ds_optim.optimizers import costs
 
 from .harness import run_ranks
 from .small_runs import MUON, Cell, one_step, own_optimizer, start
+from .test_universal import to_universal
 
 
 def polished(rank: int) -> Any:
@@ -92,6 +93,29 @@ def test_a_checkpoint_loaded_between_steps_brings_its_plan(tmp_path: Path) -> No
     for saved, before, after in run_ranks(3, loaded_late, tmp_path):
         assert saved == after
         assert before != after, "else nothing is shown"
+
+
+def universal(rank: int, world_size: int, folder: Path, load: bool) -> list[str]:
+    """Plans of a run that is saved, or of one that goes on from it by way of DeepSpeed's universal format."""
+    clock = polished(1) if load else polished(rank)
+    cell = Cell(stage=3, config={"checkpoint": {"load_universal": True}} if load else {})
+    with own_cache(folder / str(load)), mock.patch.object(costs, "_timed", clock):
+        engine = start(cell, world_size, MUON)
+        if load:
+            engine.load_checkpoint(str(folder))
+        one_step(engine, 0, rank, world_size)
+        if not load:
+            engine.save_checkpoint(str(folder), tag="one")
+        found = plans_of(engine)
+        engine.destroy()
+    return found
+
+
+def test_a_universal_load_brings_the_plan(tmp_path: Path) -> None:
+    saved = run_ranks(3, universal, tmp_path, False)
+    to_universal(tmp_path, "one")
+    assert run_ranks(3, universal, tmp_path, True) == saved
+    assert run_ranks(3, loaded_late, tmp_path / "late")[0][1] != saved[0], "what the second clock says is another plan"
 
 
 def failing(rank: int, world_size: int, folder: Path) -> str:

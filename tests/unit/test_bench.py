@@ -13,6 +13,7 @@ import torch
 
 from ds_optim.bench import elementwise, polar, polar_table, ranks, step, tables, wire
 from ds_optim.bench.engines import CASES, ModelShape
+from ds_optim.bench.fused_adamw import op_is_built
 from ds_optim.bench.limits import Limits, measure_limits
 from ds_optim.bench.output import remarks
 from ds_optim.bench.timing import Case, NotMeasured, Times, ratio, take_turns
@@ -285,11 +286,11 @@ def test_an_op_of_deepspeed_that_is_not_built_is_not_built_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert not elementwise.op_is_built("cpu_adam")
+    assert not op_is_built("cpu_adam")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
-    assert elementwise.op_is_built("cpu_adam")
+    assert op_is_built("cpu_adam")
 
 
 def step_rows(by_rank: list[step.RankTimes], cases: tuple[str, ...]) -> dict[str, Row]:
