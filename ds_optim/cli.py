@@ -198,6 +198,8 @@ def run_train(settings: TrainSettings) -> int:
         result = train_model(settings)
         if ranks.rank() == 0 and result.status != exits.PREEMPTED:
             print_result(result, settings)
+        if result.status == exits.PREEMPTED:
+            ranks.end_at_once(result.status)
     except exits.RankLost as error:
         end_process(str(error), error.status)
     except exits.RunStopped as error:

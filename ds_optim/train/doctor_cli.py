@@ -71,9 +71,6 @@ def _leave(status: int) -> None:
     """Leave the process group; after a failure not in order, which would wait for ranks that are gone."""
     from ds_optim.train import ranks
 
-    if status == 0 or ranks.world_size() == 1:
-        ranks.leave()
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if status != 0:
+        ranks.end_at_once(status)
+    ranks.leave()

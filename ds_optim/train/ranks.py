@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -81,6 +82,15 @@ def leave() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_at_once(status: int) -> None:
+    """End a process that is one of several, without what destructors and threads would still ask of ranks that may be
+    gone: they wait, or abort the process and so hide its status. Does nothing where it is the only one."""
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def rank() -> int:
