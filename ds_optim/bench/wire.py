@@ -107,7 +107,7 @@ def measure(rank: int, world_size: int, stage: int, settings: WireSettings, priv
             "handed": counter.sent_bytes / STEPS,
             "interface": (after - before) / STEPS,
             "planned": sum(w.sent_bytes(rank) for w in workers.values()),
-            "bytes_an_element": max((sum(w.travelling) for w in workers.values()), default=0),
+            "bytes_an_element": max((w.work.there + w.work.back for w in workers.values()), default=0),
             "matrix_elements": sum(s.numel for w in workers.values() for s in w.plan.unit.params),
         }
         engine.destroy()

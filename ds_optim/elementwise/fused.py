@@ -1,4 +1,4 @@
-"""The hot steps on a GPU: whether Triton's kernels do the work, or the eager path, to the same bits.
+"""The hot steps on a GPU: whether Triton's kernels do the work, or the eager path (on bits, see ``gpu``).
 
 Where Triton is not found, or cannot compile, the eager path takes several passes over memory, which one line says.
 ``DS_OPTIM_COMPILE=0`` asks for it. Each function answers whether the work was done; if not, nothing was touched.

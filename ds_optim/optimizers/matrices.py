@@ -35,8 +35,6 @@ class MatrixWorker:
         device: torch.device,
     ) -> None:
         self.work = work
-        self.shape = work.shape
-        self._polar = work.polar
         self._views = views_of(members)
         self.plan = work.plan(unit, self._views)
         self._exchange = Exchange(
@@ -45,17 +43,11 @@ class MatrixWorker:
 
     def digest(self) -> str:
         """A hash of all that the ranks must agree on."""
-        return f"{self.plan.digest()} {self.shape.name} {self._polar}"
-
-    @property
-    def travelling(self) -> tuple[int, int]:
-        """Bytes of an element on its way to the owner, and of its result on the way back."""
-        return self.work.there, self.work.back
+        return f"{self.plan.digest()} {self.work.shape.name} {self.work.polar}"
 
     def sent_bytes(self, rank: int) -> int:
         """Bytes that ``rank`` sends in one exchange: its slices out, and its results back."""
-        there, back = self.travelling
-        return self.plan.slices_sent(rank) * there + self.plan.results_sent(rank) * back
+        return self.plan.slices_sent(rank) * self.work.there + self.plan.results_sent(rank) * self.work.back
 
     def matrices_of(self, param: int) -> int:
         """How many matrices a parameter is."""
@@ -95,18 +87,18 @@ class MatrixWorker:
     def _solve(self, view: MatrixView, stacks: Sequence[Tensor], scale: str | None) -> Tensor:
         """(B, numel) parameters of one view -> (B, numel) results, in proportion to the first matrix's scale."""
         blocks = view.matrices()
-        directions, weights = stacks[0], stacks[1] if self.shape.weights else None
+        directions, weights = stacks[0], stacks[1] if self.work.shape.weights else None
         if not is_cut_up(view):  # whole parameters, or stacks of heads or experts
             count, m, n = blocks[0]
             seen = None if weights is None else weights.view(-1, m, n)
-            return self.shape.solve(directions.view(-1, m, n), seen, self._polar).view(directions.shape)
+            return self.work.shape.solve(directions.view(-1, m, n), seen, self.work.polar).view(directions.shape)
         first = self._relative(scale, blocks[0])
         unpacked = [view.unpack(row) for row in directions]
         beside = None if weights is None else [view.unpack(row) for row in weights]
         results: list[list[Tensor]] = [[] for _ in unpacked]
         for number, (count, m, n) in enumerate(blocks):
             seen = None if beside is None else torch.cat([row[number] for row in beside])
-            result = self.shape.solve(torch.cat([row[number] for row in unpacked]), seen, self._polar)
+            result = self.work.shape.solve(torch.cat([row[number] for row in unpacked]), seen, self.work.polar)
             relative = self._relative(scale, (count, m, n)) / first
             if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV
                 for matrix in result:

@@ -43,7 +43,7 @@ def measure(case: str, stage: int, interface: str) -> dict[str, float]:
     every = int(engines.CASES[case]["params"].get("period", 1))
     world = ranks.world_size()
     elements = sum(s.numel for w in workers.values() for s in w.plan.unit.params)
-    itemsize = max((sum(w.travelling) for w in workers.values()), default=0)
+    itemsize = max((w.work.there + w.work.back for w in workers.values()), default=0)
     planned = sum(w.sent_bytes(ranks.rank()) for w in workers.values()) / every
     engine.destroy()
     formula = (world - 1) / world**2 * elements * itemsize / every if stage == 3 else planned
