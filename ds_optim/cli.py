@@ -176,14 +176,15 @@ def train(
 
 def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
     """Validated settings of the flags that were given and of a DeepSpeed JSON under them."""
-    from ds_optim.train.deepspeed_json import read_json, settings_from_json
+    from ds_optim.train.deepspeed_json import settings_from_json
     from ds_optim.train.settings import make_settings, parse_object
+    from ds_optim.zero.reading import load_config
 
     given = dict(flags)
     if "optimizer_params" in given:
         given["optimizer_params"] = parse_object(given["optimizer_params"], "--optimizer-params")
     if config is not None:
-        given = settings_from_json(read_json(config), given)
+        given = settings_from_json(load_config(config), given)
     return make_settings(**given)
 
 

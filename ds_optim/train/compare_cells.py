@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_optimizers import takes_momentum_dtype
+from ds_optim.train.deepspeed_json import section_of
 from ds_optim.train.presets import PRESETS, plain_name
 from ds_optim.train.settings import TrainSettings, did_you_mean, make_settings
 
@@ -187,7 +188,7 @@ def _cell(settings: CompareSettings, optimizer: str, dtype: str, stage: int, rep
     for optional in ("data", "tokenizer", "seq_len", "micro_batch", "eval_batches"):
         if getattr(settings, optional) is not None:
             given[optional] = getattr(settings, optional)
-    zero = {**bucket_settings(settings.preset), **settings.deepspeed.get("zero_optimization", {})}
+    zero = {**bucket_settings(settings.preset), **section_of(settings.deepspeed, "zero_optimization")}
     given["deepspeed"] = {**settings.deepspeed, "zero_optimization": zero}
     notes = []
     if optimizer.lower() == DEEPSPEED + "muon":

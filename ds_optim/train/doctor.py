@@ -174,12 +174,12 @@ def _bucket_bytes(config: Path | None) -> int:
     """About what a rank sends of the Exchange's bucket under this config, or by default: of each element 2 bytes, where
     messages, stacks, results and temporaries hold some 30."""
     from ds_optim.optimizers.options import EXCHANGE_DEFAULTS
-    from ds_optim.train.deepspeed_json import read_json
+    from ds_optim.zero.reading import load_config
 
     bucket: Any = EXCHANGE_DEFAULTS["bucket_mb"]
     section: Any = {}
     try:
-        section = read_json(config).get("optimizer", {}) if config is not None else {}
+        section = load_config(config).get("optimizer", {}) if config is not None else {}
         bucket = section.get("params", {}).get("exchange", {}).get("bucket_mb", bucket)
         return max(1, int(float(bucket) * 2**20) // _HELD_PER_SENT)
     except (UserError, AttributeError, TypeError, ValueError):  # the trial says what is wrong with it
@@ -193,7 +193,8 @@ def _trial(config: Path | None) -> Finding:
     try:
         outcome = trial(config)
     except UserError as error:
-        return Finding(check="trial", fine=False, line=f"{name}: {error}")
+        line = str(error)
+        return Finding(check="trial", fine=False, line=line if name in line else f"{name}: {line}")
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         return Finding(check="trial", fine=False, line=f"{name} does not train: {type(error).__name__}: {text}")

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="Your DeepSpeed JSON, for a trial of two steps.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Your DeepSpeed JSON, for two steps as ds_optim.initialize reads it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where runs will write: the disk that is looked at.")] = Path("runs"),
     timeout: Annotated[float, typer.Option(help="Seconds that ranks wait for each other.")] = 60.0,
     trial: Annotated[bool, typer.Option(help="Take two steps with a tiny model.")] = True,

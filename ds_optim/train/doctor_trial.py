@@ -1,4 +1,4 @@
-"""One training step under the user's own DeepSpeed JSON, to see which optimizer steps."""
+"""Two training steps under the user's own DeepSpeed JSON, as ``ds_optim.initialize`` reads it: what will run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ds_optim.train import models, ranks
+from ds_optim.zero.reading import load_config
+
 _SEQ_LEN = 16
 _STEPS = 2
+_VOCABULARY = 257
+_SEQUENCES = 8
+"""At most so many of a micro-batch: more of them would show no more."""
+_DEFAULT = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
+_OPTIMIZER = {"type": "LionMuon", "params": {}}
 
 
 def trial(config: Path | None) -> dict[str, Any]:
     """Train qwen3-tiny for two steps as ``config`` says; collective.
 
+    Only the model and the text are the trial's own; and LionMuon, where the JSON names no optimizer.
+
     Returns ``optimizers``: the classes whose ``step`` ran, and ``loss``: of each step. Raises UserError, on every
     rank, for what the JSON must not have.
     """
-    from ds_optim.train.deepspeed_json import read_json, settings_from_json
-    from ds_optim.train.loop import train
-    from ds_optim.train.settings import make_settings
+    import ds_optim
 
-    given: dict[str, Any] = {"steps": _STEPS, "warmup": 0, "seq_len": _SEQ_LEN, "eval_batches": 1}
-    if config is not None:
-        given = settings_from_json(read_json(config), given)
-    else:
-        given |= {"stage": 2, "dtype": "fp32"}
+    # What one rank cannot read is raised by all of them, in their first word to each other.
+    loaded = ranks.together(lambda: load_config(_DEFAULT if config is None else config))
+    loaded.setdefault("optimizer", _OPTIMIZER)
+    model = models.build_model(models.preset_config("qwen3-tiny", _VOCABULARY, _SEQ_LEN), seed=0)
     stepped: dict[str, None] = {}
 
     def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -35,7 +42,24 @@ def trial(config: Path | None) -> dict[str, Any]:
 
     hook = register_optimizer_step_post_hook(note)
     try:
-        result = train(make_settings(**given))
+        engine, *_ = ds_optim.initialize(model=model, config=loaded)
+        losses = [_step(engine, index) for index in range(_STEPS)]
+        engine.destroy()
     finally:
         hook.remove()
-    return {"optimizers": list(stepped), "loss": result.losses, "skipped": result.skipped_steps}
+    return {"optimizers": list(stepped), "loss": losses}
+
+
+def _step(engine: Any, index: int) -> float:
+    """One update; the mean loss of its micro-batches over all ranks."""
+    draw = torch.Generator().manual_seed(1 + index * ranks.world_size() + ranks.rank())
+    shape = (min(engine.train_micro_batch_size_per_gpu(), _SEQUENCES), _SEQ_LEN + 1)
+    total = 0.0
+    for _ in range(engine.gradient_accumulation_steps()):
+        windows = torch.randint(0, _VOCABULARY, shape, generator=draw).to(ranks.device())
+        loss = models.next_token_losses(engine, windows).mean()
+        engine.backward(loss)
+        engine.step()
+        total += float(loss.detach())
+    (summed,) = ranks.sums([total])
+    return summed / (engine.gradient_accumulation_steps() * ranks.world_size())

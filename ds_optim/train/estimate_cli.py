@@ -10,6 +10,7 @@ import typer
 from ds_optim.errors import UserError
 
 if TYPE_CHECKING:
+    from ds_optim.memory.estimate_model import ModelShape
     from ds_optim.train.estimate import EstimateRequest
 
 
@@ -59,9 +60,10 @@ def estimate(
     from ds_optim.train.settings import parse_object
 
     loaded = _read(config)
-    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(config, loaded))
+    shape = load_shape(model, params, seq_len)
+    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(loaded, shape))
     request = EstimateRequest(
-        model=load_shape(model, params, seq_len),
+        model=shape,
         optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
         momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
         stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0))),
@@ -111,9 +113,15 @@ def _sharded(zero: Any, **settings: bool) -> Any:
 
 
 def _read(config: Path | None) -> dict[str, Any]:
-    from ds_optim.train.deepspeed_json import read_json
+    from ds_optim.train.deepspeed_json import section_of
+    from ds_optim.zero.reading import load_config
+    from ds_optim.zero.values import understood
 
-    return {} if config is None else read_json(config)
+    if config is None:
+        return {}
+    loaded = load_config(config)
+    # The stages that are estimated are the flags', not the JSON's.
+    return understood({**loaded, "zero_optimization": {**section_of(loaded, "zero_optimization"), "stage": "auto"}})
 
 
 def _bf16_masters(loaded: dict[str, Any]) -> bool:
@@ -122,18 +130,17 @@ def _bf16_masters(loaded: dict[str, Any]) -> bool:
 
     if not uses_bf16_masters(loaded):
         return False
-    # The stages that are estimated are the flags', not the JSON's.
-    zero = loaded.get("zero_optimization", {})
+    zero = loaded["zero_optimization"]
     sections: dict[str, Any] = {key: loaded[key] for key in ("bf16", "bfloat16", "data_types") if key in loaded}
     check_config({**sections, "zero_optimization": {**zero, "stage": 3}})
     return True
 
 
-def _zero_keys(config: Path | None, loaded: dict[str, Any]) -> dict[str, Any]:
+def _zero_keys(loaded: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     """What a DeepSpeed JSON says of buckets and gradients; offload and bf16 master weights have flags of their own."""
     from ds_optim.train.estimate_sources import zero_settings
 
-    settings = zero_settings(loaded, f" in {config}")
+    settings = zero_settings(loaded, shape)
     return {name: value for name, value in settings.items() if name not in ("offload", "bf16_masters")}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,12 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
+from ds_optim.train.deepspeed_json import section_of
 from ds_optim.train.models import build_model, model_config, preset_config
 from ds_optim.train.presets import PRESETS
 from ds_optim.train.settings import did_you_mean
+from ds_optim.zero.auto import AUTO, at, sizes_by_width
+from ds_optim.zero.reading import read_json
 from ds_optim.zero.support import uses_bf16_masters
 
 #: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
@@ -28,7 +30,6 @@ _ZERO_KEYS = {
     "overlap_comm": "overlap_comm",
     "contiguous_gradients": "contiguous_gradients",
 }
-_SWITCHES = ("overlap_comm", "contiguous_gradients")
 #: Tokens of the tokenizer that presets without a vocabulary of their own take.
 BYTES_VOCABULARY = 257
 
@@ -53,7 +54,7 @@ def load_shape(model: str | None, params: float | None, seq_len: int = 1024) -> 
         return _of_config(model, preset_config(model, PRESETS[model].vocab_size or BYTES_VOCABULARY, seq_len))
     path = Path(model).expanduser()
     if path.is_file():
-        content = _read(path)
+        content = read_json(path)
         is_config = isinstance(content, dict) and ("model_type" in content or "architectures" in content)
         return _of_config(model, model_config(model, 1)) if is_config else shape_of_list(model, content)
     if path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.suffix):
@@ -64,30 +65,20 @@ def load_shape(model: str | None, params: float | None, seq_len: int = 1024) -> 
     )
 
 
-def zero_settings(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """What a DeepSpeed JSON says of buckets, offload and gradients, as fields of ``ZeroSettings``.
+def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any]:
+    """What a DeepSpeed JSON that was understood says of buckets, offload and gradients, as fields of ``ZeroSettings``.
 
-    "auto" leaves a setting to DeepSpeed's default. Raises ``UserError`` for what DeepSpeed would not take; ``where``
-    ends its line.
+    "auto" is what ``ds_optim.initialize`` makes of it, by the model's width, or DeepSpeed's default.
     """
-    section = config.get("zero_optimization", {})
-    if not isinstance(section, Mapping):
-        raise UserError(f'"zero_optimization"{where} is no JSON object: write {{"stage": 3}}')
-    found: dict[str, Any] = {}
-    for key, name in _ZERO_KEYS.items():
-        value = section.get(key, "auto")
-        if value == "auto" or value is None:
-            continue
-        is_number = isinstance(value, (int, float)) and value >= 0
-        if isinstance(value, bool) != (key in _SWITCHES) or not is_number:
-            raise UserError(f"{key}{where} is {value!r}: write what DeepSpeed takes there")
-        found[name] = value if isinstance(value, bool) else int(value)
-    offload = section.get("offload_optimizer")
-    if isinstance(offload, Mapping) and offload.get("device", "none") != "none":
+    section = dict(section_of(dict(config), "zero_optimization"))
+    sizes = {} if model.transformer is None else sizes_by_width(model.transformer.hidden)
+    section |= {key: size for key, size in sizes.items() if section.get(key) == AUTO}
+    found = {name: section[key] for key, name in _ZERO_KEYS.items() if section.get(key) not in (None, AUTO)}
+    if at(section, "offload_optimizer.device") not in (None, AUTO, "none"):
         found["offload"] = True
     if uses_bf16_masters(config):
         found["bf16_masters"] = True
-    accumulated = config.get("data_types", {}).get("grad_accum_dtype")
+    accumulated = at(config, "data_types.grad_accum_dtype")
     if accumulated is not None:
         found["grad_accum_dtype"] = accumulated
     return found
@@ -96,12 +87,3 @@ def zero_settings(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 def _of_config(name: str, config: Any) -> ModelShape:
     with torch.device("meta"):
         return shape_of_module(name, build_model(config, 0), config=config)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not JSON: give a transformers config or a list of parameters") from None

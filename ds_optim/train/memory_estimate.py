@@ -68,7 +68,7 @@ def _planned(cell: Cell, ranks: int, vocab_size: int, device: str) -> tuple[Opti
         dtype=train.dtype,
         accumulation=train.accumulation,
         device=device,
-        **zero_settings(deepspeed_config(train, ranks)),
+        **zero_settings(deepspeed_config(train, ranks), model),
     )
     weights = TORCH_DTYPES[train.dtype]
     plan = plan_optimizer(model, train.optimizer, params, momentum_dtype=dtype, weights=weights, device=device)

@@ -97,6 +97,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def expected() -> int:
+    """How many ranks the launcher says there will be, before they have joined; 1 without a launcher."""
+    sizes = (os.environ.get(name, "") for name in ("WORLD_SIZE", *_MPI_VARIABLES))
+    return world_size() if dist.is_initialized() else int(next((size for size in sizes if size.isdecimal()), "1"))
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

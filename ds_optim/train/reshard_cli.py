@@ -89,12 +89,14 @@ def _verified(portable: Portable) -> str:
 
 
 def _config(path: Path | None) -> dict[str, Any] | None:
-    from ds_optim.zero.config import load_config
+    from ds_optim.zero.reading import load_config
+    from ds_optim.zero.values import understood
 
-    return None if path is None else load_config(path)
+    return None if path is None else understood(load_config(path))
 
 
 def _change(name: str | None, params: str | None, config: dict[str, Any] | None, *, reset: bool) -> Change | None:
+    from ds_optim.train.settings import parse_object
     from ds_optim.zero.checkpoints.convert import change_optimizer
     from ds_optim.zero.config import canonical_type
 
@@ -102,7 +104,7 @@ def _change(name: str | None, params: str | None, config: dict[str, Any] | None,
         if params is not None:
             raise UserError("--optimizer-params goes with --optimizer: name the optimizer")
         return None
-    given = _params(params)
+    given = {} if params is None else parse_object(params, "--optimizer-params")
     section = (config or {}).get("optimizer")
     if (
         params is None
@@ -111,15 +113,3 @@ def _change(name: str | None, params: str | None, config: dict[str, Any] | None,
     ):
         given = dict(section.get("params", {}))
     return lambda portable: change_optimizer(portable, name, given, reset=reset)
-
-
-def _params(text: str | None) -> dict[str, Any]:
-    import json
-
-    try:
-        given = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise UserError(f"--optimizer-params is no JSON ({problem.msg})") from None
-    if not isinstance(given, dict):
-        raise UserError("--optimizer-params is no JSON object: write '{\"lr\": 0.001}'")
-    return given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ds_optim.errors import UserError
 from ds_optim.train.presets import MODEL_DEFAULTS, PRESETS, tuned_params
+from ds_optim.zero.complaints import reword
+from ds_optim.zero.reading import parse_json
 
 
 class TrainSettings(BaseModel):
@@ -141,32 +142,17 @@ def did_you_mean(word: str, known: Any) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def one_line(error: ValidationError, known: Any = ()) -> str:
-    """The first complaint of a pydantic error as one line; a wrong name gets the nearest of ``known``."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown setting {where!r}{did_you_mean(where, known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    got = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-    return f"{where}: {message}{got}" if where else f"{message}"
-
-
 def make_settings(**given: Any) -> TrainSettings:
     """A validated record; raises ``UserError`` with one line."""
     try:
         return TrainSettings(**given)
     except ValidationError as error:
-        raise UserError(one_line(error, TrainSettings.model_fields)) from None
+        raise UserError(reword(error, TrainSettings)) from None
 
 
 def parse_object(text: str, flag: str) -> dict[str, Any]:
     """The JSON object that a flag holds."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{flag} is not JSON ({error.msg} at character {error.pos + 1}): {text!r}") from None
+    value = parse_json(text, flag)
     if not isinstance(value, dict):
         raise UserError(f"{flag} takes a JSON object such as '{{\"lr\": 0.001}}', not {text!r}")
     return value

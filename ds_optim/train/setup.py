@@ -13,6 +13,8 @@ from ds_optim.train import models, ranks
 from ds_optim.train.data import TextData
 from ds_optim.train.deepspeed_json import deepspeed_config
 from ds_optim.train.settings import TrainSettings
+from ds_optim.zero.auto import fill_auto, hidden_size_of
+from ds_optim.zero.values import understood
 
 
 def open_out(settings: TrainSettings) -> None:
@@ -59,15 +61,25 @@ def start_engine(settings: TrainSettings, data: TextData) -> Any:
 
     config = deepspeed_config(settings, ranks.world_size())
 
+    def read() -> Any:
+        shape = _model_config(settings, data)
+        if settings.zero_init:  # DeepSpeed reads the config twice then: here first
+            config.update(understood(config))
+            fill_auto(config, hidden_size_of(shape))
+        return shape
+
     def build() -> torch.nn.Module:
-        if settings.preset is not None:
-            shape = models.preset_config(settings.preset, data.vocab_size, settings.seq_len)
-        else:
-            assert settings.model is not None
-            shape = models.model_config(settings.model, data.vocab_size)
-        # Not under `together` with zero_init: making the weights is a collective by itself.
         return models.build_model(shape, settings.seed, zero_config=config if settings.zero_init else None)
 
+    shape = ranks.together(read)
+    # Not under `together` with zero_init: making the weights is a collective by itself.
     model = build() if settings.zero_init else ranks.together(build)
     engine, *_ = ds_optim.initialize(model=model, config=config)
     return engine
+
+
+def _model_config(settings: TrainSettings, data: TextData) -> Any:
+    if settings.preset is not None:
+        return models.preset_config(settings.preset, data.vocab_size, settings.seq_len)
+    assert settings.model is not None
+    return models.model_config(settings.model, data.vocab_size)

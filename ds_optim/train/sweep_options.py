@@ -44,14 +44,19 @@ def settings_of(kind: type[Settings], flags: Mapping[str, Any]) -> Settings:
     """
     from pydantic import ValidationError
 
-    from ds_optim.train.settings import one_line, parse_object, split_list
+    from ds_optim.train.settings import parse_object, split_list
+    from ds_optim.zero.complaints import reword
 
     given = {name: value for name, value in flags.items() if value is not None}
     for name in given.keys() & _LISTS:
         given[name] = split_list(given[name])
     for name in given.keys() & _OBJECTS:
         given[name] = parse_object(given[name], f"--{name.replace('_', '-')}")
+    if "deepspeed" in given:
+        from ds_optim.zero.values import understood
+
+        given["deepspeed"] = understood(given["deepspeed"])
     try:
         return kind(**given)
     except ValidationError as error:
-        raise UserError(one_line(error, kind.model_fields)) from None  # type: ignore[attr-defined]
+        raise UserError(reword(error, kind)) from None  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer, known_keys, param_groups
 from ds_optim.optimizers.checks import check_keys, nearest
-from ds_optim.zero.agree import agree_on_start
+from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
+from ds_optim.zero.reading import load_config
 from ds_optim.zero.support import check_config, check_model, check_parameters
+from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
 DEEPSPEED_PREFIX = "deepspeed:"
@@ -25,25 +25,6 @@ _SECTION_KEYS = ("type", "params", "legacy_fusion")
 _DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 
 Config = dict[str, Any]
-
-
-def load_config(config: str | Path | Mapping[str, Any]) -> Config:
-    """A DeepSpeed config as a dict of its own, from a dict or a JSON file.
-
-    Raises:
-        UserError: the file is missing or no JSON.
-    """
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
-    try:
-        loaded = json.loads(Path(config).read_text())
-    except OSError as problem:
-        raise UserError(f"cannot read the DeepSpeed config {config}: {problem.strerror}") from None
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{config} is no valid JSON (line {problem.lineno}: {problem.msg})") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{config} holds no JSON object")
-    return loaded
 
 
 def canonical_type(name: str) -> str:
@@ -82,11 +63,13 @@ def from_config(
 
     Args:
         model: whose parameters are routed by name and shape.
-        config: a dict or the path of a JSON, with ``"optimizer": {"type": "LionMuon", "params": {…}}``.
+        config: a dict, the path of a JSON or a JSON in base64, with ``"optimizer": {"type": "LionMuon", "params":
+            {…}}``.
         parameters: keep to these parameters of the model.
 
     Returns:
-        The optimizer, and a copy of the config without "optimizer" and with what ZeRO needs for it.
+        The optimizer, and a copy of the config without "optimizer" and with what ZeRO needs for it. Each "auto" is
+        still there, for Trainer and Accelerate to fill in; ``deepspeed.initialize`` by itself cannot.
 
     Raises:
         UserError: unknown types and keys, bad values, unsupported settings. Where ``torch.distributed`` is
@@ -105,6 +88,10 @@ def from_config(
                 f"{name!r} is no optimizer of ds_optim{nearest(name, OPTIMIZERS)}; hand this config to "
                 "deepspeed.initialize, or to ds_optim.initialize, which takes both kinds"
             )
+        check_config(loaded)
+        loaded = understood(loaded)
+        if world().rank == 0:
+            check_monitors(loaded)
         optimizer = build_optimizer(model, name, loaded, parameters)
     except UserError as error:
         problem = error
@@ -126,16 +113,15 @@ def type_of(section: Any) -> str:
     name = canonical_type(section["type"])
     if name in OPTIMIZERS:
         check_keys('"optimizer"', section, _SECTION_KEYS)
-        if not isinstance(section.get("params", {}), Mapping):
-            raise UserError(f'"optimizer": {{"params": …}} is {section["params"]!r}: write an object of parameters')
+    if not isinstance(section.get("params", {}), Mapping):
+        raise UserError(f'"optimizer": {{"params": …}} is {section["params"]!r}: write an object of parameters')
     return name
 
 
 def build_optimizer(
     model: nn.Module, name: str, config: Config, parameters: Iterable[nn.Parameter] | None = None
 ) -> ZeroOptimizer:
-    """One of our optimizers over a model, from a whole config."""
-    check_config(config)
+    """One of our optimizers over a model, from a whole config that was checked."""
     check_model(model)
     params = config["optimizer"].get("params", {})
     cls = OPTIMIZERS[name]

@@ -13,18 +13,14 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.zero.agree import agree_on_start
+from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_choice, announce_routes
-from ds_optim.zero.config import (
-    DEEPSPEED_PREFIX,
-    Config,
-    build_optimizer,
-    is_ours,
-    load_config,
-    prepare_config,
-    type_of,
-)
+from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
+from ds_optim.zero.complaints import as_user_errors
+from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
+from ds_optim.zero.reading import load_config
 from ds_optim.zero.support import check_config, check_model
+from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
 
@@ -48,7 +44,8 @@ def initialize(
     Bare names mean this package where it has them ("Lion", "Muon", "LionMuon", …), ``"deepspeed:Muon"``
     means DeepSpeed's, and any other type goes to DeepSpeed untouched; which it was is printed on rank 0.
 
-    Args: as ``deepspeed.initialize``.
+    Args: as ``deepspeed.initialize``. An "auto" in the config becomes what follows from the rest of it and from the
+        model (``ds_optim.zero.auto``).
 
     Returns:
         (engine, optimizer, dataloader, lr_scheduler), as ``deepspeed.initialize``.
@@ -73,20 +70,21 @@ def initialize(
     elif parameters is None and built is None:
         assert model is not None
         parameters = [p for p in model.parameters() if p.requires_grad]
-    engine, wrapped, loader, scheduler = deepspeed.initialize(
-        args=_without_config(args),
-        model=model,
-        optimizer=built,
-        model_parameters=parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        distributed_port=distributed_port,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=loaded,
-        mesh_param=mesh_param,
-    )
+    with as_user_errors():
+        engine, wrapped, loader, scheduler = deepspeed.initialize(
+            args=_without_config(args),
+            model=model,
+            optimizer=built,
+            model_parameters=parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=loaded,
+            mesh_param=mesh_param,
+        )
     if isinstance(built, ZeroOptimizer) and engine.basic_optimizer is not built:
         raise RuntimeError(
             f"DeepSpeed steps {type(engine.basic_optimizer).__name__} instead of {type(built).__name__}: "
@@ -114,8 +112,18 @@ def _read(
         if model is None:
             raise UserError("ds_optim.initialize needs a model")
         loaded = load_config(_given_config(args, config, config_params))
-        if isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded):
+        ours = isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded)
+        if ours:
             _check_parallelism(mpu, mesh_param)
+            check_config(loaded)
+        loaded = understood(loaded)
+        fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))
+        comm = world()
+        # Other parallelism, which is DeepSpeed's own optimizers', has fewer data-parallel ranks.
+        if ours or not (mpu or mesh_param or "sequence_parallel_size" in loaded):
+            batch_sizes(loaded, comm.world_size)
+        if comm.rank == 0:
+            check_monitors(loaded)
         built = _choose_optimizer(model, optimizer, loaded, model_parameters)
     except UserError as error:
         problem = error
@@ -151,7 +159,6 @@ def _choose_optimizer(model: nn.Module, optimizer: Any, config: Config, paramete
             raise UserError(f"an optimizer is given in code and in the config ({name!r}): remove one of them")
         return build_optimizer(model, name, config, _plain(parameters)) if is_ours(name) else None
     if isinstance(optimizer, ZeroOptimizer):
-        check_config(config)
         check_model(model)
     return optimizer
 

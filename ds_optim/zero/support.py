@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.zero.auto import at, check_filled
 
 _ZERO = "zero_optimization"
 _OFFLOAD = f"{_ZERO}.offload_optimizer"
@@ -25,7 +26,7 @@ _STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 Test = Callable[[Any], bool]
 
 
-def _is_true(value: Any) -> bool:
+def is_true(value: Any) -> bool:
     """True as DeepSpeed's pydantic models read it: they take strings and numbers too."""
     return value is True or value == 1 or str(value).lower() in ("true", "1", "yes", "y", "on", "t")
 
@@ -62,41 +63,41 @@ def _below_one(value: Any) -> bool:
 
 # (path in the config, when it is refused, why and what to write instead)
 REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
-    (f"{_ZERO}.round_robin_gradients", _is_true, "it hides where a parameter lies; set it to false"),
+    (f"{_ZERO}.round_robin_gradients", is_true, "it hides where a parameter lies; set it to false"),
     (f"{_ZERO}.compute_grad_norm", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bf16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bfloat16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
     (f"{_OFFLOAD}.device", _is_nvme, 'use "cpu"'),
     (f"{_ZERO}.offload_param.device", _is_nvme, 'use "cpu"'),
     (f"{_OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
-    (f"{_OFFLOAD}.super_offload", _is_true, "it steps with its own Adam; set it to false"),
+    (f"{_OFFLOAD}.super_offload", is_true, "it steps with its own Adam; set it to false"),
     (f"{_ZERO}.zenflow", _is_given, "it steps with its own Adam; leave it out"),
     (f"{_ZERO}.zero_hpz_partition_size", _above(1), "ZeRO++ groups are not supported; set it to 1"),
-    (f"{_ZERO}.zero_quantized_weights", _is_true, "ZeRO++ is not supported; set it to false"),
-    (f"{_ZERO}.zero_quantized_nontrainable_weights", _is_true, "ZeRO++ is not supported; set it to false"),
-    (f"{_ZERO}.zero_quantized_gradients", _is_true, "ZeRO++ is not supported; set it to false"),
+    (f"{_ZERO}.zero_quantized_weights", is_true, "ZeRO++ is not supported; set it to false"),
+    (f"{_ZERO}.zero_quantized_nontrainable_weights", is_true, "ZeRO++ is not supported; set it to false"),
+    (f"{_ZERO}.zero_quantized_gradients", is_true, "ZeRO++ is not supported; set it to false"),
     (f"{_ZERO}.zeropp_loco_param", _is_given, "ZeRO++ is not supported; leave it out"),
     (f"{_ZERO}.mics_shard_size", _is_given, "MiCS groups are not supported; leave it out"),
     (f"{_ZERO}.mics_hierarchical_params_gather", _is_given, "MiCS groups are not supported; leave it out"),
-    (f"{_ZERO}.elastic_checkpoint", _is_true, "it cuts optimizer state at other borders; set it to false"),
-    ("fp16.fp16_master_weights_and_grads", _is_true, "master weights must be fp32; set it to false"),
-    (f"bf16.{_MASTERS}", _is_true, _MASTERS_ALONE),
-    (f"bfloat16.{_MASTERS}", _is_true, _MASTERS_ALONE),
-    (f"bf16.{_STATES}", _is_true, _STATES_ALONE),
-    (f"bfloat16.{_STATES}", _is_true, _STATES_ALONE),
-    ("torch_autocast.enabled", _is_true, 'use "bf16": {"enabled": true}'),
-    ("amp.enabled", _is_true, 'use "bf16": {"enabled": true}'),
-    ("fp8.enabled", _is_true, 'use "bf16": {"enabled": true}'),
-    ("compile.deepcompile", _is_true, "its graph passes own the optimizer's memory; set it to false"),
-    ("sparse_gradients", _is_true, "leave it out"),
-    ("elasticity.enabled", _is_true, "the layout is fixed at start; leave elasticity out"),
+    (f"{_ZERO}.elastic_checkpoint", is_true, "it cuts optimizer state at other borders; set it to false"),
+    ("fp16.fp16_master_weights_and_grads", is_true, "master weights must be fp32; set it to false"),
+    (f"bf16.{_MASTERS}", is_true, _MASTERS_ALONE),
+    (f"bfloat16.{_MASTERS}", is_true, _MASTERS_ALONE),
+    (f"bf16.{_STATES}", is_true, _STATES_ALONE),
+    (f"bfloat16.{_STATES}", is_true, _STATES_ALONE),
+    ("torch_autocast.enabled", is_true, 'use "bf16": {"enabled": true}'),
+    ("amp.enabled", is_true, 'use "bf16": {"enabled": true}'),
+    ("fp8.enabled", is_true, 'use "bf16": {"enabled": true}'),
+    ("compile.deepcompile", is_true, "its graph passes own the optimizer's memory; set it to false"),
+    ("sparse_gradients", is_true, "leave it out"),
+    ("elasticity.enabled", is_true, "the layout is fixed at start; leave elasticity out"),
     ("tensor_parallel.autotp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 0"),
     ("tensor_parallel.tp.tp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
     ("tensor_parallel.tensor_parallel.tp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
-    ("expert_parallel.enabled", _is_true, "experts in groups of their own are not supported; set it to false"),
+    ("expert_parallel.enabled", is_true, "experts in groups of their own are not supported; set it to false"),
     ("sequence_parallel_size", _above(1), "sequence parallelism is not supported; set it to 1"),
-    ("hybrid_engine.enabled", _is_true, "the hybrid engine is not supported; set it to false"),
-    ("data_efficiency.data_routing.random_ltd.enabled", _is_true, "it is not supported; set it to false"),
+    ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
+    ("data_efficiency.data_routing.random_ltd.enabled", is_true, "it is not supported; set it to false"),
     ("pipeline.stages", _above(1), "the pipeline engine is not supported; leave it out"),
 )
 
@@ -110,21 +111,21 @@ _OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{_MASTERS} and
 
 # The same, as attributes of DeepSpeed's wrappers: for who steps a wrapper without its engine.
 REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
-    ("round_robin_gradients", _is_true, f"set {_ZERO}.round_robin_gradients to false"),
+    ("round_robin_gradients", is_true, f"set {_ZERO}.round_robin_gradients to false"),
     ("compute_grad_norm", _is_false, f"leave {_ZERO}.compute_grad_norm true"),
-    ("zenflow", _is_true, f"leave {_ZERO}.zenflow out"),
-    ("swap_optimizer", _is_true, f'set {_OFFLOAD}.device to "cpu"'),
-    ("params_in_nvme_and_cpu", _is_true, f'set {_ZERO}.offload_param.device to "cpu"'),
+    ("zenflow", is_true, f"leave {_ZERO}.zenflow out"),
+    ("swap_optimizer", is_true, f'set {_OFFLOAD}.device to "cpu"'),
+    ("params_in_nvme_and_cpu", is_true, f'set {_ZERO}.offload_param.device to "cpu"'),
     ("partial_offload", _below_one, f"set {_OFFLOAD}.ratio to 1.0"),
     ("zero_hpz_partition_size", _above(1), f"set {_ZERO}.zero_hpz_partition_size to 1"),
-    ("zero_quantized_nontrainable_weights", _is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
+    ("zero_quantized_nontrainable_weights", is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
     ("all2all_process_group", _is_given, f"set {_ZERO}.zero_quantized_gradients to false"),
     ("sequence_parallel_size", _above(1), "sequence parallelism is not supported"),
     ("model_parallel_group", _is_given, "tensor parallelism is not supported: a shard is no whole matrix"),
-    ("has_moe_layers", _is_true, "DeepSpeed's MoE groups are not supported"),
+    ("has_moe_layers", is_true, "DeepSpeed's MoE groups are not supported"),
     ("torch_autocast_gradscaler", _is_given, 'use "bf16": {"enabled": true} instead of torch_autocast'),
-    ("low_precision_master_weights_and_grads", _is_true, _OTHER_MASTERS),
-    ("elastic_checkpoint", _is_true, f"set {_ZERO}.elastic_checkpoint to false"),
+    ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
+    ("elastic_checkpoint", is_true, f"set {_ZERO}.elastic_checkpoint to false"),
 )
 _REFUSED_WRAPPERS = {
     "SuperOffloadOptimizer_Stage3": f"set {_OFFLOAD}.super_offload to false",
@@ -142,14 +143,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     if isinstance(config.get(_ZERO), bool):
         raise UserError(f'{_ZERO} is {config[_ZERO]!r}: write {{"stage": 1}}')
     for path, refused, remedy in REFUSED_SETTINGS:
-        value = _at(config, path)
-        if refused(value) and not (path in _TOGETHER and _is_true(_at(config, _TOGETHER[path]))):
+        value = at(config, path)
+        if refused(value) and not (path in _TOGETHER and is_true(at(config, _TOGETHER[path]))):
             raise UserError(f"{path} = {value!r} is not supported with ds_optim's optimizers: {remedy}")
-    stage = _at(config, f"{_ZERO}.stage")
-    if stage not in (None, "auto", 0, 1, 2, 3):
-        raise UserError(f"{_ZERO}.stage is {stage!r}: write 0, 1, 2 or 3")
+    stage = at(config, f"{_ZERO}.stage")
+    if isinstance(stage, str) and stage.isdecimal():
+        stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
-    if stage in (None, "auto", 0) and _is_true(_at(config, "fp16.enabled")) and _at(config, "fp16.loss_scale") != 1:
+    if stage in (None, "auto", 0) and is_true(at(config, "fp16.enabled")) and at(config, "fp16.loss_scale") != 1:
         raise UserError(
             "fp16 at ZeRO stage 0 is not supported with a loss scale: DeepSpeed 0.19 unscales gradients there whose "
             "loss it never scaled; use stage 1, bf16, or fp16.loss_scale 1"
@@ -162,7 +163,7 @@ def uses_bf16_masters(config: Mapping[str, Any]) -> bool:
 
 
 def _masters_section(config: Mapping[str, Any]) -> str | None:
-    return next((section for section in _BF16 if _is_true(_at(config, f"{section}.{_MASTERS}"))), None)
+    return next((section for section in _BF16 if is_true(at(config, f"{section}.{_MASTERS}"))), None)
 
 
 def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
@@ -170,10 +171,10 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     section = _masters_section(config)
     if section is None:
         return
-    offload = _at(config, f"{_OFFLOAD}.device") not in (None, "none") or _is_true(_at(config, f"{_ZERO}.cpu_offload"))
-    accumulated = str(_at(config, "data_types.grad_accum_dtype")).removeprefix("torch.")
+    offload = at(config, f"{_OFFLOAD}.device") not in (None, "none") or is_true(at(config, f"{_ZERO}.cpu_offload"))
+    accumulated = str(at(config, "data_types.grad_accum_dtype")).removeprefix("torch.")
     problems = (
-        (_at(config, f"{section}.enabled") in (None, False, 0), f'set "enabled" to true in "{section}" as well'),
+        (at(config, f"{section}.enabled") in (None, False, 0), f'set "enabled" to true in "{section}" as well'),
         (stage in (None, 0), f"master weights are ZeRO's; set {_ZERO}.stage to 1, 2 or 3"),
         (offload, f"DeepSpeed offloads them for its own CPU Adam alone; leave {_ZERO}.offload_optimizer out"),
         (
@@ -195,6 +196,7 @@ def check_engine(engine: Any) -> None:
     if not isinstance(config, Mapping):
         return
     check_config(config)
+    check_filled(config)
     section = config.get("optimizer")
     if isinstance(section, Mapping) and section.get("type") is not None:
         raise UserError(
@@ -211,7 +213,7 @@ def check_wrapper(wrapper: Any) -> None:
                 f"{cls.__name__} is not supported with ds_optim's optimizers: {_REFUSED_WRAPPERS[cls.__name__]}"
             )
     masters = getattr(wrapper, "master_weights_and_grads_dtype", torch.float32)
-    bf16_masters = masters == torch.bfloat16 and _is_true(getattr(wrapper, _STATES, None)) and not _offloads(wrapper)
+    bf16_masters = masters == torch.bfloat16 and is_true(getattr(wrapper, _STATES, None)) and not _offloads(wrapper)
     if masters != torch.float32 and not bf16_masters:
         raise UserError(f"master weights in {masters} are not supported with ds_optim's optimizers: {_OTHER_MASTERS}")
     for name, refused, remedy in REFUSED_ATTRIBUTES:
@@ -252,12 +254,3 @@ def check_model(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if any(cls.__name__ == "MoE" and cls.__module__.startswith("deepspeed.") for cls in type(module).__mro__):
             raise UserError(f"{name or 'the model'} is a DeepSpeed MoE layer: MoE groups are not supported")
-
-
-def _at(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value

@@ -166,7 +166,7 @@ def test_a_mistake_in_one_ranks_file_is_raised_on_all(tmp_path: Path) -> None:
         for call in ("initialize", "from_config"):
             error, line = found[call]
             assert error == "UserError"
-            assert "rank1.json is no valid JSON" in line
+            assert "rank1.json is not JSON (line 1" in line
         assert found["from_config, shape"][0] == "UserError"
         assert "rank 1 has another model than rank 0" in found["from_config, shape"][1]
 

@@ -30,11 +30,11 @@ def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "message"),
     [
         ("--preset qwen3-tinny", "did you mean 'qwen3-tiny'?"),
-        ("--steps 0", "steps: input should be greater than or equal to 1, not 0"),
+        ("--steps 0", "steps is 0: write a number greater than or equal to 1"),
         ("--steps many", "'--steps': Input should be a valid integer"),
         ("--stage 4", "stage"),
         ("--dtype float16", "dtype"),
-        ("--lr -1", "lr: input should be greater than or equal to 0"),
+        ("--lr -1", "lr is -1.0: write a number greater than or equal to 0"),
         ("--warmup 10 --steps 10", "warmup of 10 steps leaves nothing"),
         ("--tokenizer bpe:12", "unknown tokenizer"),
         ("--model x --preset qwen3-tiny", "a preset or a model, not both"),

@@ -106,7 +106,7 @@ def doctor(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_names_the_optimizer_that_stepped(tmp_path: Path) -> None:
     config = tmp_path / "ds.json"
     optimizer = {"type": "Muonlight", "params": {"lr": 1e-3}}
-    config.write_text(json.dumps({"optimizer": optimizer, "zero_optimization": {"stage": 1}}))
+    config.write_text(json.dumps({"train_batch_size": 2, "optimizer": optimizer, "zero_optimization": {"stage": 1}}))
     done = doctor("--config", str(config), "--out", str(tmp_path), "--json")
     found = json.loads(done.stdout)
     assert done.returncode == found["status"] == 0, done.stdout + done.stderr
@@ -117,7 +117,8 @@ def test_the_command_names_the_optimizer_that_stepped(tmp_path: Path) -> None:
 
 def test_a_config_that_does_not_train_is_something_to_do(tmp_path: Path) -> None:
     config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"optimizer": {"type": "Lion", "params": {"lr": 1e-3, "btas": [0.9, 0.99]}}}))
+    optimizer = {"type": "Lion", "params": {"lr": 1e-3, "btas": [0.9, 0.99]}}
+    config.write_text(json.dumps({"train_batch_size": 2, "optimizer": optimizer}))
     done = doctor("--config", str(config), "--out", str(tmp_path))
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TODO")]

@@ -111,7 +111,8 @@ def test_json_settings_reach_deepspeed_and_flags_win() -> None:
     assert config["optimizer"] == {"type": "LionMuon", "params": {"lr": 0.5}}
 
 
-def test_json_batch_that_does_not_multiply_out_is_named() -> None:
+def test_json_batch_that_does_not_multiply_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
     settings = make_settings(**settings_from_json({"train_batch_size": 24}, {"micro_batch": 4}))
     assert deepspeed_config(settings, world_size=6)["train_micro_batch_size_per_gpu"] == 4
     with pytest.raises(UserError, match=r"train_batch_size 24 is not micro_batch 4 .* = 8"):
