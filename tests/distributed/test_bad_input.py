@@ -91,6 +91,15 @@ MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
         lambda: {**good(), "model_parameters": [{"params": []}]},
         ("model_parameters holds parameter groups",),
     ),
+    "typo": (
+        lambda: with_config(zero_optimization={"stage": 2, "overlap_com": True}),
+        ("no setting 'zero_optimization.overlap_com' (did you mean 'overlap_comm'?)",),
+    ),
+    "removed": (lambda: with_config(elasticity={"micro_batch_sizes": [2]}), ("Elastic training has been removed",)),
+    "extra": (lambda: with_config(bf16={"enabled": False, "loss_scale": 0}), ("no setting 'bf16.loss_scale'",)),
+    "batch sizes": (lambda: with_config(train_batch_size=7), ("train_batch_size 7 is not micro_batch",)),
+    "auto": (lambda: with_config(bf16={"enabled": "auto"}), ('bf16.enabled is "auto"', "write true or false")),
+    "text for a switch": (lambda: with_config(prescale_gradients="false"), ("is 'false'", "write true or false")),
     "mesh": (lambda: {**good(), "mesh_param": (1, 2)}, ("sequence parallelism",)),
 }
 # What one rank may have otherwise than the rest, and no rank is wrong by itself.
@@ -142,6 +151,38 @@ def test_every_rank_raises_the_same_line() -> None:
             assert line == ranks[0][label][1], where
             if label.split(", ")[0] in DISAGREEMENTS:
                 assert "rank 1 has" in line, where
+
+
+def refused_by_deepspeed(rank: int, world_size: int) -> dict[str, tuple[str, str]]:
+    """What DeepSpeed alone finds wrong, while it builds the engine, or would find on rank 0 alone."""
+    quiet()
+    theirs: dict[str, dict[str, Any]] = {
+        "optimizer's parameter": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "btas": [0.9, 0.99]}}},
+        "optimizer's value": {"optimizer": {"type": "SGD", "params": {"lr": -1.0}}},
+        "scheduler": {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
+        "combination": {
+            "zero_optimization": {"stage": 3, "reduce_scatter": True},
+            "optimizer": {"type": "deepspeed:Muon", "params": {"lr": 1e-3}},
+        },
+        "wandb": {"wandb": {"enabled": True}},
+    }
+    return {name: attempt(ds_optim.initialize, **with_config(**settings)) for name, settings in theirs.items()}
+
+
+def test_what_deepspeed_refuses_is_one_line_on_every_rank() -> None:
+    first, second = run_ranks(2, refused_by_deepspeed)
+    assert first == second
+    parts = {
+        "optimizer's parameter": "got an unexpected keyword argument 'btas'",
+        "optimizer's value": "Invalid learning rate: -1.0",
+        "scheduler": "warmup_num_steps must be a positive integer, got 0",
+        "combination": "reduce scatter",
+        "wandb": "wandb.enabled is true, and wandb is not installed: pip install wandb",
+    }
+    for name, part in parts.items():
+        assert first[name][0] == "UserError", (name, first[name])
+        assert part in first[name][1], name
+        assert "\n" not in first[name][1], name
 
 
 def one_bad_file(rank: int, world_size: int, folder: Path) -> dict[str, tuple[str, str]]:

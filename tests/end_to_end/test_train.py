@@ -173,6 +173,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model": None, "preset": "qwen3-tiny", "tokenizer": "hf:EMPTY"}, "cannot load the tokenizer"),
     ({"resume": True, "out": "FRESH"}, "no complete checkpoint"),
     ({"deepspeed": {"train_batch_size": 7}}, "train_batch_size 7"),
+    ({"deepspeed": {"zero_optimization": {"overlap_com": True}}}, "did you mean 'overlap_comm'?"),
+    ({"deepspeed": {"zero_optimization": {"overlap_com": 1}}, "stage": 3, "zero_init": True}, "overlap_comm"),
+    ({"deepspeed": {"wandb": {"enabled": True}}}, "pip install wandb"),
+    ({"optimizer": "deepspeed:Muon", "stage": 3}, "reduce scatter"),
+    ({"optimizer": "AdamW", "optimizer_params": {"btas": 1}}, "unexpected keyword argument 'btas'"),
 ]
 
 

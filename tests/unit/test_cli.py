@@ -61,7 +61,13 @@ def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
         ({"optimizer": {"type": "Lion"}}, ["--optimizer", "muon"], "in --optimizer and in --config"),
         ({"optimizer": {"params": {}}}, [], 'needs a "type"'),
         ({"scheduler": {"type": "WarmupLR"}}, [], "has its own warmup"),
-        ({"zero_optimization": {"stage": 7}}, [], "stage"),
+        ({"zero_optimization": {"stage": 7}}, [], "zero_optimization.stage is 7: write 0, 1, 2 or 3"),
+        ({"zero_optimization": {"overlap_com": True}}, [], "(did you mean 'overlap_comm'?)"),
+        ({"zero_optimization": "auto"}, ["--stage", "2"], "zero_optimization is 'auto': write an object"),
+        ({"elasticity": {}}, [], "Elastic training has been removed"),
+        ({"bf16": {"enabled": True, "loss_scale": 0}}, [], "there is no setting 'bf16.loss_scale'"),
+        ({"train_batch_size": 7}, ["--micro-batch", "2"], "train_batch_size 7 is not micro_batch 2 x accumulation 3"),
+        ({"optimizer": {"type": "Lion", "params": [1]}}, [], "write an object of parameters"),
     ],
 )
 def test_mistake_in_the_json_is_one_line(
@@ -70,6 +76,20 @@ def test_mistake_in_the_json_is_one_line(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     assert message in failing_line(capsys, "train", "--config", str(path), *flags)
+
+
+@pytest.mark.parametrize("command", ["compare", "memory"])
+def test_mistake_in_what_else_the_json_of_cells_says_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    for said, message in (
+        ('{"zero_optimization": {"overlap_com": true}}', "(did you mean 'overlap_comm'?)"),
+        ('{"zero_optimization": 3}', "zero_optimization is 3: write an object of settings"),
+        ('{"bf16": {}, "bf16": {}}', "--deepspeed has the key 'bf16' twice"),
+    ):
+        line = failing_line(capsys, command, "--out", str(tmp_path / "out"), "--deepspeed", said)
+        assert message in line
+    assert not (tmp_path / "out").exists(), "told before anything is run"
 
 
 def test_json_with_a_missing_brace_names_its_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import ds_optim
+from ds_optim.errors import UserError
+from ds_optim.train import doctor_trial
 from ds_optim.train.doctor import Examination, Finding, compare_nodes
 from ds_optim.train.doctor_node import file_digest, network_problems, node_facts
 from ds_optim.train.reach import unreachable
@@ -104,15 +108,71 @@ def doctor(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_names_the_optimizer_that_stepped(tmp_path: Path) -> None:
+    """Of a config with all that is only DeepSpeed's: comments, words for switches, "auto", a scheduler."""
     config = tmp_path / "ds.json"
-    optimizer = {"type": "Muonlight", "params": {"lr": 1e-3}}
-    config.write_text(json.dumps({"train_batch_size": 2, "optimizer": optimizer, "zero_optimization": {"stage": 1}}))
+    config.write_text("""{ // a config
+        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto",
+        "optimizer": {"type": "Muonlight", "params": {"lr": 1e-3}}, # ours
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 5}},
+        "bf16": {"enabled": "true"}, "zero_optimization": {"stage": "1", "reduce_bucket_size": "auto"},
+    }""")
     done = doctor("--config", str(config), "--out", str(tmp_path), "--json")
     found = json.loads(done.stdout)
     assert done.returncode == found["status"] == 0, done.stdout + done.stderr
     by_check = {finding["check"]: finding for finding in found["findings"]}
     assert {"python", "torch", "deepspeed", "ds-optim", "driver", "code", "config", "disk", "trial"} <= set(by_check)
     assert "ds_optim.optimizers.muon.Muonlight stepped" in by_check["trial"]["line"]
+
+
+class Engine:
+    """What the trial asks of an engine."""
+
+    module = torch.nn.Linear(2, 2)
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return 100
+
+    def gradient_accumulation_steps(self) -> int:
+        return 3
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        pass
+
+    def destroy(self) -> None:
+        pass
+
+
+def test_the_trial_is_of_the_users_config_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[dict[str, Any]] = []
+
+    def initialize(*, model: object, config: dict[str, Any]) -> tuple[Engine]:
+        tried.append(config)
+        return (Engine(),)
+
+    windows: list[tuple[int, ...]] = []
+
+    def losses(engine: Engine, given: torch.Tensor) -> torch.Tensor:
+        windows.append(tuple(given.shape))
+        return engine.module(torch.ones(1, 2)).square()
+
+    monkeypatch.setattr(ds_optim, "initialize", initialize)
+    monkeypatch.setattr(doctor_trial.models, "preset_config", lambda *size: None)
+    monkeypatch.setattr(doctor_trial.models, "build_model", lambda shape, seed: Engine.module)
+    monkeypatch.setattr(doctor_trial.models, "next_token_losses", losses)
+    monkeypatch.setattr(doctor_trial.ranks, "device", lambda: torch.device("cpu"))
+    given = {"bf16": {"enabled": "auto"}, "optimizer": {"type": "Lion"}, "scheduler": {"type": "WarmupLR"}}
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    doctor_trial.trial(tmp_path / "ds.json")
+    assert tried == [given]
+    assert windows == [(8, 17)] * 6, "two steps of three micro-batches, each of them cut short"
+    (tmp_path / "ds.json").write_text('{"bf16": {}, "bf16": {}}')
+    with pytest.raises(UserError, match="has the key 'bf16' twice"):
+        doctor_trial.trial(tmp_path / "ds.json")
+    doctor_trial.trial(None)
+    assert tried[1]["optimizer"]["type"] == "LionMuon", "what train takes where nothing else is said"
 
 
 def test_a_config_that_does_not_train_is_something_to_do(tmp_path: Path) -> None:

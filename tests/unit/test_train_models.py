@@ -119,6 +119,40 @@ def test_json_batch_that_does_not_multiply_out_is_named(monkeypatch: pytest.Monk
         deepspeed_config(settings, world_size=2)
 
 
+@pytest.mark.parametrize(
+    ("written", "flags", "meant"),
+    [
+        # what a JSON does not say means what DeepSpeed means by it
+        ({}, {}, {"dtype": "fp32", "stage": 0, "clip": 1.0}),
+        ({"bf16": None}, {}, {"dtype": "fp32"}),
+        # DeepSpeed's own types
+        ({"bf16": {"enabled": "true"}}, {}, {"dtype": "bf16"}),
+        ({"fp16": {"enabled": 1}, "zero_optimization": {"stage": "2"}}, {}, {"dtype": "fp16", "stage": 2}),
+        ({"bfloat16": {"enabled": True}}, {}, {"dtype": "bf16"}),
+        ({"bfloat16": {"enabled": True}, "bf16": {}}, {}, {"dtype": "fp32"}),
+        # "auto" is the flag's, or train's own default
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {}, {"dtype": "bf16"}),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"dtype": "fp32"}, {"dtype": "fp32"}),
+        ({"zero_optimization": {"stage": "auto"}, "gradient_clipping": "auto"}, {}, {"stage": 1, "clip": 1.0}),
+        ({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}}, {"lr": 0.5}, {"lr": 0.5}),
+        # a global batch is dealt out as DeepSpeed deals it out
+        ({"train_batch_size": 12}, {}, {"micro_batch": 6, "accumulation": 1}),
+        ({"train_batch_size": 12, "gradient_accumulation_steps": "auto"}, {"micro_batch": 2}, {"accumulation": 3}),
+        ({"train_batch_size": 12, "gradient_accumulation_steps": 3}, {}, {"micro_batch": 2}),
+        ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 3}, {}, {"micro_batch": 3, "accumulation": 1}),
+    ],
+)
+def test_a_json_means_to_train_what_it_means_to_deepspeed(
+    monkeypatch: pytest.MonkeyPatch, written: dict[str, Any], flags: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = make_settings(**settings_from_json(written, flags))
+    assert {name: getattr(settings, name) for name in meant} == meant
+    config = deepspeed_config(settings, world_size=2)
+    assert [config[name]["enabled"] for name in ("bf16", "fp16")] == [settings.dtype == n for n in ("bf16", "fp16")]
+    assert config["zero_optimization"]["stage"] == settings.stage
+
+
 def test_lr_goes_over_the_presets_tuned_rate() -> None:
     tuned = make_settings(optimizer="lion_muon").resolved_params()
     assert tuned["lr"] > 0
