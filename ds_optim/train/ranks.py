@@ -44,10 +44,12 @@ def join(*, check_code: bool = True) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     accelerator = deepspeed.get_accelerator()
+    port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT is {port!r}: give the launcher a port from 1 to 65535")
     problem = unreachable(os.environ, float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S)))
     if problem is not None:
         raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
-    port = os.environ.get("MASTER_PORT", DEFAULT_PORT)
     try:
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name(),

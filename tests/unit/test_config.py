@@ -351,6 +351,8 @@ def test_an_engine_is_checked_like_its_config() -> None:
     check_engine(types.SimpleNamespace(config={"zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match="round_robin_gradients"):
         check_engine(types.SimpleNamespace(config=settings))
+    with pytest.raises(UserError, match=r'^bf16\.enabled is "auto", which Trainer, Accelerate'):
+        check_engine(types.SimpleNamespace(config={"bf16": {"enabled": "auto"}}))  # DeepSpeed trains in fp32 then
     with pytest.raises(UserError, match=r"given in code and in the config \('AdamW'\)"):
         check_engine(types.SimpleNamespace(config={"optimizer": {"type": "AdamW"}}))
     pipeline = type("PipelineEngine", (), {"config": {}})

@@ -93,6 +93,14 @@ def test_rank_0_that_is_not_there_is_named() -> None:
     assert unreachable({}, 0.2) is None
 
 
+@pytest.mark.parametrize("port", ["70000", "0", "http", "-1"])
+def test_a_port_that_is_none_is_a_mistake(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match=f"MASTER_PORT is '{port}': give the launcher a port from 1 to 65535"):
+        doctor_trial.ranks.join()
+
+
 def test_rank_0_may_come_later() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
