@@ -18,7 +18,7 @@ import ds_optim
 from ds_optim.cli import train_settings
 from ds_optim.errors import UserError
 from ds_optim.train.estimate_cli import _read as read_of_estimate
-from ds_optim.train.estimate_sources import load_shape
+from ds_optim.train.estimate_sources import load_shape, zero_settings
 from ds_optim.train.reshard_cli import _config as read_of_reshard
 from ds_optim.train.settings import parse_object
 from ds_optim.zero.auto import BATCH_KEYS, batch_sizes, fill_auto, hidden_size_of
@@ -347,6 +347,20 @@ def test_auto_becomes_what_follows_and_the_rest_is_refused() -> None:
             wanted = {key: wanted}
         with pytest.raises(UserError, match=f'^{path} is "auto", which Trainer, Accelerate .* write '):
             fill_auto(json.loads(json.dumps(wanted)), None)
+
+
+def test_reshard_and_estimate_take_what_an_engine_would_get(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    zero = {"stage": "2", "parameter_alignment": "false", "overlap_comm": "yes", "reduce_bucket_size": "auto"}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    found = read_of_reshard(path)
+    assert found is not None
+    assert found["zero_optimization"] == {**zero, "stage": 2, "parameter_alignment": False, "overlap_comm": True}
+    shape = load_shape("qwen3-tiny", None)
+    assert zero_settings(read_of_estimate(path), shape) == {"overlap_comm": True, "reduce_bucket_size": 128**2}
+    filled: dict[str, Any] = dict(found)
+    fill_auto(filled, 128)
+    assert filled["zero_optimization"]["reduce_bucket_size"] == 128**2
 
 
 def test_the_hidden_size_is_where_transformers_looks_for_it() -> None:
