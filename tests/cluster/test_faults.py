@@ -48,7 +48,9 @@ def other_files(cluster: Cluster, node: int, real: Path, copy: Path) -> Iterator
 
 def test_doctor_looks_at_every_node(cluster: Cluster, tmp_path: Path) -> None:
     config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"optimizer": {"type": "LionMuon"}, "zero_optimization": {"stage": 2}}))
+    config.write_text(
+        json.dumps({"train_batch_size": 4, "optimizer": {"type": "LionMuon"}, "zero_optimization": {"stage": 2}})
+    )
     status, output = launch(cluster, "doctor", "--config", str(config), "--out", str(tmp_path), "--json", cwd=tmp_path)
     assert status == 0, output
     (line,) = re.findall(r"\[rank 0 node1\] (\{.*\})$", output, re.MULTILINE)
