@@ -22,11 +22,15 @@ from ds_optim.train.doctor_cli import doctor
 from ds_optim.train.estimate_cli import estimate
 from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
+from ds_optim.train.preemption import Preemption, unblock
 from ds_optim.train.reshard_cli import reshard
 from ds_optim.train.simulate_cli import simulate
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
+
+INTERRUPTED = 130
+"""What shells say of a command that Ctrl-C ended."""
 
 app = typer.Typer(
     name="ds-optim",
@@ -44,11 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status: 0, 2 for a user's mistake, or one that a command documents."""
     _prefer_own_scripts()
     arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
+    if arguments[:1] != ["train"]:
+        unblock()
     command = typer.main.get_command(app)
     try:
         status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)
     except UserError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
     except Exception as error:
         # Typer's own complaints (an unknown flag, a missing value) are a base class that it keeps private;
         # they alone format themselves.
@@ -164,14 +172,15 @@ def train(
     One process: python -m ds_optim train --steps 40. Two ranks: deepspeed --num_accelerators 2 --module
     ds_optim train --stage 3.
 
-    Exit status: 0 done; 2 a mistake in the flags; 75 stopped by SIGTERM or SIGUSR1, saved: start again with --resume;
+    Exit status: 0 done; 2 a mistake in the flags; 75 stopped by Ctrl-C, SIGTERM, SIGUSR1, a file OUT/stop or
+    --time-limit-s, saved: start again with --resume;
     69 a rank died or hung: the same; 74 the last checkpoint could not be written; 65 no finite numbers (--max-skips).
     """
     flags = {
         name: value for name, value in locals().items() if value is not None and value is not False and name != "config"
     }
-    settings = train_settings(flags, config)
-    return run_train(settings)
+    with Preemption() as preemption:
+        return run_train(train_settings(flags, config), preemption)
 
 
 def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
@@ -187,7 +196,7 @@ def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
     return make_settings(**given)
 
 
-def run_train(settings: TrainSettings) -> int:
+def run_train(settings: TrainSettings, preemption: Preemption | None = None) -> int:
     """Train, print the outcome on rank 0, and return the status to exit with."""
     from ds_optim.train import exits, ranks
     from ds_optim.train.loop import train as train_model
@@ -195,13 +204,18 @@ def run_train(settings: TrainSettings) -> int:
 
     quiet_deepspeed()
     try:
-        result = train_model(settings)
+        result = train_model(settings, preemption=preemption)
         if ranks.rank() == 0 and result.status != exits.PREEMPTED:
             print_result(result, settings)
         if result.status == exits.PREEMPTED:
             ranks.end_at_once(result.status)
     except exits.RankLost as error:
         end_process(str(error), error.status)
+    except exits.Preempted as error:
+        if ranks.rank() == 0:
+            print(f"ds-optim: {error}", file=sys.stderr)
+        ranks.end_at_once(error.status)
+        return error.status
     except exits.RunStopped as error:
         fail(str(error), error.status)
     finally:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ds_optim.errors import UserError
+from ds_optim.survival import extensions, shared_memory
 from ds_optim.train.reach import code_digest, unreachable
 
 T = TypeVar("T")
@@ -25,8 +26,10 @@ _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 #: DeepSpeed's own.
 DEFAULT_PORT = 29500
-#: How long rank 0 may take to start after another rank has.
+#: How long ranks may take to start and to find each other.
 _JOIN_TIMEOUT_S = "300"
+#: What an exception says that is but the loss of another rank.
+_BROKEN = ("connection", "closed by peer", "timed out", "socket", "broken pipe", "no longer", "gloo", "nccl")
 
 
 def join(*, check_code: bool = True) -> None:
@@ -44,7 +47,10 @@ def join(*, check_code: bool = True) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     accelerator = deepspeed.get_accelerator()
-    problem = unreachable(os.environ, float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S)))
+    _clean_up()
+    if accelerator.device_name() == "cpu":
+        extensions.load_op("ShareMemCommBuilder")
+    problem = unreachable(os.environ, join_timeout())
     if problem is not None:
         raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
     port = os.environ.get("MASTER_PORT", DEFAULT_PORT)
@@ -63,8 +69,26 @@ def join(*, check_code: bool = True) -> None:
         ) from None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    gather(None)  # every rank has come to the end of DeepSpeed's set-up
+    shared_memory.unlink_own(os.environ)
     if check_code:
         same_code()
+
+
+def _clean_up() -> None:
+    """Take away what ranks that were killed as they started left on this machine, and would stop or fill it."""
+    extensions.clear_left_overs()
+    shared_memory.sweep()
+
+
+def join_timeout() -> float:
+    """Seconds that ranks may take to start and to find each other."""
+    return float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S))
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception of this rank is but the loss of another one."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BROKEN)
 
 
 def same_code() -> None:
