@@ -20,6 +20,7 @@ from ds_optim.train.chaos_cli import chaos
 from ds_optim.train.compare_cli import compare
 from ds_optim.train.doctor_cli import doctor
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.exits import RunStopped
 from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
 from ds_optim.train.preemption import Preemption, unblock
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)
     except UserError as error:
         fail(str(error))
+    except RunStopped as error:
+        fail(str(error), error.status)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -120,7 +123,9 @@ def train(
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates; the cosine ends at 0 there. [100]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Updates; the cosine ends at 0 there. More with --resume extend a run. [100]")
+    ] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup. [a tenth]")] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="lion_muon (default), lion, muon, adamw, deepspeed:Muon, ...")
@@ -148,6 +153,9 @@ def train(
             "--reset-optimizer", help="With --resume: keep weights, schedule and place in the text; any --optimizer."
         ),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew where --out holds the log of an earlier run, and replace it.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for log.jsonl, checkpoints, tokenizer, TensorBoard.")] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard events through DeepSpeed's monitor.")
@@ -156,7 +164,7 @@ def train(
         bool, typer.Option("--zero-init", help="Stage 3: partition the weights while they are made.")
     ] = False,
     time_limit_s: Annotated[
-        float | None, typer.Option(help="Stop cleanly after this many seconds of training.")
+        float | None, typer.Option(help="Save and end, with status 75, after this many seconds of training.")
     ] = None,
     hang_timeout: Annotated[
         float | None,

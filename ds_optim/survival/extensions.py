@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -137,14 +137,6 @@ def clear(folder: Path, limit_s: float) -> None:
             told = True
             say(f"waiting for process {holder}, which builds in {folder}")
         time.sleep(_POLL_S)
-
-
-def left_over_locks() -> Iterator[Path]:
-    """The locks of builds, of which no process of this machine has one open."""
-    root = _root()
-    for baton in sorted(root.glob(f"*/{BATON}")) if root is not None else ():
-        if _who_has_open(baton) is None:
-            yield baton
 
 
 def _kind() -> str:

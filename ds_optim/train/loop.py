@@ -66,6 +66,9 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     ranks.from_first(lambda: open_out(settings, watch.lock))
     watch.watchdog.tick("the look at its checkpoints")
     resumed = to_resume(settings)
+    if resumed is not None:
+        settings = settings.model_copy(update={"warmup": resumed.warmup})
+        watch.done = resumed.checkpoint.step
     ranks.from_first(lambda: note_settings(settings))
     shape = BatchShape(
         seq_len=settings.seq_len,
@@ -194,7 +197,7 @@ class _Run:
             f" {shape.tokens:,} tokens a step, {settings.steps * shape.tokens:,} in all"
         )
         if self.resumed is not None:
-            for line in self.resumed.skipped:
+            for line in (*self.resumed.skipped, *self.resumed.said):
                 self.log.say(line)
             but = ", its optimizer state left behind" if self.settings.reset_optimizer else ""
             self.log.say(f"resumed from {self.resumed.checkpoint.folder} after step {self.first}{but}")
