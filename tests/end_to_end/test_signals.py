@@ -111,8 +111,15 @@ def nobody_is_left(place: Path) -> bool:
     return True
 
 
-def segments() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")}
+def named_segments(place: Path) -> list[bool]:
+    """Of each segment of DeepSpeed's that a rank in this place has mapped, whether it still has a name in /dev/shm."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.cwd() == str(place):
+                lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+                found += [not line.endswith("(deleted)") for line in lines if "/deepspeed_allreduce_buffer" in line]
+    return found
 
 
 def left_lock() -> Path:
@@ -127,12 +134,13 @@ def left_lock() -> Path:
 def test_control_c_on_a_terminal_saves_says_so_and_ends_with_75(place: Path, how: str) -> None:
     if how == "openmpi.sh" and not (shutil.which("mpirun") and has_mpi4py()):
         pytest.skip("needs mpirun and mpi4py")
-    before, lock = segments(), left_lock() if how == "plain" else None
+    lock = left_lock() if how == "plain" else None
     terminal = Terminal(with_port(COMMANDS[how]), place)
     terminal.wait_for(lambda: stepping(place / "out"))
     assert lock is None or not lock.exists()
-    # Ranks that have begun need no names in /dev/shm.
-    assert segments() <= before
+    # Ranks that have begun need no names in /dev/shm; where ranks are of this machine alone they have the memory.
+    assert not any(named := named_segments(place))
+    assert named or how == "plain"
     terminal.press_interrupt()
     assert terminal.status() == PREEMPTED, terminal.text
     assert nobody_is_left(place)
@@ -140,7 +148,8 @@ def test_control_c_on_a_terminal_saves_says_so_and_ends_with_75(place: Path, how
     assert end["status"] == PREEMPTED
     assert (place / f"out/checkpoints/step-{end['step']}" / manifest.NAME).exists()
     assert "saving after this step, then ending with status 75" in terminal.text
-    assert "Traceback" not in terminal.text
+    # torchrun shows one of its own for every rank that ends with a status.
+    assert "Traceback" not in terminal.text or how == "torchrun.sh"
     assert not (place / "out/stop").exists()
     assert not (place / "out/run.lock").exists()
 
