@@ -293,6 +293,9 @@ run_ranks() {
         elif ((status != 0 && status != 2 && asked == 1)); then
             # It had not begun: nothing is lost.
             status=$PREEMPTED
+        elif ((status > 128)) && [[ ${rest[0]} == train ]]; then
+            # A rank was killed before any of them could note it.
+            status=$RANK_LOST
         fi
         ((status == PREEMPTED || status == RANK_LOST)) || return "$status"
         say "ended with status $status, try $try of $tries"

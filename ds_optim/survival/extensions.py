@@ -56,7 +56,6 @@ def load_op(builder: str, limit_s: float = BUILD_S) -> None:
     """
     from deepspeed.accelerator import get_accelerator
 
-    use_own_folder()
     made = get_accelerator().create_op_builder(builder)
     if made is None or not hasattr(made, "load"):
         return
@@ -66,11 +65,10 @@ def load_op(builder: str, limit_s: float = BUILD_S) -> None:
         with suppress(Exception):
             made.load(verbose=False)
 
-    root = _root()
-    if root is None or made.name in type(made)._loaded_ops:
+    if made.name in type(made)._loaded_ops:
         load()
-        return
-    guarded(root, made.name, load, limit_s)
+    else:
+        guarded(_root(), made.name, load, limit_s)
 
 
 def guarded(root: Path, name: str, load: Callable[[], None], limit_s: float = BUILD_S) -> None:
@@ -102,9 +100,8 @@ def clear_left_overs() -> None:
 
     Raises ``UserError`` where one may still be somebody's.
     """
-    use_own_folder()
     root = _root()
-    if root is None or not any(True for _ in root.glob(f"*/{BATON}")):
+    if not any(True for _ in root.glob(f"*/{BATON}")):
         return
     try:
         with FileLock(root / OWN_LOCK, limit_s=BUILD_S, tell=say):
@@ -148,15 +145,15 @@ def _kind() -> str:
     return "-".join(names)
 
 
-def _root() -> Path | None:
-    """Where extensions are built, if it is there or can be made."""
+def _root() -> Path:
+    """Where extensions are built; made, where that can be."""
+    from torch.utils.cpp_extension import _get_build_directory
+
     named = os.environ.get(VARIABLE)
-    if not named:
-        return None
+    root = Path(named) if named else Path(_get_build_directory("deepspeed", False)).parent
     with suppress(OSError):
-        Path(named).mkdir(parents=True, exist_ok=True)
-        return Path(named)
-    return None
+        root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 def _built(folder: Path) -> bool:

@@ -53,9 +53,10 @@ def build_ops(folder: str, environment: Mapping[str, str], names: Sequence[str])
     redirect(Path(folder) / BUILD_LOG)
     from deepspeed.accelerator import get_accelerator
 
-    from ds_optim.survival.extensions import load_op
+    from ds_optim.survival.extensions import clear_left_overs, load_op
 
     if get_accelerator().device_name() == "cpu":
+        clear_left_overs()
         for name in names:
             load_op(name)
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ds_optim.errors import UserError
-from ds_optim.survival import extensions, shared_memory
+from ds_optim.survival import rendezvous
+from ds_optim.survival.extensions import use_own_folder
 from ds_optim.train.reach import code_digest, unreachable
 
 T = TypeVar("T")
@@ -41,15 +42,15 @@ def join(*, check_code: bool = True) -> None:
     import deepspeed
 
     if dist.is_initialized() and deepspeed.comm.is_initialized():
+        _settle()
         return
     if "RANK" not in os.environ and not any(name in os.environ for name in _MPI_VARIABLES):
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     accelerator = deepspeed.get_accelerator()
-    _clean_up()
-    if accelerator.device_name() == "cpu":
-        extensions.load_op("ShareMemCommBuilder")
+    use_own_folder()
+    rendezvous.prepare()
     problem = unreachable(os.environ, join_timeout())
     if problem is not None:
         raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
@@ -69,16 +70,15 @@ def join(*, check_code: bool = True) -> None:
         ) from None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    gather(None)  # every rank has come to the end of DeepSpeed's set-up
-    shared_memory.unlink_own(os.environ)
+    _settle()
     if check_code:
         same_code()
 
 
-def _clean_up() -> None:
-    """Take away what ranks that were killed as they started left on this machine, and would stop or fill it."""
-    extensions.clear_left_overs()
-    shared_memory.sweep()
+def _settle() -> None:
+    """Once every rank has come to the end of DeepSpeed's set-up, what it needed by name goes."""
+    gather(None)
+    rendezvous.settle()
 
 
 def join_timeout() -> float:
