@@ -20,13 +20,18 @@ from ds_optim.train.chaos_cli import chaos
 from ds_optim.train.compare_cli import compare
 from ds_optim.train.doctor_cli import doctor
 from ds_optim.train.estimate_cli import estimate
+from ds_optim.train.exits import RunStopped
 from ds_optim.train.hostfile_cli import hostfile
 from ds_optim.train.memory_cli import memory, report
+from ds_optim.train.preemption import Preemption, unblock
 from ds_optim.train.reshard_cli import reshard
 from ds_optim.train.simulate_cli import simulate
 
 if TYPE_CHECKING:
     from ds_optim.train.settings import TrainSettings
+
+INTERRUPTED = 130
+"""What shells say of a command that Ctrl-C ended."""
 
 app = typer.Typer(
     name="ds-optim",
@@ -44,11 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status: 0, 2 for a user's mistake, or one that a command documents."""
     _prefer_own_scripts()
     arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
+    if arguments[:1] != ["train"]:
+        unblock()
     command = typer.main.get_command(app)
     try:
         status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)
     except UserError as error:
         fail(str(error))
+    except RunStopped as error:
+        fail(str(error), error.status)
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
     except Exception as error:
         # Typer's own complaints (an unknown flag, a missing value) are a base class that it keeps private;
         # they alone format themselves.
@@ -112,7 +123,9 @@ def train(
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences a rank takes at once.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates; the cosine ends at 0 there. [100]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Updates; the cosine ends at 0 there. More with --resume extend a run. [100]")
+    ] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warmup. [a tenth]")] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="lion_muon (default), lion, muon, adamw, deepspeed:Muon, ...")
@@ -140,6 +153,9 @@ def train(
             "--reset-optimizer", help="With --resume: keep weights, schedule and place in the text; any --optimizer."
         ),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew where --out holds the log of an earlier run, and replace it.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for log.jsonl, checkpoints, tokenizer, TensorBoard.")] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard events through DeepSpeed's monitor.")
@@ -148,7 +164,7 @@ def train(
         bool, typer.Option("--zero-init", help="Stage 3: partition the weights while they are made.")
     ] = False,
     time_limit_s: Annotated[
-        float | None, typer.Option(help="Stop cleanly after this many seconds of training.")
+        float | None, typer.Option(help="Save and end, with status 75, after this many seconds of training.")
     ] = None,
     hang_timeout: Annotated[
         float | None,
@@ -164,14 +180,15 @@ def train(
     One process: python -m ds_optim train --steps 40. Two ranks: deepspeed --num_accelerators 2 --module
     ds_optim train --stage 3.
 
-    Exit status: 0 done; 2 a mistake in the flags; 75 stopped by SIGTERM or SIGUSR1, saved: start again with --resume;
+    Exit status: 0 done; 2 a mistake in the flags; 75 stopped by Ctrl-C, SIGTERM, SIGUSR1, a file OUT/stop or
+    --time-limit-s, saved: start again with --resume;
     69 a rank died or hung: the same; 74 the last checkpoint could not be written; 65 no finite numbers (--max-skips).
     """
     flags = {
         name: value for name, value in locals().items() if value is not None and value is not False and name != "config"
     }
-    settings = train_settings(flags, config)
-    return run_train(settings)
+    with Preemption() as preemption:
+        return run_train(train_settings(flags, config), preemption)
 
 
 def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
@@ -188,7 +205,7 @@ def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
     return make_settings(**given)
 
 
-def run_train(settings: TrainSettings) -> int:
+def run_train(settings: TrainSettings, preemption: Preemption | None = None) -> int:
     """Train, print the outcome on rank 0, and return the status to exit with."""
     from ds_optim.train import exits, ranks
     from ds_optim.train.loop import train as train_model
@@ -196,13 +213,18 @@ def run_train(settings: TrainSettings) -> int:
 
     quiet_deepspeed()
     try:
-        result = train_model(settings)
+        result = train_model(settings, preemption=preemption)
         if ranks.rank() == 0 and result.status != exits.PREEMPTED:
             print_result(result, settings)
         if result.status == exits.PREEMPTED:
             ranks.end_at_once(result.status)
     except exits.RankLost as error:
         end_process(str(error), error.status)
+    except exits.Preempted as error:
+        if ranks.rank() == 0:
+            print(f"ds-optim: {error}", file=sys.stderr)
+        ranks.end_at_once(error.status)
+        return error.status
     except exits.RunStopped as error:
         fail(str(error), error.status)
     finally:

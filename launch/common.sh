@@ -8,8 +8,9 @@
 #   --dry-run      print the exact commands and start nothing
 #   --port N       of rank 0, for the rendezvous
 #   --tries N      how often a run that was preempted (status 75) or lost a rank (69) is started [10]
-# SIGTERM, SIGUSR1 or Ctrl-C to the script reach every rank as SIGTERM or SIGUSR1: they save, and the script ends with
-# their status without starting again. A second one ends them at once.
+# SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C to the script reach every rank, as SIGUSR1 and as the file OUT/stop, repeated until
+# the ranks have ended: they save, and the script ends with their status, 75, without starting again. A second one ends
+# them at once. The terminal sends Ctrl-C to this script alone: launchers would pass it on as they like.
 
 # shellcheck source=launch/setup_env.sh
 source "$LAUNCH/setup_env.sh"
@@ -23,6 +24,8 @@ rest=()
 command=()
 environment=()
 asked=0
+# How often a request to end is repeated.
+ask_every_s=2
 # How long ranks that lost others may take to end by themselves.
 grace_s=5
 # What ranks are found by, on any node: it stands on the command line of each, and on no other.
@@ -215,31 +218,64 @@ wait_for_signals() {
 
 pass_on() {
     asked=$((asked + 1))
-    if ((asked == 1)); then signal_ranks "$1"; else signal_ranks KILL; fi
+    if ((asked == 1)); then
+        say "$1: the ranks save and end; the same again ends them at once"
+        ask_ranks &
+        asker=$!
+    else
+        signal_ranks KILL
+    fi
+}
+
+# Ranks that still start hear it when they can.
+ask_ranks() {
+    while kill -0 "$child" 2>/dev/null; do
+        if [[ -n $out ]]; then mkdir -p -- "$out" && : >"$out/stop"; fi
+        signal_ranks USR1
+        sleep "$ask_every_s"
+    done
+}
+
+# What tells one end.json from another.
+end_of() { [[ -z $1 || ! -f $1/end.json ]] || stat -c '%i %y' -- "$1/end.json"; }
+noted() { sed -n "s/.*\"$1\": \([a-z0-9]*\).*/\1/p" "$out/end.json"; }
+
+# Whether the run in OUT may be begun anew: it left no checkpoint, and has not come to its end.
+unfinished() {
+    ((try > 1 || ${SLURM_RESTART_COUNT:-0} > 0)) && return
+    [[ -f $out/end.json ]] && [[ $(noted status) == "$PREEMPTED" || $(noted status) == "$RANK_LOST" ]]
 }
 
 start_command() { env ${environment[@]+"${environment[@]}"} "${command[@]}" "$@"; }
 
 # Runs `command` under `environment`, again with --resume while that helps. The scripts define signal_ranks SIGNAL.
 run_ranks() {
-    local out try status noted resume
+    local out try status before resume
     if ((dry_run)); then
         quoted env ${environment[@]+"${environment[@]}"} "${command[@]}"
         exit 0
     fi
     out="$(out_folder)"
     [[ ${rest[0]} == train ]] || tries=1
-    trap 'pass_on TERM' TERM INT
-    trap 'pass_on USR1' USR1
+    trap 'pass_on SIGTERM' TERM
+    trap 'pass_on Ctrl-C' INT
+    trap 'pass_on SIGHUP' HUP
+    trap 'pass_on SIGUSR1' USR1
     for ((try = 1; try <= tries; try++)); do
         resume=()
         if [[ -n $out && " ${rest[*]} " != *" --resume "* ]]; then
-            # A run that ended before its first checkpoint starts anew.
-            if compgen -G "$out/checkpoints/step-*/manifest.json" >/dev/null; then resume=(--resume); fi
+            if compgen -G "$out/checkpoints/step-*/manifest.json" >/dev/null; then
+                resume=(--resume)
+            elif [[ " ${rest[*]} " != *" --force "* ]] && unfinished; then
+                resume=(--force)
+            fi
         fi
-        [[ -z $out ]] || rm -f "$out/end.json"
-        start_command ${resume[@]+"${resume[@]}"} &
+        before="$(end_of "$out")"
+        # A group of its own: see above.
+        set -m
+        start_command ${resume[@]+"${resume[@]}"} </dev/null &
         child=$!
+        set +m
         # A signal ends `wait` before the child ends.
         while :; do
             wait "$child"
@@ -248,13 +284,23 @@ run_ranks() {
         done
         # Ranks whose launcher has gone wait for a peer that will not come.
         if ((status != 0)); then end_ranks; fi
-        if ((status != 0)) && [[ -n $out && -f $out/end.json ]]; then
-            noted="$(sed -n 's/.*"status": \([0-9]*\).*/\1/p' "$out/end.json")"
-            status="${noted:-$status}"
+        if ((asked)); then
+            wait "$asker"
+            [[ -z $out ]] || rm -f -- "$out/stop"
+        fi
+        if ((status != 0)) && [[ -n $out && -f $out/end.json && $(end_of "$out") != "$before" ]]; then
+            status="$(noted status)"
+        elif ((status != 0 && status != 2 && asked == 1)); then
+            # It had not begun: nothing is lost.
+            status=$PREEMPTED
+        elif ((status > 128)) && [[ ${rest[0]} == train ]]; then
+            # A rank was killed before any of them could note it.
+            status=$RANK_LOST
         fi
         ((status == PREEMPTED || status == RANK_LOST)) || return "$status"
         say "ended with status $status, try $try of $tries"
         ((asked == 0)) || return "$status"
+        if [[ -n $out && -f $out/end.json && $(noted again) == false ]]; then return "$status"; fi
     done
     return "$status"
 }

@@ -45,6 +45,7 @@ done
 command=(deepspeed --hostfile "$hostfile" --launcher pdsh --force_multi --no_local_rank
     ${master:+--master_addr "$master"} --master_port "${port:-$(free_port)}"
     "$LAUNCH/rank.py" "$run_token" "${words[@]}")
+ask_every_s=5
 signal_ranks() { signal_hosts "$1" "${hosts[@]}"; }
 ranks_left() {
     local host

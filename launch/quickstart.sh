@@ -20,5 +20,11 @@ else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
     build_ops cpu ShareMemCommBuilder FusedAdamBuilder
 fi
+# Results of before stay where they are.
+out="runs/quickstart"
+for ((number = 2; ; number++)); do
+    [[ -e $out ]] || break
+    out="runs/quickstart-$number"
+done
 exec ds-optim compare --optimizers adamw,lion,muon,lion_muon --stages 1,2,3 --ranks "$ranks" \
-    --steps 40 --out runs/quickstart "$@"
+    --steps 40 --out "$out" "$@"

@@ -7,8 +7,8 @@
 # `ds-optim train --help` lists; OUT/end.json has them too, for launchers that do not pass them on (torchrun never does,
 # `deepspeed` not when a rank was killed).
 #
-# SIGTERM or SIGUSR1 to this script reach the ranks, which save; it then exits 75 and does not start again: that is for
-# the batch system. Under Slurm: #SBATCH --signal=B:USR1@120, and after this script
+# SIGTERM, SIGUSR1 or Ctrl-C to this script reach the ranks as the file OUT/stop, whatever started them: they save, and it
+# exits 75 and does not start again: that is for the batch system. A second one ends them at once. Under Slurm: #SBATCH --signal=B:USR1@120, and after this script
 #   [[ $? == 75 ]] && scontrol requeue "$SLURM_JOB_ID"
 set -uo pipefail
 LAUNCH="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -19,9 +19,17 @@ source "$LAUNCH/common.sh"
 rest=(train --out "$1")
 command=("${@:2}")
 
-# `deepspeed` itself dies of SIGTERM and leaves its ranks running: its child, the launcher of this machine, passes it on.
-signal_ranks() {
-    kill -0 "$child" 2>/dev/null || return 0
-    pkill "-$1" -P "$child" -f deepspeed.launcher.launch || kill "-$1" "$child"
+# What starts the ranks is in a group of its own; where that gives them groups of theirs, they are known by this.
+export DS_OPTIM_RUN="$run_token"
+of_this_run() {
+    grep -lzxF "DS_OPTIM_RUN=$run_token" /proc/[0-9]*/environ 2>/dev/null | xargs -r grep -lz '^RANK=' 2>/dev/null |
+        cut -d/ -f3
 }
+# The first request is the file; only what must end at once is sent to processes.
+signal_ranks() {
+    [[ $1 == KILL ]] || return 0
+    kill -KILL -- "-$child" 2>/dev/null || true
+    of_this_run | xargs -r kill -KILL 2>/dev/null || true
+}
+ranks_left() { kill -0 -- "-$child" 2>/dev/null || [[ -n $(of_this_run) ]]; }
 run_ranks

@@ -99,20 +99,13 @@ setup_env() {
 build_ops() {
     local accelerator="$1"
     shift
-    exec 9>"$DS_OPTIM_VENV/setup.lock"
-    if command -v flock >/dev/null; then
-        flock 9
-        # A killed build leaves torch's own lock behind, at which every later one would wait for ever.
-        find "$TORCH_EXTENSIONS_DIR" -name lock -delete 2>/dev/null || true
-    fi
     say "building DeepSpeed's C++ ops where they are not built yet: $*"
-    DS_ACCELERATOR="$accelerator" python - "$@" >"$DS_OPTIM_VENV/build_ops.log" 2>&1 9>&- <<'PY' ||
+    DS_ACCELERATOR="$accelerator" python - "$@" >"$DS_OPTIM_VENV/build_ops.log" 2>&1 <<'PY' ||
 import sys
-from deepspeed.accelerator import get_accelerator
+from ds_optim.survival.extensions import load_op
 
 for name in sys.argv[1:]:
-    get_accelerator().create_op_builder(name).load()
+    load_op(name)
 PY
         say "some did not build (see $DS_OPTIM_VENV/build_ops.log): what needs them will say so"
-    exec 9>&-
 }

@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 
+from ds_optim.survival.extensions import use_own_folder
 from tests.distributed import harness
 
 
@@ -27,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpus {gpus}: write a number of GPUs, 0 for none")
     # DeepSpeed picks its accelerator at import, in this process too.
     os.environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
+    # DeepSpeed's ops are built once a machine, not once a session.
+    use_own_folder()
     # What somebody has measured on this machine must not decide how the suite orthogonalizes.
     os.environ["DS_OPTIM_CACHE"] = tempfile.mkdtemp(prefix="ds_optim-tests-")
     harness.configure(gpus)

@@ -18,9 +18,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Out = Annotated[
-    Path | None, typer.Option(help="Folder for rows.jsonl, table.md and a plot; theirs of before are replaced.")
-]
+Out = Annotated[Path | None, typer.Option(help="Folder for rows.jsonl, table.md and a plot.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace rows of before in --out.")]
 Ranks = Annotated[int | None, typer.Option(help="Processes. [a GPU each; 4 where there is none]")]
 Stages = Annotated[str, typer.Option(help="ZeRO stages, comma-separated.")]
 Cases = Annotated[str | None, typer.Option(help="Optimizers, comma-separated. [AdamW, DeepSpeed's Muon, ours]")]
@@ -44,6 +43,7 @@ def step(
         Path | None, typer.Option(help="Folder for traces of a few steps, which chrome://tracing and Perfetto show.")
     ] = None,
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """Training steps and the optimizers' part in them, interleaved, against AdamW and DeepSpeed's Muon."""
     from ds_optim.bench import arguments, engines, output, step, tables
@@ -70,6 +70,7 @@ def step(
         lambda: step.rows(settings, output.stamp()),
         tables.STEP,
         out,
+        force,
         "step_time",
         lambda row: f"ZeRO-{row.stage}",
     )
@@ -84,6 +85,7 @@ def wire(
     layers: Layers = 8,
     vocabulary: Vocabulary = 4096,
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """Bytes sent per rank and step beyond AdamW's, counted twice, beside the formula."""
     from ds_optim.bench import arguments, engines, output, tables, wire
@@ -106,6 +108,7 @@ def wire(
         lambda: wire.rows(settings, output.stamp()),
         tables.WIRE,
         out,
+        force,
         "wire_bytes",
         lambda row: f"ZeRO-{row.stage}",
     )
@@ -133,6 +136,7 @@ def polar(
     ] = False,
     device: Device = "auto",
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """Orthogonalization of a matrix: schedules, methods and dtypes against DeepSpeed's and the matrix rate."""
     from ds_optim.bench import arguments, output, polar, polar_table, tables
@@ -161,6 +165,7 @@ def polar(
         lambda: polar.rows(settings, output.stamp()),
         tables.POLAR,
         out,
+        force,
         "polar",
         lambda row: str(row.extra["shape"]),
     )
@@ -175,6 +180,7 @@ def elementwise(
     rounds: Annotated[int, typer.Option(help="Samples of each case.")] = 9,
     device: Device = "auto",
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """One pass over a flat tensor: sign steps by momentum dtype, blends and updates, against fused AdamW and a copy."""
     from ds_optim.bench import arguments, elementwise, output, tables
@@ -188,6 +194,7 @@ def elementwise(
         lambda: elementwise.rows(settings, output.stamp()),
         tables.ELEMENTWISE,
         out,
+        force,
         "elementwise",
         lambda row: str(row.extra["what"]),
     )
@@ -198,13 +205,14 @@ def _run(
     measure: Callable[[], Iterable[Row]],
     spec: TableSpec,
     out: Path | None,
+    force: bool,
     name: str,
     group: Callable[[Row], str],
 ) -> None:
     """Measure, show, and write what ``out`` asks for."""
     from ds_optim.bench import output, tables
 
-    output.open_folder(out)
+    output.open_folder(out, force=force)
     rows = output.collect(measure(), out)
     output.show(title, rows, spec)
     if out is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ds_optim.survival.extensions import load_op, use_own_folder
+
 
 def torch_adamw(p: Tensor, g: Tensor, *, lr: float, decay: float) -> Callable[[], object]:
     """A step of torch's on weights ``p`` and gradient ``g``, (n,)."""
@@ -23,6 +25,7 @@ def deepspeed_adamw(p: Tensor, g: Tensor, *, lr: float, decay: float) -> Callabl
     op = "cpu_adam" if p.device.type == "cpu" else "fused_adam"
     if not op_is_built(op):
         raise RuntimeError(f"DeepSpeed's op {op} is not built on this machine")
+    load_op("CPUAdamBuilder" if p.device.type == "cpu" else "FusedAdamBuilder")
     kind = DeepSpeedCPUAdam if op == "cpu_adam" else FusedAdam
     step: Callable[[], object] = kind([_parameter(p, g)], lr=lr, weight_decay=decay).step
     return step
@@ -35,6 +38,7 @@ def op_is_built(name: str) -> bool:
 
     if installed_ops.get(name, False):
         return True
+    use_own_folder()
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(root) / name if root else Path(_get_build_directory(name, False))
     return any(folder.glob(f"{name}*.so"))

@@ -12,6 +12,7 @@ from ds_optim.report.machine import describe_machine
 from ds_optim.report.plots import Plot, colour_map, draw
 from ds_optim.report.schema import Row, append_row, write_rows
 from ds_optim.report.table import TableSpec, build_table, to_markdown, to_rich
+from ds_optim.survival.results import refuse
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 _FILE_WIDTH = 140
@@ -23,10 +24,15 @@ def stamp() -> dict[str, Any]:
     return {"machine": describe_machine(), "date": datetime.now(timezone.utc).date().isoformat()}
 
 
-def open_folder(out: Path | None) -> None:
-    """Make ``out`` and begin its rows anew, before anything is measured; UserError where it cannot be written."""
+def open_folder(out: Path | None, *, force: bool) -> None:
+    """Make ``out`` and begin its rows anew, before anything is measured.
+
+    UserError where it cannot be written, or has rows of before that are not to be replaced by ``force``.
+    """
     if out is None:
         return
+    if not force:
+        refuse(out, [ROWS], "add --force to replace it, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_rows(out / ROWS, [])

@@ -22,7 +22,7 @@ def merge_runs(folders: Sequence[Path], out: Path) -> Report:
     Raises:
         UserError: a folder holds no results, or results of another kind than the first one's.
     """
-    runs = [(folder, read_rows(folder / RESULTS), _read_info(folder)) for folder in folders]
+    runs = [(folder, read_rows(folder / RESULTS), read_info(folder)) for folder in folders]
     kinds = {row.kind for _, rows, _ in runs for row in rows}
     if len(kinds) != 1:
         raise UserError(
@@ -45,7 +45,8 @@ def merge_runs(folders: Sequence[Path], out: Path) -> Report:
     return _RENDERERS[kind](merged, info, out)
 
 
-def _read_info(folder: Path) -> RunInfo:
+def read_info(folder: Path) -> RunInfo:
+    """What the run in ``folder`` was; raises ``UserError`` where that cannot be read."""
     try:
         return RunInfo.model_validate_json((folder / RUN_FILE).read_text(encoding="utf-8"))
     except OSError as error:

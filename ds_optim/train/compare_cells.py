@@ -53,6 +53,8 @@ class CompareSettings(BaseModel):
     repeat: int = Field(1, ge=1)
     momentum_dtypes: list[str] = Field(default_factory=lambda: [FP32], min_length=1)
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="what else the DeepSpeed JSON of a cell says")
+    resume: bool = Field(False, description="keep the cells in out that ran, and run the others")
+    force: bool = Field(False, description="replace results of before in out")
 
     @field_validator("optimizers", "stages", "momentum_dtypes")
     @classmethod
@@ -157,7 +159,7 @@ def reproduce(settings: CompareSettings, command: str = "compare") -> str:
     words += ["--steps", str(settings.steps)] if command == "compare" else []
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if name in ("optimizers", "stages", "ranks", "steps", "out") or value == field.get_default(
+        if name in ("optimizers", "stages", "ranks", "steps", "out", "resume", "force") or value == field.get_default(
             call_default_factory=True
         ):
             continue

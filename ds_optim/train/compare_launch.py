@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ds_optim.survival.extensions import use_own_folder
 from ds_optim.train.compare_worker import FAILURE_FILE, LOG_FILE, build_ops, work
 
 #: Imported once, by the parent of all ranks. Every ZeRO engine imports Muon's module, which takes seconds by itself.
@@ -76,7 +78,8 @@ class ForkserverLauncher:
     def __init__(self, ranks: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
-        with environment(parent_environment(ranks)):
+        use_own_folder()
+        with environment(parent_environment(ranks)), _without_interrupts():
             _ensure_parent()
 
     def prepare(self, folder: Path, optimizers: Sequence[str]) -> None:
@@ -146,6 +149,19 @@ def _ensure_parent() -> None:
     from multiprocessing import forkserver
 
     forkserver.ensure_running()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """The terminal sends its interrupt to the parent of all ranks too, which ends with this process anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

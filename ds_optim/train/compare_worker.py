@@ -53,9 +53,12 @@ def build_ops(folder: str, environment: Mapping[str, str], names: Sequence[str])
     redirect(Path(folder) / BUILD_LOG)
     from deepspeed.accelerator import get_accelerator
 
+    from ds_optim.survival.extensions import clear_left_overs, load_op
+
     if get_accelerator().device_name() == "cpu":
+        clear_left_overs()
         for name in names:
-            get_accelerator().create_op_builder(name).load()
+            load_op(name)
 
 
 def run_rank(folder: Path) -> int:

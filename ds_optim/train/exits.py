@@ -19,7 +19,7 @@ RANK_LOST = 69
 SAVE_FAILED = 74
 """The last checkpoint could not be written (a full disk): make room, then start again with ``--resume``."""
 PREEMPTED = 75
-"""SIGTERM or SIGUSR1: saved, start again with ``--resume``."""
+"""A signal, the file ``stop`` or ``--time-limit-s``: saved, start again with ``--resume``."""
 
 END_NAME = "end.json"
 
@@ -36,13 +36,24 @@ class RankLost(RunStopped):
     status = RANK_LOST
 
 
+class Preempted(RunStopped):
+    """A run that was asked to end before its first step; raised on every rank."""
+
+    status = PREEMPTED
+
+
 class BadNumbers(RunStopped):
     """A run of steps without a finite loss or gradient; raised on every rank."""
 
     status = BAD_NUMBERS
 
 
-def note_end(out: Path | None, status: int, step: int, line: str) -> None:
-    """Leave ``OUT/end.json`` for scripts whose launcher does not pass exit statuses on (torchrun)."""
+def note_end(out: Path | None, status: int, step: int, line: str, *, again: bool = True) -> None:
+    """Leave ``OUT/end.json`` for scripts whose launcher does not pass exit statuses on (torchrun).
+
+    ``again``: whether a script that starts a run again may do so at once, where its status asks for it.
+    """
     if out is not None:
-        write_atomic(out / END_NAME, json.dumps({"status": status, "step": step, "line": line}) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        record = {"status": status, "step": step, "line": line, "again": again}
+        write_atomic(out / END_NAME, json.dumps(record) + "\n")

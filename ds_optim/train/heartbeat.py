@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_optim.train import ranks
+from ds_optim.train.activity import Activity
 
 _STORE_TIMEOUT = timedelta(seconds=300)
 # Where a rank stands that waits for others, by the files and functions on its stack.
@@ -46,6 +47,8 @@ class Pulse:
 class Heartbeat:
     """The exchange of pulses. Making it is collective; ``seen`` maps a rank to (its pulse, when it last changed).
 
+    While ``work_counts``, a process that does not wait for others and computes or reads gets on.
+
     Args:
         interval_s: seconds between two pulses.
     """
@@ -54,6 +57,7 @@ class Heartbeat:
         self.interval_s = interval_s
         self.rank, self.world_size = ranks.rank(), ranks.world_size()
         self.ticks, self.reached, self.at = 0, 0, "start"
+        self.work_counts = True
         self.failed: str | None = None
         self.echo = False
         self.watched = list(range(self.world_size)) if self.rank == 0 else [0]
@@ -64,6 +68,7 @@ class Heartbeat:
         self.verdict: str | None = None
         self._pronounced: str | None = None
         self._beat = 0
+        self._activity = Activity()
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
         self._store = self._open()
@@ -100,6 +105,8 @@ class Heartbeat:
     def _exchange(self) -> None:
         self._beat += 1
         where, waits = _standing(sys._current_frames().get(self._main or 0))
+        if self._activity.since_last() and self.work_counts and not waits:
+            self.ticks += 1
         own = Pulse(
             beat=self._beat,
             ticks=self.ticks,

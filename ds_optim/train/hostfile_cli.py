@@ -19,6 +19,7 @@ def hostfile(
     mpi: Annotated[
         bool, typer.Option("--mpi", help="Of this MPI job, or of the host file that a variable names.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that says something else.")] = False,
 ) -> int:
     """Write a hostfile of a list of nodes, or of the Slurm or MPI job that this runs in.
 
@@ -41,6 +42,8 @@ def hostfile(
         typer.echo(text, nl=False)
         return 0
     try:
+        if not force and out.exists() and out.read_text(encoding="utf-8", errors="replace") != text:
+            raise UserError(f"{out} says something else already: add --force to replace it, or give another --out")
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the hostfile {str(out)!r}: {error.strerror}") from None

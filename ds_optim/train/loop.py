@@ -6,13 +6,12 @@ import hashlib
 import math
 import statistics
 import time
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ds_optim.errors import UserError
 from ds_optim.train import checkpoint, models, ranks
 from ds_optim.train import exits as ends
 from ds_optim.train.batches import BatchShape
@@ -26,28 +25,50 @@ from ds_optim.train.resume import Choice, to_resume
 from ds_optim.train.run_log import RunLog
 from ds_optim.train.schedule import WarmupCosine
 from ds_optim.train.settings import TrainSettings
-from ds_optim.train.setup import check_dtype, note_settings, open_out, start_engine
-from ds_optim.train.watchdog import Watchdog
+from ds_optim.train.setup import check_dtype, note_end, note_settings, open_out, start_engine
+from ds_optim.train.supervise import Supervision, supervised
+
+_SIGNAL = "a signal"
 
 
-def train(settings: TrainSettings, observer: Observer | None = None) -> TrainResult:
+def train(
+    settings: TrainSettings, observer: Observer | None = None, preemption: Preemption | None = None
+) -> TrainResult:
     """Train a model as ``settings`` say; collective, with equal settings on every rank.
 
-    Raises ``UserError`` on every rank for a mistake that any rank finds, and ``RunStopped`` for a run that cannot go
-    on: ``BadNumbers``, or ``RankLost``, after which the process group is not to be used again. Where a rank hangs, the
-    processes of all of them end (``ds_optim.train.watchdog``).
+    ``preemption`` is the caller's, where it hears signals already. Raises ``UserError`` on every rank for a mistake
+    that any rank finds, and ``RunStopped`` for a run that cannot go on: ``BadNumbers``, ``Preempted`` before its first
+    step, or ``RankLost``, after which the process group is not to be used again. Where a rank hangs, the processes of
+    all of them end (``ds_optim.train.watchdog``).
     """
-    ranks.join()
-    with Preemption() as preemption:
-        return _prepare(settings, observer, preemption).run()
+    run: _Run | None = None
+    try:
+        heard = nullcontext(preemption) if preemption is not None else Preemption()
+        with heard as asked, supervised(settings, asked) as watch:
+            run = _prepare(settings, observer, watch)
+            result = run.run()
+    except ends.RankLost:
+        raise
+    except Exception:
+        if run is not None:
+            run.engine.destroy()
+        raise
+    # Engines hold hooks and communication buffers beyond their last reference.
+    run.engine.destroy()
+    return result
 
 
-def _prepare(settings: TrainSettings, observer: Observer | None, preemption: Preemption) -> _Run:
+def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervision) -> _Run:
     """Everything before the first step. Collective."""
+    watch.watchdog.tick("the checks of its settings")
     ranks.same_everywhere("the settings", hashlib.sha256(settings.model_dump_json().encode()).hexdigest())
     ranks.together(lambda: check_dtype(settings))
-    ranks.from_first(lambda: open_out(settings))
+    ranks.from_first(lambda: open_out(settings, watch.lock))
+    watch.watchdog.tick("the look at its checkpoints")
     resumed = to_resume(settings)
+    if resumed is not None:
+        settings = settings.model_copy(update={"warmup": resumed.warmup})
+        watch.done = resumed.checkpoint.step
     ranks.from_first(lambda: note_settings(settings))
     shape = BatchShape(
         seq_len=settings.seq_len,
@@ -56,16 +77,16 @@ def _prepare(settings: TrainSettings, observer: Observer | None, preemption: Pre
         rank=ranks.rank(),
         world_size=ranks.world_size(),
     )
+    watch.watchdog.tick("reading the text")
     data = load_data(settings, shape)
+    if watch.stop_asked():
+        line = "stopped by a signal before the first step; earlier checkpoints are as they were"
+        ranks.from_first(lambda: note_end(settings, ends.PREEMPTED, 0, line))
+        raise ends.Preempted(line)
+    watch.watchdog.tick("making the engine")
     engine = start_engine(settings, data)
     return _Run(
-        settings=settings,
-        shape=shape,
-        data=data,
-        engine=engine,
-        observer=observer,
-        resumed=resumed,
-        preemption=preemption,
+        settings=settings, shape=shape, data=data, engine=engine, observer=observer, resumed=resumed, watch=watch
     )
 
 
@@ -79,7 +100,7 @@ class _Run:
     engine: Any
     observer: Observer | None
     resumed: Choice | None
-    preemption: Preemption
+    watch: Supervision
     losses: list[float] = field(default_factory=list)
     times_ms: list[float] = field(default_factory=list)
     val_losses: dict[int, float] = field(default_factory=dict)
@@ -90,28 +111,15 @@ class _Run:
         self.bad_steps = 0
         self.parameters = models.parameter_count(self.engine.module)
         self.log = RunLog(self.settings.out, self.settings.steps, active=self.shape.rank == 0, first_step=self.first)
-        self.watchdog = Watchdog(self.settings.hang_timeout, self._note_lost)
+        self.watchdog = self.watch.watchdog
+        self.watch.done = self.first
 
     def run(self) -> TrainResult:
         """The run from its first step to its end, well or badly."""
         try:
-            self.watchdog.start()
-            result = self._go()
-            self.watchdog.stop()
-        except Exception as error:
-            # The first two are raised by all ranks together.
-            lost = None if isinstance(error, (UserError, ends.RunStopped)) else self.watchdog.explain(error)
-            self.watchdog.abandon()
-            if lost is None:
-                self.engine.destroy()
-                raise
-            self._note_lost(str(lost))
-            raise lost from error
+            return self._go()
         finally:
             self.log.close()
-        # Engines hold hooks and communication buffers beyond their last reference.
-        self.engine.destroy()
-        return result
 
     def _go(self) -> TrainResult:
         """Every step that is left, with its validations and checkpoints."""
@@ -119,39 +127,44 @@ class _Run:
         if self.settings.out is not None:
             checkpoint.require_synchronous(self.engine)
         if self.resumed is not None:
+            self.watchdog.tick("loading its checkpoint")
             load = load_without_optimizer if self.settings.reset_optimizer else checkpoint.load
             self.data.batches.restore(load(self.engine, self.resumed.checkpoint))
         self._announce()
         started = time.monotonic()
         if self.observer is not None:
             self.observer.on_start(self.engine)
-        done, asked, preempted = self.first, False, False
+        if self.watch.stop_asked():
+            return self._finish(self.first, _SIGNAL)
+        self.watchdog.begin_steps()
+        done, stop = self.first, None
         for step in range(self.first + 1, self.settings.steps + 1):
-            asked, preempted = self._step(step, schedule, started)
-            done = step
-            last = asked or step == self.settings.steps
-            if not preempted and (last or _due(step, self.settings.eval_every)):
+            stop = self._step(step, schedule, started)
+            self.watch.done = done = step
+            last = step == self.settings.steps
+            if stop is None and (last or _due(step, self.settings.eval_every)):
                 self._validate(step)
-            if (last and self.settings.save_every) or _due(step, self.settings.save_every) or preempted:
+            if (last and self.settings.save_every) or _due(step, self.settings.save_every) or stop is not None:
                 self._save(step)
-            if asked:
+            if stop is not None:
                 break
-        if asked and not preempted:
-            self.log.say(f"the time limit of {self.settings.time_limit_s:g} s is reached at step {done}")
-        return self._finish(done, preempted)
+        return self._finish(done, stop)
 
-    def _finish(self, done: int, preempted: bool) -> TrainResult:
-        """The last validation, and how the run ended."""
+    def _finish(self, done: int, stop: str | None) -> TrainResult:
+        """The last validation, and how the run ended; ``stop`` is what ended it early."""
         status, line = ends.FINISHED, f"ended after step {done}"
-        if preempted:
-            status, line = ends.PREEMPTED, f"stopped by a signal after step {done}, {self._last_save()}"
+        if stop is not None:
+            status, line = ends.PREEMPTED, f"stopped by {stop} after step {done}, {self._last_save()}"
         elif self.settings.save_every and self.saved != done:
             status, line = ends.SAVE_FAILED, f"ended after step {done}, which could not be saved; {self._last_save()}"
         if status != ends.FINISHED:
             self.log.say(line)
-        if done not in self.val_losses and not preempted:
+        if done not in self.val_losses and stop is None:
             self._validate(done)
-        ranks.from_first(lambda: self._note_end(status, done, line))
+        ranks.from_first(lambda: self._note_end(status, done, line, again=stop in (None, _SIGNAL)))
+        # All that counts is on the disk: a signal that still comes must not change the status.
+        self.watch.preemption.over = True
+        ranks.from_first(self.watch.preemption.forget_file)
         if self.observer is not None:
             self.observer.on_end(self.engine)
         return self._result(done, status)
@@ -159,16 +172,8 @@ class _Run:
     def _last_save(self) -> str:
         return "nothing is saved" if self.saved is None else f"the checkpoint of step {self.saved} is complete"
 
-    def _note_lost(self, line: str) -> None:
-        """Each rank that is left notes it, for who knows which are."""
-        with suppress(OSError):
-            ends.note_end(self.settings.out, ends.RANK_LOST, self.first + len(self.losses), line)
-
-    def _note_end(self, status: int, done: int, line: str) -> None:
-        try:
-            ends.note_end(self.settings.out, status, done, line)
-        except OSError as error:
-            self.log.say(f"cannot write {ends.END_NAME}: {error.strerror}")
+    def _note_end(self, status: int, done: int, line: str, *, again: bool = True) -> None:
+        note_end(self.settings, status, done, line, again=again, tell=self.log.say)
 
     def _save(self, step: int) -> None:
         """Write a checkpoint where there is a place for it; a failure is told, and the run goes on."""
@@ -192,13 +197,13 @@ class _Run:
             f" {shape.tokens:,} tokens a step, {settings.steps * shape.tokens:,} in all"
         )
         if self.resumed is not None:
-            for line in self.resumed.skipped:
+            for line in (*self.resumed.skipped, *self.resumed.said):
                 self.log.say(line)
             but = ", its optimizer state left behind" if self.settings.reset_optimizer else ""
             self.log.say(f"resumed from {self.resumed.checkpoint.folder} after step {self.first}{but}")
 
-    def _step(self, step: int, schedule: WarmupCosine, started: float) -> tuple[bool, bool]:
-        """One update and its records; returns whether to stop, and whether a signal is why, alike on every rank."""
+    def _step(self, step: int, schedule: WarmupCosine, started: float) -> str | None:
+        """One update and its records; returns what asks the run to end after it, alike on every rank."""
         engine, settings = self.engine, self.settings
         self.watchdog.tick(f"step {step}")
         batches = [windows.to(ranks.device()) for windows in self.data.batches.step(step - 1)]
@@ -218,7 +223,7 @@ class _Run:
         ms = (now() - begin) * 1e3
         # One reduction for the loss, for the clock of rank 0, and for a signal that any rank got: all ranks obey both.
         clock = time.monotonic() - started if self.shape.rank == 0 else 0.0
-        loss_sum, elapsed, signalled = ranks.sums([float(own), clock, self.preemption.asked])
+        loss_sum, elapsed, signalled = ranks.sums([float(own), clock, self.watch.preemption.wanted()])
         mean = loss_sum / (self.shape.accumulation * self.shape.world_size)
         skipped = skipped_steps(engine) > skipped_before
         self.losses.append(mean)
@@ -237,8 +242,11 @@ class _Run:
         if self.observer is not None:
             self.observer.on_step(engine, step, mean, ms)
         self._count_bad(step, skipped or not math.isfinite(mean))
-        out_of_time = settings.time_limit_s is not None and elapsed >= settings.time_limit_s
-        return out_of_time or signalled > 0, signalled > 0
+        if signalled > 0:
+            return _SIGNAL
+        if settings.time_limit_s is not None and elapsed >= settings.time_limit_s and step < settings.steps:
+            return f"its time limit of {settings.time_limit_s:g} s"
+        return None
 
     def _count_bad(self, step: int, bad: bool) -> None:
         """Raise ``BadNumbers`` on every rank after ``max_skips`` bad steps in a row."""
@@ -271,7 +279,7 @@ class _Run:
         # A resumed run that has nothing left to do has no times.
         ms = statistics.median(self.times_ms) if self.times_ms else float("nan")
         return TrainResult(
-            # A run that a signal ends has no time for a validation.
+            # A run that is ended early has no time for a validation.
             val_loss=self.val_losses.get(done, float("nan")),
             unigram_entropy=self.data.unigram_entropy,
             ms_per_step=ms,

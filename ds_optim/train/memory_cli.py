@@ -15,7 +15,10 @@ def memory(
     ranks: options.Ranks = 2,
     repeat: Annotated[int, typer.Option(help="Fresh process groups a cell.")] = 3,
     steady: Annotated[int, typer.Option(help="Steps of each, from the third on, whose peak is taken.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("runs/memory"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results and the report. [runs/memory, or the next runs/memory-N]"),
+    ] = None,
     preset: options.Preset = None,
     data: options.Data = None,
     tokenizer: options.Tokenizer = None,
@@ -30,9 +33,12 @@ def memory(
     snapshot: Annotated[
         bool, typer.Option("--snapshot", help="Keep the CUDA allocator's history of each rank in its cell's folder.")
     ] = False,
+    resume: options.Resume = False,
+    force: options.Force = False,
 ) -> int:
     """Measure what optimizers hold at each ZeRO stage, beside the count by owner and the estimate, against AdamW."""
     given = dict(locals())
+    given["out"] = options.folder(out, Path("runs/memory"), resume=resume, force=force)
     from ds_optim.train.memory import MemorySettings, run_memory
 
     return run_memory(options.settings_of(MemorySettings, given))
@@ -40,12 +46,20 @@ def memory(
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, of one command: compare or memory.")],
-    out: Annotated[Path, typer.Option(help="Folder for the merged results and the report.")] = Path("runs/report"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the merged results and the report. [runs/report, or the next runs/report-N]"),
+    ] = None,
+    force: options.Force = False,
 ) -> int:
     """Make one report of the results of several runs, nodes or machines."""
     from ds_optim.report.merge import merge_runs
+    from ds_optim.survival.results import refuse
 
-    made = merge_runs(folders, out)
+    place = options.folder(out, Path("runs/report"), force=force)
+    if not force:
+        refuse(place, options.HELD, "add --force to replace it, or give another --out")
+    made = merge_runs(folders, place)
     for path in (made.markdown, made.html):
         typer.echo(str(path))
     return 0

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ds_optim.errors import UserError
+from ds_optim.survival import rendezvous
+from ds_optim.survival.extensions import use_own_folder
 from ds_optim.train.reach import code_digest, unreachable
 
 T = TypeVar("T")
@@ -25,8 +27,10 @@ _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 #: DeepSpeed's own.
 DEFAULT_PORT = 29500
-#: How long rank 0 may take to start after another rank has.
+#: How long ranks may take to start and to find each other.
 _JOIN_TIMEOUT_S = "300"
+#: What an exception says that is but the loss of another rank.
+_BROKEN = ("connection", "closed by peer", "timed out", "socket", "broken pipe", "no longer", "gloo", "nccl")
 
 
 def join(*, check_code: bool = True) -> None:
@@ -38,6 +42,7 @@ def join(*, check_code: bool = True) -> None:
     import deepspeed
 
     if dist.is_initialized() and deepspeed.comm.is_initialized():
+        _settle()
         return
     if "RANK" not in os.environ and not any(name in os.environ for name in _MPI_VARIABLES):
         os.environ.update(
@@ -47,7 +52,9 @@ def join(*, check_code: bool = True) -> None:
     port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT is {port!r}: give the launcher a port from 1 to 65535")
-    problem = unreachable(os.environ, float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S)))
+    use_own_folder()
+    rendezvous.prepare()
+    problem = unreachable(os.environ, join_timeout())
     if problem is not None:
         raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
     try:
@@ -65,8 +72,25 @@ def join(*, check_code: bool = True) -> None:
         ) from None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _settle()
     if check_code:
         same_code()
+
+
+def _settle() -> None:
+    """Once every rank has come to the end of DeepSpeed's set-up, what it needed by name goes."""
+    gather(None)
+    rendezvous.settle()
+
+
+def join_timeout() -> float:
+    """Seconds that ranks may take to start and to find each other."""
+    return float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S))
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception of this rank is but the loss of another one."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BROKEN)
 
 
 def same_code() -> None:

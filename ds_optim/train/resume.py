@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.survival.results import refuse
 from ds_optim.train import manifest, ranks
-from ds_optim.train.settings import TrainSettings
+from ds_optim.train.run_log import LOG_NAME
+from ds_optim.train.settings import TrainSettings, default_warmup
 
 FOLDER = "checkpoints"
 FIRST_RELEASE = "whole.json"
@@ -35,10 +37,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The checkpoint to go on from, and why newer ones were skipped, one line each."""
+    """The checkpoint to go on from, why newer ones were skipped, and what else is to be said, one line each.
+
+    ``warmup`` is the run's from its first start, for one that says nothing of it now.
+    """
 
     checkpoint: Checkpoint
     skipped: tuple[str, ...]
+    warmup: int
+    said: tuple[str, ...] = ()
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -64,13 +71,18 @@ def to_resume(settings: TrainSettings) -> Choice | None:
             raise UserError(
                 f"{settings.out} holds checkpoints of an earlier run; add --resume to go on, or give another --out"
             )
+        if not settings.force:
+            instead = "add --resume to go on, --force to replace it, or give another --out"
+            out = settings.out
+            ranks.from_first(lambda: refuse(out, [LOG_NAME], instead))
         return None
     choice, skipped = newest_complete(folder)
     if choice is None:
         reasons = f" ({'; '.join(skipped)})" if skipped else ""
-        raise UserError(f"--resume: no complete checkpoint under {folder}{reasons}; start without --resume")
-    _check(choice, settings)
-    return Choice(checkpoint=choice, skipped=skipped)
+        raise UserError(
+            f"--resume: no complete checkpoint under {folder}{reasons}; start with --force in place of --resume"
+        )
+    return _check(choice, settings, skipped)
 
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
@@ -140,8 +152,8 @@ def _first_release_fault(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _check(checkpoint: Checkpoint, settings: TrainSettings) -> None:
-    """Raise ``UserError`` where the run that wrote the checkpoint was another one."""
+def _check(checkpoint: Checkpoint, settings: TrainSettings, skipped: tuple[str, ...]) -> Choice:
+    """The choice of this checkpoint. Raises ``UserError`` where the run that wrote it was another one."""
     if checkpoint.notes["world_size"] != ranks.world_size():
         raise UserError(
             f"--resume: the checkpoint is of {checkpoint.notes['world_size']} ranks,"
@@ -152,6 +164,17 @@ def _check(checkpoint: Checkpoint, settings: TrainSettings) -> None:
     free: tuple[str, ...] = OF_THE_OPTIMIZER if settings.reset_optimizer else ()
     # A checkpoint that was handed to another optimizer notes none; its state says which one may load it.
     free += tuple(name for name in OF_THE_OPTIMIZER if name not in before)
+    said: tuple[str, ...] = ()
+    was = before.get("steps")
+    if isinstance(was, int) and now["steps"] > was:
+        free += ("steps",)
+        said = (
+            f"extended from {was} steps to {now['steps']}: from here on the learning rate is that of a cosine over"
+            f" {now['steps']} steps, not of what is left of the old one",
+        )
+    warmup = before.get("warmup", now["warmup"])
+    if now["warmup"] == default_warmup(now["steps"]):
+        free += ("warmup",)
     for name in now:
         if name not in free and before.get(name) != now[name]:
             raise UserError(
@@ -159,4 +182,6 @@ def _check(checkpoint: Checkpoint, settings: TrainSettings) -> None:
                 f" this one has {now[name]!r};"
                 f" give the same {name}, or another --out"
                 f"{', or --reset-optimizer' if name in OF_THE_OPTIMIZER else ''}"
+                f"{', or more of them to extend it' if name == 'steps' else ''}"
             )
+    return Choice(checkpoint=checkpoint, skipped=skipped, warmup=warmup, said=said)

@@ -14,6 +14,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ds_optim.train.manifest import write_atomic
+
 LOG_NAME = "log.jsonl"
 
 
@@ -122,4 +124,4 @@ def keep_until(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             lines.append(line + "\n")
-    path.write_text("".join(lines) if step else "", encoding="utf-8")
+    write_atomic(path, "".join(lines) if step else "")

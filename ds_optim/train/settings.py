@@ -47,6 +47,7 @@ class TrainSettings(BaseModel):
     keep: int = Field(0, ge=0)
     resume: bool = False
     reset_optimizer: bool = False
+    force: bool = False
     out: Path | None = None
     tensorboard: bool = False
     zero_init: bool = False
@@ -73,7 +74,7 @@ class TrainSettings(BaseModel):
                 return filled
             defaults = {name: getattr(preset, name) for name in MODEL_DEFAULTS}
         steps = filled.get("steps", 100)
-        defaults["warmup"] = steps // 10 if isinstance(steps, int) and steps > 0 else 0
+        defaults["warmup"] = default_warmup(steps) if isinstance(steps, int) and steps > 0 else 0
         return {**defaults, **filled}
 
     @field_validator("preset")
@@ -106,6 +107,8 @@ class TrainSettings(BaseModel):
         ]
         if self.reset_optimizer and not self.resume:
             raise ValueError("reset_optimizer needs resume: without it there is no optimizer to reset")
+        if self.force and self.resume:
+            raise ValueError("force starts anew and resume goes on: give one of them")
         if needing_out:
             raise ValueError(f"{needing_out[0]} needs out, the folder that the run writes to")
         return self
@@ -123,6 +126,7 @@ class TrainSettings(BaseModel):
         unrelated = {
             "resume",
             "reset_optimizer",
+            "force",
             "out",
             "tensorboard",
             "time_limit_s",
@@ -134,6 +138,11 @@ class TrainSettings(BaseModel):
             "eval_batches",
         }
         return self.model_dump(mode="json", exclude=unrelated)
+
+
+def default_warmup(steps: int) -> int:
+    """Steps of warmup where nothing is said of them."""
+    return steps // 10
 
 
 def did_you_mean(word: str, known: Any) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.survival.extensions import load_op
+from ds_optim.survival.run_lock import RunLock
 from ds_optim.train import exits as ends
 from ds_optim.train import models, ranks
 from ds_optim.train.data import TextData
@@ -17,25 +20,39 @@ from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.values import understood
 
 
-def open_out(settings: TrainSettings) -> None:
-    """Make and try the output folder."""
+def open_out(settings: TrainSettings, lock: RunLock) -> None:
+    """Make and try the output folder, and take its lock; nothing that is there changes."""
     if settings.out is None:
         return
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        probe = settings.out / ".writable"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-        (settings.out / ends.END_NAME).unlink(missing_ok=True)
+        lock.take(settings.out)
     except OSError as error:
         raise UserError(
             f"cannot write to --out {str(settings.out)!r}: {error.strerror}; give a folder that you may write to"
         ) from None
 
 
+def note_end(
+    settings: TrainSettings,
+    status: int,
+    step: int,
+    line: str,
+    *,
+    again: bool = True,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Leave how the run ended beside what it wrote; where that fails, it is told."""
+    try:
+        ends.note_end(settings.out, status, step, line, again=again)
+    except OSError as error:
+        tell(f"cannot write {ends.END_NAME}: {error.strerror}")
+
+
 def note_settings(settings: TrainSettings) -> None:
-    """Leave the settings beside what the run writes."""
+    """Leave the settings beside what the run writes, which from here on is another run than was there."""
     if settings.out is not None:
+        (settings.out / ends.END_NAME).unlink(missing_ok=True)
         record = json.loads(settings.model_dump_json())
         (settings.out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -60,6 +77,7 @@ def start_engine(settings: TrainSettings, data: TextData) -> Any:
     import ds_optim
 
     config = deepspeed_config(settings, ranks.world_size())
+    ranks.together(lambda: _load_ops(config))
 
     def read() -> Any:
         shape = _model_config(settings, data)
@@ -83,3 +101,10 @@ def _model_config(settings: TrainSettings, data: TextData) -> Any:
         return models.preset_config(settings.preset, data.vocab_size, settings.seq_len)
     assert settings.model is not None
     return models.model_config(settings.model, data.vocab_size)
+
+
+def _load_ops(config: dict[str, Any]) -> None:
+    """Have the op of DeepSpeed's AdamW built where a build that is killed stops nobody."""
+    optimizer, zero = config.get("optimizer", {}), config.get("zero_optimization", {})
+    if str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
+        load_op("CPUAdamBuilder" if zero.get("offload_optimizer") else "FusedAdamBuilder")

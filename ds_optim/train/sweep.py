@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ds_optim.errors import UserError
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row
+from ds_optim.report.merge import read_info
+from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows, write_rows
+from ds_optim.survival.results import holds, refuse
+from ds_optim.survival.run_lock import RunLock
 from ds_optim.train.compare_cells import Cell, CompareSettings
 from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
 from ds_optim.train.compare_nodes import launcher_from
-from ds_optim.train.compare_worker import CELL_FILE, FAILURE_FILE, RESULT_FILE
+from ds_optim.train.compare_worker import CELL_FILE, RESULT_FILE
+from ds_optim.train.exits import Preempted
+from ds_optim.train.sweep_options import HELD
 
 #: What torch's allocators, Python and the kernel say when there is no memory left.
 _OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "memoryerror")
@@ -46,7 +55,8 @@ class Sweep:
 def run_sweep(sweep: Sweep, launcher: CellLauncher | None = None) -> tuple[list[Row], RunInfo]:
     """Run every cell, each row written to ``results.jsonl`` as soon as it is there.
 
-    Raises ``UserError`` for a mistake in the settings, before the first cell starts.
+    Raises ``UserError`` for a mistake in the settings, and for earlier results in the folder unless they are to be kept
+    or replaced, before the first cell starts; ``Preempted`` where a signal ends it, the rows so far being kept.
 
     Args:
         launcher: how the ranks of a cell start; by default as the environment says, else as processes of this machine.
@@ -54,20 +64,39 @@ def run_sweep(sweep: Sweep, launcher: CellLauncher | None = None) -> tuple[list[
     settings = sweep.settings
     launcher = launcher or launcher_from(os.environ)
     _check_writable(settings.out)
+    lock = RunLock()
+    lock.take(settings.out, "give another --out, or end that sweep first")
+    try:
+        with interruptible():
+            return _run_sweep(sweep, launcher)
+    except KeyboardInterrupt:
+        raise Preempted(_interrupted(settings.out)) from None
+    finally:
+        lock.release()
+
+
+def _run_sweep(sweep: Sweep, launcher: CellLauncher | None) -> tuple[list[Row], RunInfo]:
+    settings = sweep.settings
+    if not (settings.resume or settings.force):
+        refuse(settings.out, HELD, "add --resume to go on, --force to replace it, or give another --out")
     # Started before the checks: the parent of all ranks imports what they need meanwhile.
     local = ForkserverLauncher(settings.ranks) if launcher is None else None
     launch = launcher or local
     assert launch is not None
     cells = sweep.plan()
+    info = sweep.describe(cells[0])
+    rows = _kept(info, settings) if settings.resume else []
     _check_data(cells[0], settings)
     _clear(settings.out)
-    info = sweep.describe(cells[0])
+    write_rows(settings.out / RESULTS, rows)
     (settings.out / RUN_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if local is not None:
         _say("preparing: DeepSpeed builds its C++ ops at first use, which takes minutes once a machine")
         local.prepare(settings.out / "logs", settings.optimizers)
-    rows = []
+    done = {_key(row) for row in rows}
     for index, cell in enumerate(cells):
+        if _key(cell) in done:
+            continue
         _say(f"[{index + 1}/{len(cells)}] {cell.label}, stage {cell.stage}: ", end="")
         row = run_cell(cell, sweep, launch)
         append_row(settings.out / RESULTS, row)
@@ -75,17 +104,18 @@ def run_sweep(sweep: Sweep, launcher: CellLauncher | None = None) -> tuple[list[
         seconds = f"{row.extra['wall_s']:.1f} s"
         ended = f"failed after {seconds}: {row.reason}" if row.status != "ok" else f"{sweep.one_line(row)} ({seconds})"
         _say(ended)
-    return rows, info
+    order = [_key(cell) for cell in cells]
+    return sorted(rows, key=lambda row: order.index(_key(row))), info
 
 
 def run_cell(cell: Cell, sweep: Sweep, launch: CellLauncher) -> Row:
     """Run one cell to its end and make its row, failed or not."""
     settings = sweep.settings
+    # What a cell left that was interrupted is not its own.
+    shutil.rmtree(cell.folder, ignore_errors=True)
     cell.folder.mkdir(parents=True, exist_ok=True)
     for tokenizer in settings.out.glob("tokenizer-*.json"):
         shutil.copy(tokenizer, cell.folder)
-    for name in (RESULT_FILE, *(FAILURE_FILE.format(rank=rank) for rank in range(settings.ranks))):
-        (cell.folder / name).unlink(missing_ok=True)
     told = {"kind": sweep.kind, "options": dict(sweep.options), "train": cell.train.model_dump(mode="json")}
     (cell.folder / CELL_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     outcome = launch(CellJob(folder=cell.folder, ranks=settings.ranks, timeout_s=settings.timeout))
@@ -121,6 +151,48 @@ def _blank_row(cell: Cell, sweep: Sweep, outcome: CellOutcome) -> Row:
         notes=list(cell.notes),
         extra={"wall_s": round(outcome.wall_s, 2), "optimizer_params": cell.train.resolved_params()},
     )
+
+
+def _key(of: Row | Cell) -> tuple[str, str, int | None, int]:
+    return of.optimizer, of.momentum_dtype, of.stage, of.repeat
+
+
+def _kept(info: RunInfo, settings: CompareSettings) -> list[Row]:
+    """The rows in ``out`` that need not be measured again: those of the same sweep that did not fail."""
+    out = settings.out
+    if holds(out, [RUN_FILE]) is None:
+        raise UserError(f"--resume: {out} holds no sweep; start without --resume")
+    before = read_info(out).command
+    if before != info.command:
+        raise UserError(f"--resume: {out} holds another sweep; go on with {before}, or give another --out")
+    rows = read_rows(out / RESULTS) if holds(out, [RESULTS]) else []
+    kept = [row for row in rows if row.status == "ok"]
+    failed = len(rows) - len(kept)
+    _say(f"kept: {len(kept)} cells of {out}" + (f"; {failed} that failed run again" if failed else ""))
+    return kept
+
+
+def _interrupted(out: Path) -> str:
+    rows = read_rows(out / RESULTS) if holds(out, [RESULTS]) else []
+    return f"interrupted: {len(rows)} cells are kept in {out / RESULTS}; the same command with --resume goes on"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is under way in order, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_writable(out: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ds_optim.errors import UserError
+from ds_optim.report.schema import RESULTS, RUN_FILE
+from ds_optim.survival.results import free_folder, newest_folder
 
 #: Of a list of names.
 Optimizers = Annotated[str, typer.Option(help="Names, comma-separated; deepspeed:Muon is DeepSpeed's own.")]
@@ -30,7 +33,11 @@ DeepSpeedJson = Annotated[
     typer.Option("--deepspeed", help="What else the DeepSpeed JSON of every cell says, as JSON."),
 ]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that a cell may take.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep the cells of --out that ran, and run the others.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace earlier results in --out.")]
 
+#: A folder with one of these has results.
+HELD = (RESULTS, RUN_FILE)
 _LISTS = ("optimizers", "stages", "momentum_dtypes")
 _OBJECTS = ("optimizer_params", "deepspeed")
 Settings = TypeVar("Settings")
@@ -60,3 +67,13 @@ def settings_of(kind: type[Settings], flags: Mapping[str, Any]) -> Settings:
         return kind(**given)
     except ValidationError as error:
         raise UserError(reword(error, kind)) from None  # type: ignore[arg-type]
+
+
+def folder(given: Path | None, default: Path, *, resume: bool = False, force: bool = False) -> Path:
+    """Where results go: what was given; else the default, or beside it where that has results that are to stay."""
+    if given is not None:
+        return given
+    chosen = newest_folder(default, HELD) if resume or force else free_folder(default, HELD)
+    if chosen != default:
+        typer.echo(f"results of before stay in {default}: these are in {chosen}", err=True)
+    return chosen

@@ -28,13 +28,13 @@ SETTLE_S = 3.0
 """How long after a broken connection a pulse may be missing before its rank is the one that died."""
 _GRACE_S = 10.0
 _INTERVAL_S = 0.5
-_BROKEN = ("connection", "closed by peer", "timed out", "socket", "broken pipe", "no longer", "gloo", "nccl")
 
 
 class Watchdog:
-    """Watches the ranks of a run from ``start`` to ``stop``. Does nothing for one rank, or with ``timeout_s`` 0.
+    """Watches the ranks of a run from ``start`` to ``stop``. Does nothing with ``timeout_s`` 0.
 
-    ``note`` is told the line before a process is ended from here.
+    ``note`` is told the line before a process is ended from here. Before the first step, and where there is one rank
+    alone, a process that computes or reads gets on: how long that takes is for nobody to say.
     """
 
     def __init__(self, timeout_s: float, note: Callable[[str], None] = lambda line: None) -> None:
@@ -48,10 +48,15 @@ class Watchdog:
 
     def start(self) -> None:
         """Collective; the ranks are watched from here on."""
-        if ranks.world_size() == 1 or self._timeout_s == 0:
+        if self._timeout_s == 0:
             return
         self._heart = Heartbeat(min(_INTERVAL_S, self._timeout_s / 8))
         threading.Thread(target=self._watch, daemon=True, name="ds_optim watchdog").start()
+
+    @property
+    def watching(self) -> bool:
+        """Whether ``start`` came to its end."""
+        return self._heart is not None
 
     def tick(self, where: str | None = None, *, shared: bool = True) -> None:
         """The main thread got on, and stands at ``where`` (None: still where it was).
@@ -62,6 +67,11 @@ class Watchdog:
             self._heart.ticks += 1
             self._heart.reached += shared
             self._heart.at = where or self._heart.at
+
+    def begin_steps(self) -> None:
+        """The set-up is done: from here on all ranks tick, and work alone is no progress."""
+        if self._heart is not None:
+            self._heart.work_counts = ranks.world_size() == 1
 
     def stop(self) -> None:
         """The end of a run that went well. Collective: rank 0 serves the others until the last of them is done."""
@@ -83,7 +93,7 @@ class Watchdog:
         heart = self._heart
         if heart is None:
             return None
-        heart.echo = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BROKEN)
+        heart.echo = ranks.is_echo(error)
         heart.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         heart.watched = list(range(heart.world_size))
         began = time.monotonic()

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
+from ds_optim.survival import rendezvous
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_choice, announce_routes
 from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
@@ -57,6 +58,7 @@ def initialize(
 
     _init_distributed(deepspeed, dist_init_required, distributed_port)
     loaded, built = _read(args, model, optimizer, model_parameters, config, config_params, mpu, mesh_param)
+    rendezvous.settle()  # the ranks have spoken to each other
     section = loaded.get("optimizer")
     if section is not None:
         name = type_of(section)
@@ -174,6 +176,7 @@ def _without_config(args: Any) -> Any:
 def _init_distributed(deepspeed: Any, required: bool | None, port: int) -> None:
     accelerator = deepspeed.get_accelerator()
     if not dist.is_initialized():
+        rendezvous.prepare()
         backend = accelerator.communication_backend_name()
         deepspeed.init_distributed(dist_backend=backend, distributed_port=port, dist_init_required=required)
     local_rank = os.environ.get("LOCAL_RANK", "")

@@ -11,6 +11,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
 
+from ds_optim.survival.extensions import load_op
+
 PRELOADED_BY = os.getpid()
 """Process that ran the imports: in a forked rank it differs from `os.getpid()`."""
 
@@ -21,12 +23,11 @@ with contextlib.suppress(ImportError):
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 # DeepSpeed compiles these where they are first used and checks the build again in each process.
-# Loaded here, the ranks inherit them, and no test's time limit kills a compiler: torch's lock would
-# stay and stop every later build. Without a compiler the rank that needs one shows the error.
+# Loaded here, the ranks inherit them, and no test's time limit kills a compiler. Without a compiler
+# the rank that needs one shows the error.
 if get_accelerator().device_name() == "cpu":
     for builder in ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"):
-        with contextlib.suppress(Exception):
-            get_accelerator().create_op_builder(builder).load()
+        load_op(builder)
 
 # A package that does not import must fail in the test that needs it, not silently end the server.
 with contextlib.suppress(Exception):

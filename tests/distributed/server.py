@@ -27,10 +27,7 @@ def warm_up(gpus: int) -> None:
     process.join(WARM_UP_SECONDS)
     if process.is_alive():
         process.kill()
-        raise RuntimeError(
-            f"the parent of the ranks was not ready in {WARM_UP_SECONDS:g} s: if no compiler runs, remove "
-            "the file `lock` that a killed build left in torch's extensions folder"
-        )
+        raise RuntimeError(f"the parent of the ranks was not ready in {WARM_UP_SECONDS:g} s")
 
 
 def _nothing() -> None:

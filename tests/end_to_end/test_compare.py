@@ -21,6 +21,7 @@ from ds_optim.train.compare import CompareSettings, run_compare
 from ds_optim.train.compare_cells import plan_cells, reproduce
 from ds_optim.train.compare_launch import CellJob, CellOutcome, ForkserverLauncher, failure_reason
 from ds_optim.train.compare_worker import reason_line, run_rank
+from ds_optim.train.exits import Preempted
 
 SMALL = {"steps": 5, "seq_len": 32, "micro_batch": 2, "eval_batches": 1}
 
@@ -115,23 +116,64 @@ def test_the_command_to_reproduce_carries_what_was_set(tmp_path: Path) -> None:
     assert str(tmp_path) not in command
 
 
-def test_a_failed_cell_is_a_row_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def launcher(job: CellJob) -> CellOutcome:
-        if "stage2" in job.folder.name:
-            return CellOutcome(reason="rank 1: OutOfMemoryError: tried to allocate 20 GiB", wall_s=1.0)
-        train = json.loads((job.folder / "cell.json").read_text())["train"]
-        sizes = dict.fromkeys(("weights", "gradients", "master", "buckets", "other", "peak_bytes"), 1)
-        sent = {"sent_bytes_per_step": 1.0, "sent_by_operator": {}}
-        rank = {"times_ms": [10.0, 20.0], "peak_kind": "live tensors", "rss_peak_bytes": None, **sizes, **sent}
-        rank |= {"model_state_bytes": 7, "state_bytes": 200, "state": {}}
-        ranks = [rank, {**rank, "times_ms": [30.0, 10.0], "model_state_bytes": 9, "state_bytes": 200}]
-        result = {"val_loss": 2.0, "unigram_entropy": 3.0, "losses": [3.0], "steps": train["steps"]}
-        (job.folder / "result.json").write_text(
-            json.dumps({**result, "skipped_steps": 0, "parameters": 100, "ranks": ranks})
-        )
-        return CellOutcome(reason=None, wall_s=1.0)
+def stand_in(job: CellJob) -> CellOutcome:
+    """A launcher whose cells at stage 2 run out of memory, and that leaves results of the others."""
+    if "stage2" in job.folder.name:
+        return CellOutcome(reason="rank 1: OutOfMemoryError: tried to allocate 20 GiB", wall_s=1.0)
+    train = json.loads((job.folder / "cell.json").read_text())["train"]
+    sizes = dict.fromkeys(("weights", "gradients", "master", "buckets", "other", "peak_bytes"), 1)
+    sent = {"sent_bytes_per_step": 1.0, "sent_by_operator": {}}
+    rank = {"times_ms": [10.0, 20.0], "peak_kind": "live tensors", "rss_peak_bytes": None, **sizes, **sent}
+    rank |= {"model_state_bytes": 7, "state_bytes": 200, "state": {}}
+    ranks = [rank, {**rank, "times_ms": [30.0, 10.0], "model_state_bytes": 9, "state_bytes": 200}]
+    result = {"val_loss": 2.0, "unigram_entropy": 3.0, "losses": [3.0], "steps": train["steps"]}
+    (job.folder / "result.json").write_text(
+        json.dumps({**result, "skipped_steps": 0, "parameters": 100, "ranks": ranks})
+    )
+    return CellOutcome(reason=None, wall_s=1.0)
 
-    assert run_compare(settings(tmp_path, optimizers=["adamw", "lion"], stages=[1, 2, 3]), launcher) == 1
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    started: list[str] = []
+
+    def interrupted(job: CellJob) -> CellOutcome:
+        started.append(job.folder.name)
+        if len(started) == 4:
+            (job.folder / "log.jsonl").write_text("half a cell")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        return stand_in(job)
+
+    given: dict[str, Any] = {"optimizers": ["adamw", "lion"], "stages": [1, 2, 3]}
+    with pytest.raises(
+        Preempted, match=r"^interrupted: 3 cells are kept in .*results\.jsonl; .* with --resume goes on"
+    ):
+        run_compare(settings(tmp_path, **given), interrupted)
+    assert len(started) == 4
+    left = (tmp_path / "results.jsonl").read_text()
+    with pytest.raises(UserError, match=r"holds results\.jsonl of an earlier run: add --resume to go on, --force"):
+        run_compare(settings(tmp_path, **given), never_called)
+    with pytest.raises(UserError, match="holds another sweep; go on with ds-optim compare --optimizers adamw,lion"):
+        run_compare(settings(tmp_path, **given, dtype="fp32", resume=True), never_called)
+    assert (tmp_path / "results.jsonl").read_text() == left
+
+    def goes_on(job: CellJob) -> CellOutcome:
+        assert not (job.folder / "log.jsonl").exists()
+        started.append(job.folder.name)
+        return stand_in(job)
+
+    assert run_compare(settings(tmp_path, **given, resume=True), goes_on) == 1
+    # The one that failed, the one that was cut short, and the two that had not begun.
+    assert started[4:] == ["adamw-stage2", "lion-stage2", "adamw-stage3", "lion-stage3"]
+    assert len(read_rows(tmp_path / "results.jsonl")) == 6
+    assert run_compare(settings(tmp_path, **given, force=True), stand_in) == 1
+    with pytest.raises(UserError, match="holds no sweep; start without --resume"):
+        run_compare(settings(tmp_path / "none", **given, resume=True), never_called)
+
+
+def test_a_failed_cell_is_a_row_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_compare(settings(tmp_path, optimizers=["adamw", "lion"], stages=[1, 2, 3]), stand_in) == 1
     rows = read_rows(tmp_path / "results.jsonl")
     assert [(row.stage, row.status) for row in rows] == [
         (1, "ok"), (1, "ok"), (2, "failed"), (2, "failed"), (3, "ok"), (3, "ok"),

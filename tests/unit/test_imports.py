@@ -14,6 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "ds_optim"
 LEVELS = (
     {"errors", "cache"},
+    {"survival"},
     {"matrix", "elementwise"},
     {"sharding"},
     {"optimizers"},

@@ -211,6 +211,30 @@ def test_the_status_that_a_run_noted_wins(tools: Path) -> None:
     assert len((tools / "arguments").read_text().splitlines()) == 3
 
 
+def test_a_run_that_left_no_checkpoint_is_begun_anew(tools: Path) -> None:
+    stand_in(tools, "deepspeed", STAND_IN.replace("mkdir", "true || mkdir").replace("&& touch", "&& true"))
+    assert launch(tools, "local.sh", "--steps", "9", "--out", "out", STATUSES="69 0").returncode == 0
+    first, second = (tools / "arguments").read_text().splitlines()
+    assert first.endswith("--out out")
+    assert second.endswith("--out out --force")
+
+
+def test_an_end_of_before_is_not_the_end_of_a_start_that_is_refused(tools: Path) -> None:
+    (tools / "out").mkdir()
+    (tools / "out/end.json").write_text('{"status": 75, "step": 3, "line": "", "again": true}\n')
+    before = (tools / "out/end.json").stat().st_mtime_ns
+    assert launch(tools, "local.sh", "--out", "out", STATUSES="2 0").returncode == 2
+    assert (tools / "out/end.json").stat().st_mtime_ns == before
+    assert len((tools / "arguments").read_text().splitlines()) == 1
+
+
+def test_a_time_limit_is_for_who_started_the_script(tools: Path) -> None:
+    noting = """echo '{"status": 75, "step": 3, "line": "", "again": false}' >"$NOTES/out/end.json"\nexit """
+    stand_in(tools, "deepspeed", STAND_IN.replace("exit ", noting))
+    assert launch(tools, "local.sh", "--out", "out", STATUSES="75 0").returncode == 75
+    assert len((tools / "arguments").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_rank_and_end_the_script(tools: Path, number: signal.Signals) -> None:
     stand_in(tools, "deepspeed", SAVES)

@@ -1,0 +1,1 @@
+"""What outlives a process, and must not harm the next one: locks, built libraries, shared memory, results."""
