@@ -104,8 +104,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="shakespeare (shipped, default); a file, folder or glob of text, JSONL or parquet;"
-            " or hub:REPO[:CONFIG[:SPLIT]]."
+            help="shakespeare (shipped, default); a file, folder or glob of text, JSON, CSV, parquet or arrow,"
+            " plain or as gz, xz, bz2, zst; or hub:REPO[:CONFIG[:SPLIT]]."
         ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, bpe:N (trained on the data), or hf:DIRECTORY.")] = None,
