@@ -240,6 +240,6 @@ def _names_of_ranks(size: int) -> list[str]:
     try:
         from mpi4py import MPI
     except ImportError:
-        raise UserError("mpirun started this, and mpi4py is missing: pip install 'ds-optim[mpi]'") from None
+        raise UserError("mpirun started this, and mpi4py is missing: pip install mpi4py") from None
     names: list[str] = MPI.COMM_WORLD.allgather(MPI.Get_processor_name())
     return names
