@@ -34,6 +34,9 @@ def doctor(
         raise UserError(f"--timeout is {timeout:g}: write seconds, more than 0")
     if config is not None and config.is_dir():
         raise UserError(f"--config {str(config)!r} is a folder: name the JSON in it")
+    # Over nodes, that a file is missing on one of them is a finding.
+    if config is not None and not config.exists() and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError(f"cannot read the config {str(config)!r}: no such file")
     from ds_optim.train.doctor import DoctorSettings, examine, ranks_variable
 
     with _stdout_for_findings():

@@ -44,6 +44,7 @@ def join(*, check_code: bool = True) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     accelerator = deepspeed.get_accelerator()
+    check_device(accelerator)
     problem = unreachable(os.environ, float(os.environ.get("DS_OPTIM_JOIN_TIMEOUT", _JOIN_TIMEOUT_S)))
     if problem is not None:
         raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
@@ -65,6 +66,17 @@ def join(*, check_code: bool = True) -> None:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if check_code:
         same_code()
+
+
+def check_device(accelerator: Any) -> None:
+    """Raise UserError where this rank's accelerator is not there."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or local + 1)
+    if accelerator.device_name() != "cpu" and max(ranks_here, local + 1) > count:
+        raise UserError(
+            f"{ranks_here} ranks on {socket.gethostname()} need as many devices, and {accelerator.device_name()} has"
+            f" {count}: start {count} or fewer on a node, or set DS_ACCELERATOR=cpu"
+        )
 
 
 def same_code() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row
 from ds_optim.train.compare_cells import Cell, CompareSettings
-from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
+from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher, check_ranks
 from ds_optim.train.compare_nodes import launcher_from
 from ds_optim.train.compare_worker import CELL_FILE, FAILURE_FILE, RESULT_FILE
 
@@ -58,6 +58,8 @@ def run_sweep(sweep: Sweep, launcher: CellLauncher | None = None) -> tuple[list[
     local = ForkserverLauncher(settings.ranks) if launcher is None else None
     launch = launcher or local
     assert launch is not None
+    if local is not None:
+        check_ranks(settings.ranks)
     cells = sweep.plan()
     _check_data(cells[0], settings)
     _clear(settings.out)
