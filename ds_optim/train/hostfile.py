@@ -24,6 +24,8 @@ HOST_FILES = (
 )
 _MPI_SIZE = "OMPI_COMM_WORLD_SIZE"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_MOST = 100_000
+"""Of nodes and of ranks of one: more are a typing error, and would take long to write."""
 _USER = re.compile(r"[A-Za-z0-9._-]+@")
 #: What OpenMPI and MPICH may say of a host beside its slots, and what changes nothing here.
 _BESIDE = ("max_slots", "slots_max", "binding", "ifname")
@@ -198,6 +200,8 @@ def _range(text: str, where: str) -> list[str]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise UserError(f"[{text}] in {where} is no range; write such as [1-4,7]")
+        if int(last or first) - int(first) > _MOST:
+            raise UserError(f"[{text}] in {where} is a range of more than {_MOST:,} nodes")
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
     return numbers
 
@@ -220,7 +224,7 @@ def _gpus(text: str, nodes: int) -> list[int]:
 
 
 def _number(text: str, where: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST:
         raise UserError(f"{where}: {text!r} is no number of ranks; write 1 or more")
     return int(text)
 

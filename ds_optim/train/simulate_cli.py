@@ -50,7 +50,7 @@ def simulate(
     params = {} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params")
     settings = [
         ZeroSettings(stage=stage, ranks=count, dtype=dtype)
-        for stage in dict.fromkeys(numbers("--stages", stages, least=0))
+        for stage in dict.fromkeys(numbers("--stages", stages, least=0, most=3))
         for count in dict.fromkeys(numbers("--ranks", ranks, least=1))
     ]
     plan = plan_optimizer(shape, optimizer, params, weights=TORCH_DTYPES[dtype])

@@ -119,6 +119,8 @@ def _hub_parts(data: str) -> tuple[str, str | None, str]:
 
 def _paths(data: str) -> list[Path]:
     """The files that ``data`` names, sorted by path, so that every rank and machine sees one order."""
+    if not data:
+        raise UserError(f"--data is empty; give a path, a glob, {SHIPPED} or {HUB}REPOSITORY")
     path = Path(data).expanduser()
     if path.is_dir():
         found = sorted(file for file in _walk(path) if _is_text(file))
