@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -16,8 +15,8 @@ LEAST_ROUNDS = 2
 
 def at_least(option: str, value: float, least: float) -> None:
     """Raise UserError where ``value`` is below ``least``, or no number."""
-    if not least <= value < math.inf:
-        raise UserError(f"{option}: {value:g} is no number from {least:g}")
+    if not value >= least:
+        raise UserError(f"{option}: {value:g} is too few; write {least:g} or more")
 
 
 def names(option: str, text: str, known: Sequence[str]) -> list[str]:
