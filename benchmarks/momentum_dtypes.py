@@ -1,6 +1,6 @@
 """What bfloat16 and int8 momentum cost in validation loss: whole runs of each optimizer, dtype and seed.
 
-    python -m benchmarks.momentum_dtypes --out runs/momentum_dtypes
+    python -m benchmarks.momentum_dtypes [--out runs/momentum_dtypes]
 
 Every run is a cell of ``ds-optim compare``. For each optimizer and dtype the table shows the validation loss of each
 seed, and how far the mean over the seeds lies from that of float32; ``summary.jsonl`` beside it holds the same as rows.
@@ -15,9 +15,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ds_optim.errors import UserError
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.schema import Row, read_rows, write_rows
 from ds_optim.train.compare import CompareSettings, run_compare
+from ds_optim.train.sweep_options import settings_of
 
 DTYPES = ("float32", "bfloat16", "int8")
 #: Validation loss that a dtype may cost, as a part of float32's.
@@ -60,33 +62,46 @@ def markdown(summary: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 0,1,2") from None
+
+
+def _settings(given: argparse.Namespace, seed: int) -> CompareSettings:
+    """The comparison of one seed."""
+    flags = {
+        "optimizers": given.optimizers,
+        "stages": str(given.stage),
+        "momentum_dtypes": given.dtypes,
+        "ranks": given.ranks,
+        "steps": given.steps,
+        "eval_batches": given.eval_batches,
+        "seed": seed,
+        "out": given.out / f"seed{seed}",
+    }
+    return settings_of(CompareSettings, flags)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", default="lion,muon,lion_muon")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=_whole_numbers, default=[0, 1, 2], help="comma-separated")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--eval-batches", type=int, default=100)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/momentum_dtypes"))
     given = parser.parse_args()
     rows: list[Row] = []
-    for seed in map(int, given.seeds.split(",")):
-        out = given.out / f"seed{seed}"
-        run_compare(
-            CompareSettings(
-                optimizers=given.optimizers.split(","),
-                stages=[given.stage],
-                momentum_dtypes=given.dtypes.split(","),
-                ranks=given.ranks,
-                steps=given.steps,
-                eval_batches=given.eval_batches,
-                seed=seed,
-                out=out,
-            )
-        )
-        rows += read_rows(out / "results.jsonl")
+    try:
+        for settings in [_settings(given, seed) for seed in given.seeds]:
+            run_compare(settings)
+            rows += read_rows(settings.out / "results.jsonl")
+    except UserError as error:
+        parser.error(str(error))
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     summary = summarize(rows, {"machine": describe_machine(), "date": date})
     write_rows(given.out / "results.jsonl", rows)

@@ -45,6 +45,30 @@ for command in (compare, memory, report, estimate, simulate, reshard, chaos, doc
 app.add_typer(bench_app, name="bench")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ds-optim {_installed('ds-optim')}")
+        raise typer.Exit
+
+
+def _installed(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print ds-optim's version.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status: 0, 2 for a user's mistake, or one that a command documents."""
     _prefer_own_scripts()
@@ -66,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        fail(message() or str(error))
+        if not str(message()).strip():
+            sys.exit(2)  # no command was named: its help says what there is
+        fail(message())
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -78,8 +104,12 @@ def _prefer_own_scripts() -> None:
 
 
 def fail(line: str, status: int = 2) -> NoReturn:
-    """Print one line on stderr and exit, with status 2 for a user's mistake."""
-    print(f"ds-optim: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    """Print one line on stderr, once for all ranks of a node, and exit, with status 2 for a user's mistake."""
+    from ds_optim.train.said import is_first_to_say
+
+    line = " ".join(line.split())
+    if is_first_to_say(line):
+        print(f"ds-optim: error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -99,10 +129,8 @@ def take_local_rank(arguments: list[str]) -> list[str]:
 @app.command()
 def version() -> None:
     """Print the versions of ds-optim and of what it runs on."""
-    from importlib.metadata import version as installed
-
     for package in ("ds-optim", "torch", "deepspeed", "transformers", "datasets"):
-        typer.echo(f"{package} {installed(package)}")
+        typer.echo(f"{package} {_installed(package)}")
 
 
 @app.command()
@@ -115,8 +143,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="shakespeare (shipped, default); a file, folder or glob of text, JSONL or parquet;"
-            " or hub:REPO[:CONFIG[:SPLIT]]."
+            help="shakespeare (shipped, default); a file, folder or glob of text, JSON, CSV, parquet or arrow,"
+            " plain or as gz, xz, bz2, zst; or hub:REPO[:CONFIG[:SPLIT]]."
         ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, bpe:N (trained on the data), or hf:DIRECTORY.")] = None,
@@ -238,13 +266,14 @@ def print_result(result: Any, settings: TrainSettings) -> None:
     from rich.table import Table
 
     table = Table(title=f"{settings.optimizer}, stage {settings.stage}, {settings.dtype}", show_header=False)
+    nothing = "no step was left to do"
     rows = {
         "validation loss (nats/token)": f"{result.val_loss:.4f}",
         "unigram entropy of the text": f"{result.unigram_entropy:.4f}",
         "ratio": f"{result.entropy_ratio:.3f}",
         "steps": f"{result.steps:,} ({result.skipped_steps} skipped)",
-        "ms per step (median)": f"{result.ms_per_step:.1f}",
-        "tokens/s": f"{result.tokens_per_s:,.0f}",
+        "ms per step (median)": f"{result.ms_per_step:.1f}" if result.losses else nothing,
+        "tokens/s": f"{result.tokens_per_s:,.0f}" if result.losses else nothing,
         "parameters": f"{result.parameters:,}",
         "peak memory of rank 0": f"{result.peak_memory_bytes / 2**20:,.0f} MiB",
     }

@@ -35,7 +35,16 @@ if ! command -v deepspeed >/dev/null && [[ -x $DS_OPTIM_VENV/bin/deepspeed ]]; t
     PATH="$DS_OPTIM_VENV/bin:$PATH"
 fi
 python="${PYTHON:-$(command -v python || command -v python3 || true)}"
-if [[ -z ${DS_ACCELERATOR:-} && $(gpu_count) == 0 ]]; then
+# GPUs that a rank of this machine may take.
+usable_gpus() {
+    local gpus
+    gpus="$(gpu_count)"
+    if ((gpus > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]')"
+    fi
+    echo "$gpus"
+}
+if [[ -z ${DS_ACCELERATOR:-} && $(usable_gpus) == 0 ]]; then
     export DS_ACCELERATOR=cpu
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
@@ -46,8 +55,23 @@ mistake() {
     exit 2
 }
 
+# What a dry run does without.
 need() {
-    command -v "$1" >/dev/null || mistake "$1 is not on PATH: $2"
+    ((dry_run)) || command -v "$1" >/dev/null || mistake "$1 is not on PATH: $2"
+}
+
+# whole OPTION VALUE [MOST]: a whole number from 1.
+whole() {
+    if [[ ! $2 =~ ^[1-9][0-9]{0,8}$ ]] || (($2 > ${3:-100000})); then
+        mistake "$1 $2: write a whole number from 1${3:+ to $3}"
+    fi
+}
+
+# check_gpus RANKS GPUS WHERE: that ranks of one node do not share a GPU, which NCCL refuses.
+check_gpus() {
+    [[ ${DS_ACCELERATOR:-cuda} == cuda ]] || return 0
+    (($2 == 0 || $1 <= $2)) ||
+        mistake "$1 ranks need as many GPUs, and $3 has $2: start $2 or fewer, or set DS_ACCELERATOR=cpu"
 }
 
 # take_options --NAME=VARIABLE... -- ARGUMENTS: the script's own options, which come first; what follows is in `rest`.
@@ -62,7 +86,7 @@ take_options() {
     while (($#)); do
         case "$1" in
             --dry-run) dry_run=1 && shift && continue ;;
-            -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" && exit 0 ;;
+            -h | --help) show_help "$0" && exit 0 ;;
         esac
         name="${1%%=*}"
         [[ -n ${known[$name]:-} ]] || break
@@ -76,8 +100,8 @@ take_options() {
         shift
     done
     rest=("$@")
-    [[ -z $port || $port =~ ^[0-9]+$ ]] || mistake "--port $port: write a number"
-    [[ $tries =~ ^[0-9]+$ ]] || mistake "--tries $tries: write a number"
+    [[ -z $port ]] || whole --port "$port" 65535
+    whole --tries "$tries"
     case "${rest[0]:-}" in
         train | doctor | cell | compare | memory) ;;
         '' | -*) rest=(train ${rest[@]+"${rest[@]}"}) ;;
@@ -103,16 +127,16 @@ PY
 
 # hosts_of HOSTFILE: the names, in order. ranks_of HOSTFILE: the sum of the slots.
 hosts_of() { awk '!/^[[:space:]]*(#|$)/ {print $1}' "$1"; }
-ranks_of() { sed -n 's/^[^#]*slots=\([0-9]*\).*/\1/p' "$1" | awk '{n += $1} END {print n + 0}'; }
+ranks_of() { sed -n 's/^[[:space:]]*[^#[:space:]][^[:space:]]*[[:space:]]*slots=\([0-9]*\).*/\1/p' "$1" | awk '{n += $1} END {print n + 0}'; }
 
 check_hostfile() {
     [[ -n $1 ]] || mistake "no hostfile: give --hostfile FILE (ds-optim hostfile writes one)"
     [[ -f $1 ]] || mistake "no such hostfile: $1 (ds-optim hostfile writes one)"
-    local line number=0
+    local line number=0 entry='^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*([[:space:]]+max[-_]slots=[0-9]+)?[[:space:]]*(#.*)?$'
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
-        [[ $line =~ ^[[:space:]]*(#|$) || $line =~ ^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
-            mistake "$1, line $number: '$line' is not 'NAME slots=N'"
+        [[ $line =~ ^[[:space:]]*(#|$) || $line =~ $entry ]] ||
+            mistake "$1, line $number: '${line%$'\r'}' is not 'NAME slots=N'"
     done <"$1"
     (($(ranks_of "$1") > 0)) || mistake "$1 names no host: write lines such as 'node1 slots=8'"
     local twice

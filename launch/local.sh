@@ -12,6 +12,8 @@ source "$LAUNCH/common.sh"
 
 ranks=""
 take_options --ranks=ranks -- "$@"
+[[ -z $ranks ]] || whole --ranks "$ranks"
+check_gpus "${ranks:-1}" "$(usable_gpus)" "this machine"
 need deepspeed "pip install ds-optim, or bash launch/quickstart.sh"
 if [[ ${rest[0]} == compare || ${rest[0]} == memory ]]; then
     # These start ranks of this machine by themselves.
@@ -19,7 +21,7 @@ if [[ ${rest[0]} == compare || ${rest[0]} == memory ]]; then
     if ((dry_run)); then quoted "${command[@]}" && exit 0; fi
     exec "${command[@]}"
 fi
-ranks="${ranks:-$(gpu_count)}"
+ranks="${ranks:-$(usable_gpus)}"
 ((ranks > 0)) || ranks=1
 command=(deepspeed --num_gpus "$ranks" --master_port "${port:-$(free_port)}" --no_local_rank
     "$LAUNCH/rank.py" "$run_token" "${rest[@]}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The nodes of a hostfile, by OpenMPI's mpirun; DeepSpeed asks mpi4py for the ranks. Needs pip install 'ds-optim[mpi]'.
+# The nodes of a hostfile, by OpenMPI's mpirun; DeepSpeed asks mpi4py for the ranks. Needs pip install '.[mpi]' in this checkout.
 #
 #   bash launch/openmpi.sh --hostfile FILE [--interface NAME] [--dry-run] [--port N] [--tries N] [COMMAND] ARGUMENTS...
 #   bash launch/openmpi.sh --ranks N ...      # this machine
@@ -14,18 +14,22 @@ hostfile=""
 ranks=""
 interface="${GLOO_SOCKET_IFNAME:-${NCCL_SOCKET_IFNAME:-}}"
 take_options --hostfile=hostfile --ranks=ranks --interface=interface -- "$@"
+[[ -z $ranks ]] || whole --ranks "$ranks"
 hosts=()
 if [[ -n $hostfile || -z $ranks ]]; then
     check_hostfile "$hostfile"
     ranks="$(ranks_of "$hostfile")"
     mapfile -t hosts < <(hosts_of "$hostfile")
+else
+    check_gpus "$ranks" "$(usable_gpus)" "this machine"
 fi
 if [[ ${rest[0]} == compare || ${rest[0]} == memory ]]; then
     drive "$ranks" "$LAUNCH/openmpi.sh" --ranks "$ranks" ${hostfile:+--hostfile "$(realpath "$hostfile")"} \
         ${interface:+--interface "$interface"}
 fi
 need mpirun "install OpenMPI (apt-get install openmpi-bin)"
-"$python" -c 'import mpi4py' 2>/dev/null || mistake "$python has no mpi4py: pip install 'ds-optim[mpi]' on every node"
+((dry_run)) || "$python" -c 'import mpi4py' 2>/dev/null ||
+    mistake "$python has no mpi4py: pip install mpi4py on every node"
 
 export MASTER_PORT="${port:-$(free_port)}"
 command=(mpirun -np "$ranks" ${hostfile:+--hostfile "$hostfile"} --bind-to none --mca plm_rsh_agent ssh

@@ -15,7 +15,9 @@ LAUNCH="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launch/common.sh
 source "$LAUNCH/common.sh"
 
+case "${1:-}" in -h | --help) show_help "$0" && exit 0 ;; esac
 (($# >= 2)) || mistake "usage: bash launch/requeue.sh OUT COMMAND..."
+whole TRIES "$tries"
 rest=(train --out "$1")
 command=("${@:2}")
 

@@ -25,6 +25,9 @@ fail() {
     exit 1
 }
 
+# show_help SCRIPT: the comment that it starts with.
+show_help() { sed -n '2,/^[^#]/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$1"; }
+
 gpu_count() {
     if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
         nvidia-smi -L | grep -c '^GPU '

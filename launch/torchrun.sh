@@ -17,16 +17,20 @@ nodes="${SLURM_NNODES:-1}"
 rendezvous=""
 id="${SLURM_JOB_ID:-ds-optim}"
 take_options --ranks=ranks --nodes=nodes --rendezvous=rendezvous --id=id -- "$@"
+[[ -z $ranks ]] || whole --ranks "$ranks"
+whole --nodes "$nodes"
+check_gpus "${ranks:-1}" "$(usable_gpus)" "this machine"
 need torchrun "pip install ds-optim, or bash launch/quickstart.sh"
-ranks="${ranks:-$(gpu_count)}"
+ranks="${ranks:-$(usable_gpus)}"
 ((ranks > 0)) || ranks=1
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || mistake "--nodes $nodes: write a number from 1"
 if [[ -z $rendezvous ]] && ((nodes > 1)); then
     [[ -n ${SLURM_JOB_NODELIST:-} ]] || mistake "$nodes nodes need --rendezvous HOST:PORT, the same on each of them"
-    rendezvous="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1):${port:-$((15000 + SLURM_JOB_ID % 17000))}"
+    first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -1)"
+    rendezvous="${first:-$SLURM_JOB_NODELIST}:${port:-$((15000 + SLURM_JOB_ID % 17000))}"
 fi
 rendezvous="${rendezvous:-127.0.0.1:${port:-$(free_port)}}"
 [[ $rendezvous == *:* ]] || rendezvous="$rendezvous:${port:-29400}"
+[[ $rendezvous =~ ^.+:[0-9]+$ ]] || mistake "--rendezvous $rendezvous: write HOST:PORT"
 if [[ ${rest[0]} == compare || ${rest[0]} == memory ]]; then
     ((nodes == 1)) || mistake "${rest[0]} over nodes needs a launcher that starts them all: hostfile.sh, openmpi.sh, slurm.sbatch"
     drive "$ranks" "$LAUNCH/torchrun.sh" --ranks "$ranks"

@@ -268,6 +268,8 @@ def mimuon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
 
 
 def spectral_lion(theta: Array, g: Array, s: State, h: Hyper) -> Array:
+    if h["basis"] == "gradient":
+        return lion(theta, exact_polar(g), s, h)
     c = lion_direction(g, s, h)
     rebuilt = exact_polar(c) if h["basis"] == "momentum" else column_normalized(theta, c)
     return decay(theta, h) - h["eta"] * sign_of(rebuilt, s)

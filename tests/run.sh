@@ -9,6 +9,7 @@ set -euo pipefail
 # shellcheck source=launch/setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch/setup_env.sh"
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then show_help "$0" && exit 0; fi
 setup_env dev
 cd -- "$DS_OPTIM_ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -14,20 +14,24 @@ LEAST_ROUNDS = 2
 
 
 def at_least(option: str, value: float, least: float) -> None:
-    """Raise UserError where ``value`` is below ``least``."""
-    if value < least:
+    """Raise UserError where ``value`` is below ``least``, or no number."""
+    if not value >= least:
         raise UserError(f"{option}: {value:g} is too few; write {least:g} or more")
 
 
 def names(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """The comma-separated parts of ``text``, each one of ``known``, in the order written, each once."""
+    """The comma-separated parts of ``text``, each one of ``known``, in the order written, each once.
+
+    Capitals and underscores make no difference.
+    """
     parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
         raise UserError(f"{option}: nothing is named; write one or more of {', '.join(known)}")
+    by_word = {_word(name): name for name in known}
     for part in parts:
-        if part not in known:
+        if _word(part) not in by_word:
             raise UserError(f"{option}: unknown '{part}'; {_instead(part, known)}")
-    return parts
+    return list(dict.fromkeys(by_word[_word(part)] for part in parts))
 
 
 def stages(text: str) -> list[int]:
@@ -56,6 +60,11 @@ def device(name: str) -> tuple[torch.device, str | None]:
         raise UserError(f"--device: unknown '{name}'; {_instead(name, ('auto', 'cpu', 'cuda'))}")
     missing = name == "cuda" and not torch.cuda.is_available()
     return torch.device(name), "this machine has no CUDA device" if missing else None
+
+
+def _word(name: str) -> str:
+    """What two ways to write a name have in common: LionMuon is lion_muon in other commands."""
+    return name.lower().replace("_", "")
 
 
 def _instead(wrong: str, known: Iterable[str]) -> str:

@@ -44,10 +44,11 @@ def step(
     ] = None,
     out: Out = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Training steps and the optimizers' part in them, interleaved, against AdamW and DeepSpeed's Muon."""
     from ds_optim.bench import arguments, engines, output, step, tables
-    from ds_optim.bench.ranks import check_ranks, default_ranks
+    from ds_optim.bench.ranks import default_ranks
+    from ds_optim.train.compare_launch import check_ranks
 
     shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
     shape.check()
@@ -65,7 +66,7 @@ def step(
         traces=None if traces is None else traces.absolute(),
     )
     title = f"Training steps, {ranks} ranks, {shape}, {tokens} tokens a rank"
-    _run(
+    return _run(
         title,
         lambda: step.rows(settings, output.stamp()),
         tables.STEP,
@@ -86,10 +87,11 @@ def wire(
     vocabulary: Vocabulary = 4096,
     out: Out = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Bytes sent per rank and step beyond AdamW's, counted twice, beside the formula."""
     from ds_optim.bench import arguments, engines, output, tables, wire
-    from ds_optim.bench.ranks import check_ranks, default_ranks
+    from ds_optim.bench.ranks import default_ranks
+    from ds_optim.train.compare_launch import check_ranks
 
     shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
     shape.check()
@@ -103,7 +105,7 @@ def wire(
         shape=shape,
     )
     title = f"Bytes on the wire, {ranks} ranks, {shape}"
-    _run(
+    return _run(
         title,
         lambda: wire.rows(settings, output.stamp()),
         tables.WIRE,
@@ -137,7 +139,7 @@ def polar(
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Orthogonalization of a matrix: schedules, methods and dtypes against DeepSpeed's and the matrix rate."""
     from ds_optim.bench import arguments, output, polar, polar_table, tables
     from ds_optim.bench.limits import DTYPES
@@ -160,7 +162,7 @@ def polar(
         seconds=seconds,
         compiled=compiled,
     )
-    _run(
+    status = _run(
         f"Orthogonalization, {place.type}",
         lambda: polar.rows(settings, output.stamp()),
         tables.POLAR,
@@ -172,6 +174,7 @@ def polar(
     if store:
         for line in polar_table.measure_and_store(settings):
             typer.echo(line)
+    return status
 
 
 @app.command()
@@ -181,7 +184,7 @@ def elementwise(
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
-) -> None:
+) -> int:
     """One pass over a flat tensor: sign steps by momentum dtype, blends and updates, against fused AdamW and a copy."""
     from ds_optim.bench import arguments, elementwise, output, tables
 
@@ -189,7 +192,7 @@ def elementwise(
     arguments.at_least("--rounds", rounds, arguments.LEAST_ROUNDS)
     place, missing = arguments.device(device)
     settings = elementwise.ElementwiseSettings(device=place, missing=missing, elements=elements, rounds=rounds)
-    _run(
+    return _run(
         f"One flat tensor of {elements:,} elements, {place.type}",
         lambda: elementwise.rows(settings, output.stamp()),
         tables.ELEMENTWISE,
@@ -208,8 +211,8 @@ def _run(
     force: bool,
     name: str,
     group: Callable[[Row], str],
-) -> None:
-    """Measure, show, and write what ``out`` asks for."""
+) -> int:
+    """Measure, show, and write what ``out`` asks for. The status to exit with: 1 where nothing could be measured."""
     from ds_optim.bench import output, tables
 
     output.open_folder(out, force=force)
@@ -219,3 +222,4 @@ def _run(
         unit = "bytes" if name == "wire_bytes" else "ms"
         output.write(title, rows, spec, tables.bars(name, title, rows, group, unit), out)
         typer.echo(f"rows, table and plot: {out}")
+    return int(all("not_measured" in row.extra for row in rows))

@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ds_optim.errors import UserError
 from ds_optim.train.compare_launch import ForkserverLauncher, free_port, worker_environment
 from ds_optim.train.compare_worker import end_with_launcher, reason_line, redirect
 
@@ -31,17 +30,6 @@ def default_ranks() -> int:
     import torch
 
     return torch.cuda.device_count() or 4
-
-
-def check_ranks(ranks: int) -> None:
-    """Raise UserError where so many ranks cannot run here."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if ranks < 1:
-        raise UserError(f"--ranks: {ranks} is too few; write 1 or more")
-    if gpus and ranks > gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise UserError(f"--ranks: {ranks} ranks need as many GPUs and there are {gpus}; write {gpus} or fewer")
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

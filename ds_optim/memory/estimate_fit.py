@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable
@@ -14,17 +15,18 @@ USABLE = 0.9
 #: Numbers of ranks that are tried: up to one node of eight each, then whole nodes.
 RANKS = (*range(1, 9), *range(16, 129, 8), *range(160, 513, 32), *range(576, 1025, 64))
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>(?:[kmgt]i?)?b|[kmgt]i?|)\s*", re.IGNORECASE | re.ASCII)
 _LARGEST_BATCH = 1 << 20
 
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as "80GiB" or "80GB"; raises ``UserError`` for what is none."""
     found = _SIZE.fullmatch(text)
-    unit = found.group(2).lower() if found else "?"
-    if found is None or unit not in _UNITS or float(found.group(1)) == 0:
+    if found is None or not 0 < (number := float(found["number"])) < math.inf:
         raise UserError(f"{text!r} is no size of memory: write a number and its unit, such as 80GiB")
-    return int(float(found.group(1)) * _UNITS[unit])
+    if not found["unit"]:
+        raise UserError(f"{text!r} has no unit: write {text.strip()}GiB or {text.strip()}GB")
+    return int(number * _UNITS[found["unit"].lower().removesuffix("b")])
 
 
 def fits(memory: RankMemory, size: int, activations: int = 0) -> bool:

@@ -20,6 +20,7 @@ from ds_optim.sharding.layout import ParamSpec
 FROZEN = "frozen"
 #: Elements of one parameter of a model that is only a count: small beside any partition that matters.
 COUNT_PIECE = 1 << 22
+_MOST_PARAMETERS = 1e12
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -150,8 +151,8 @@ def shape_of_list(name: str, entries: Any) -> ModelShape:
 
 def shape_of_count(count: float) -> ModelShape:
     """A model that is nothing but so many parameters: vectors of at most ``COUNT_PIECE`` elements."""
-    if not math.isfinite(count) or count < 1:
-        raise UserError(f"params is {count!r}: write a number of parameters, such as 7.5e9")
+    if not 1 <= count <= _MOST_PARAMETERS:
+        raise UserError(f"params is {count!r}: write a number of parameters up to {_MOST_PARAMETERS:g}, such as 7.5e9")
     left = round(count)
     pieces: list[Parameter] = []
     while left:

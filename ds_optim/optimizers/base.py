@@ -24,7 +24,7 @@ from ds_optim.optimizers.elements import step_elements
 from ds_optim.optimizers.loading import unwrap, wrapped
 from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrices import MatrixWorker
-from ds_optim.optimizers.matrix_steps import step_matrices
+from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
 from ds_optim.optimizers.options import (
     CommonOptions,
     MatrixOptions,
@@ -41,6 +41,7 @@ from ds_optim.optimizers.rules import (
     SCALES_OF_MOMENTUM,
     STEP,
     Group,
+    MatrixSignUpdate,
     MatrixUpdate,
     ParameterUpdate,
 )
@@ -304,6 +305,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if isinstance(update, MatrixUpdate):
             opened = step_matrices(local, self._workers[number], update)
             done = opened if update.gate is not None else {}
+        elif isinstance(update, MatrixSignUpdate):
+            step_by_shaped_gradients(local, self._workers[number], update)
         elif isinstance(update, ParameterUpdate):
             done = step_parameters(local, rule, update)
         else:

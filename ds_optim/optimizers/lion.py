@@ -20,7 +20,9 @@ class Lion(ZeroOptimizer):
     """Lion, for every parameter.
 
     c = b1 m + (1 - b1) g;  theta <- theta (1 - lr wd) - lr sign(c);  m <- b2 m + (1 - b2) g,
-    with sign(0) = 0: a parameter without gradient and momentum stands still.
+    with sign(0) = 0: a parameter without gradient and momentum stands still. Decay comes before the update, and so is
+    of the weights that the gradient was taken at: the paper's theta - lr (sign(c) + wd theta). Example code that is
+    passed around decays after it, which shrinks the step just made by lr wd as well.
 
     Args:
         params: ``ds_optim.param_groups(model)``, named parameters, or parameters.

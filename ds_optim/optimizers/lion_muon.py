@@ -94,6 +94,9 @@ class LionMuon(ZeroOptimizer):
 class SignMuon(LionMuon):
     """LionMuon with b1 = b2: one running mean, orthogonalized every P-th step, its sign taken in between.
 
+    arXiv 2605.16311 gives the name to another rule, sign(polar(M)) at every step: that is
+    ``SpectralLion(betas=(b, b))`` here.
+
     Args: as :class:`LionMuon`, with one ``beta`` for both.
     """
 

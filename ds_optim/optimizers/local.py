@@ -72,7 +72,10 @@ class Local:
         """The gradient of a slice, to be read only."""
         gradient = self.g[held.tensor]
         assert gradient is not None
-        values = run(gradient, held)
+        return self.read(held, run(gradient, held))
+
+    def read(self, held: Slice, values: Tensor) -> Flat:
+        """Values of a slice, (n,) in fp32 or bfloat16, to be read only."""
         if values.dtype not in NARROW:
             return values
         return Bfloat16(rounding=self._rounding(held, self.step), values=values, writable=False)

@@ -13,13 +13,16 @@ from torch import Tensor
 from ds_optim.elementwise.blend import Blend, blend_into, direction_into, direction_squares
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.sign_rules import move_momentum
-from ds_optim.elementwise.steps import apply_update
+from ds_optim.elementwise.steps import apply_update, sign_step
 from ds_optim.matrix.shapes import smallest_gap
 from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.parameters import measured
-from ds_optim.optimizers.rules import Gate, MatrixUpdate, Measure, Piece
+from ds_optim.optimizers.rules import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece
 from ds_optim.sharding.layout import Slice
+
+_GRADIENT = Blend((0.0, 1.0), (0.0, 1.0))
+"""The gradient itself, as a direction."""
 
 Opened = Mapping[int, bool]
 """By parameter, whether its gate is open: of all, or of those that this rank holds a part of."""
@@ -49,6 +52,26 @@ def step_matrices(local: Local, worker: MatrixWorker, update: MatrixUpdate) -> O
 
     worker.run(fill, apply, update.scale, local.absent)
     return opened
+
+
+def step_by_shaped_gradients(local: Local, worker: MatrixWorker, update: MatrixSignUpdate) -> None:
+    """Carry out ``update`` on every matrix of a unit; momentum moves when its matrix's result is there."""
+
+    def fill(held: Slice, messages: Sequence[Tensor]) -> None:
+        blend_into(messages[0], None, local.gradient(held), _GRADIENT, local.scratch)
+
+    def apply(held: Slice, result: Tensor) -> None:
+        sign_step(
+            local.weights(held),
+            local.momentum(held),
+            local.read(held, result.to(local.p[held.tensor].device)),
+            blend=update.blend,
+            lr=update.lr,
+            decay=update.decay,
+            scratch=local.scratch,
+        )
+
+    worker.run(fill, apply, None, local.absent)
 
 
 def _step_raw(local: Local, update: MatrixUpdate) -> None:

@@ -38,7 +38,8 @@ class Muon(ZeroOptimizer):
         momentum: mu.
         nesterov: look one gradient ahead.
         scale: s for an (m, n) matrix, m = fan-out: "spectral" sqrt(max(1, m/n)), "match_rms_adamw"
-            0.2 sqrt(max(m, n)), "unit_rms" sqrt(m/n).
+            0.2 sqrt(max(m, n)), "unit_rms" sqrt(m/n). In Emerging-Optimizers and Megatron "spectral" is another,
+            sqrt(max(m, n)), and this one "shape_scaling": take no rate from there to "spectral" here.
         weight_decay: decoupled; none by default, as in the source.
 
     Keeps one fp32 value a parameter (``aux="adamw"``: two on what is no matrix). At stage 3 a step moves

@@ -1,6 +1,6 @@
 """What a step does to the parameters of a group, as data.
 
-A rule reads a group's hyperparameters and the step count and answers with one of four updates; the driver
+A rule reads a group's hyperparameters and the step count and answers with one of five updates; the driver
 in ``base.py`` carries them out on whatever tensors there are. Most direction rules of this family are linear
 in momentum and gradient, which is what a :class:`Blend` holds.
 """
@@ -53,6 +53,18 @@ class MatrixUpdate:
     decay: float
     scale: str | None
     gate: Gate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixSignUpdate:
+    """theta <- theta (1 - lr decay) - lr sign(direction), with F(G) in the place of the gradient G in the blend.
+
+    F is the rule's shape, of each matrix of the view: what comes back from its owner is blended where it is applied.
+    """
+
+    blend: Blend
+    lr: float
+    decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +160,7 @@ class ParameterUpdate:
     decay: float = 0.0
 
 
-Update = SignUpdate | MatrixUpdate | AdamWUpdate | ParameterUpdate
+Update = SignUpdate | MatrixUpdate | MatrixSignUpdate | AdamWUpdate | ParameterUpdate
 
 
 @dataclass(frozen=True)

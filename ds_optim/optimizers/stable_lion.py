@@ -60,7 +60,8 @@ class StableLion(ZeroOptimizer):
             Lion at tau times lr; ``diagnostics`` says of how many parameters ("saturated trust ratios").
         layer_scales: {pattern: factor}; lr_l is lr times the factor of the first pattern found in the name.
 
-    The source leaves m open. Ours: Lion's c in the sign, the norm of the gradient as the optimizer gets it
+    The source writes sign(m) and leaves m open. Ours: Lion's c in the sign (``betas=(b, b)`` makes it the literal
+    sign(m): c is the new m then, Signum's direction), the norm of the gradient as the optimizer gets it
     (clipped), ratio 1 where either norm is 0, decay without the ratio.
 
     Keeps one fp32 value a parameter; a step joins two sums a parameter tensor (16 bytes) in one all-reduce.

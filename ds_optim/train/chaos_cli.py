@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ds_optim.errors import UserError
 
 
 def chaos(
@@ -22,6 +25,8 @@ def chaos(
     """
     from ds_optim.train.chaos import ChaosSettings, run_chaos, table_of
 
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--folder {str(folder)!r} is no folder that can be written to: make it first")
     settings = ChaosSettings(kills=kills, seed=seed, lanes=min(lanes, kills), folder=folder)
     outcomes = run_chaos(settings, lambda line: print(line, file=sys.stderr, flush=True))
     print_rows(f"{kills} random kill points, seed {seed}", table_of(outcomes))

@@ -46,7 +46,7 @@ class CompareSettings(BaseModel):
     micro_batch: int | None = None
     accumulation: int = Field(1, ge=1)
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     eval_batches: int | None = None
     optimizer_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     timeout: float = Field(900.0, gt=0, description="seconds that a cell may take")

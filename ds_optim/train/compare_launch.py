@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ds_optim.errors import UserError
 from ds_optim.survival.extensions import use_own_folder
 from ds_optim.train.compare_worker import FAILURE_FILE, LOG_FILE, build_ops, work
 
@@ -40,6 +41,8 @@ PRELOAD = (
 _SETTLE_S = 1.0
 _TERMINATE_S = 1.0
 _BUILD_S = 900.0
+#: More processes than this on a machine's cores are a typing error, and would take all of its memory.
+_RANKS_A_CORE, _LEAST_MOST_RANKS = 8, 64
 _COLLECTIVES_OP = "ShareMemCommBuilder"
 _ADAM_OP = "FusedAdamBuilder"
 #: What a rank says when it was another rank that ended: not the reason.
@@ -66,6 +69,20 @@ class CellOutcome:
 #: Runs a cell to its end, well or badly, and leaves no process behind. Another launcher (over nodes, by the deepspeed
 #: launcher) starts ``python -m ds_optim.train.compare_worker FOLDER`` on each rank, with RANK and WORLD_SIZE set.
 CellLauncher = Callable[[CellJob], CellOutcome]
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise UserError where so many ranks cannot run on this machine."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    most = max(_LEAST_MOST_RANKS, _RANKS_A_CORE * (os.cpu_count() or 1))
+    if ranks < 1:
+        raise UserError(f"--ranks: {ranks} is too few; write 1 or more")
+    if gpus and ranks > gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise UserError(f"--ranks: {ranks} ranks need as many GPUs and there are {gpus}; write {gpus} or fewer")
+    if ranks > most:
+        raise UserError(f"--ranks: {ranks} ranks are too many for this machine's cores; write {most} or fewer")
 
 
 class ForkserverLauncher:

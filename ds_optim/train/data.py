@@ -14,7 +14,7 @@ from ds_optim.train import ranks
 from ds_optim.train.batches import Batches, BatchShape, PackedBatches, StreamBatches, window_count
 from ds_optim.train.settings import TrainSettings
 from ds_optim.train.split import kept, split_documents, training_index
-from ds_optim.train.text_source import is_streamed, load_documents, stream_documents
+from ds_optim.train.text_source import is_streamed, left_out, load_documents, stream_documents
 from ds_optim.train.tokens import (
     BpeTokenizer,
     ByteTokenizer,
@@ -47,6 +47,7 @@ def load_data(settings: TrainSettings, shape: BatchShape) -> TextData:
     if is_streamed(settings.data):
         return _streamed(settings, shape)
     train, held, note = ranks.together(lambda: split_documents(load_documents(settings.data)))
+    left = ranks.together(lambda: left_out(settings.data))
     tokenizer = _make_tokenizer(settings, train)
     ids, validation = ranks.together(lambda: (encode_documents(tokenizer, train), encode_documents(tokenizer, held)))
     ranks.together(lambda: _check_length(settings, ids, "training"))
@@ -58,7 +59,7 @@ def load_data(settings: TrainSettings, shape: BatchShape) -> TextData:
         unigram_entropy=unigram_entropy(validation),
         vocab_size=tokenizer.vocab_size,
         eos=tokenizer.eos,
-        notes=(note,) if note else (),
+        notes=tuple(line for line in (left, note) if line is not None),
     )
 
 
@@ -76,13 +77,15 @@ def _streamed(settings: TrainSettings, shape: BatchShape) -> TextData:
     validation = ranks.together(lambda: _stream_validation(settings.data, tokenizer, wanted))
     ranks.together(lambda: _check_length(settings, validation, "validation"))
     ranks.same_everywhere("the text of --data", _digest(validation))
+    left = ranks.together(lambda: left_out(settings.data))
+    note = f"validation text: the first {validation.size:,} tokens of held-out documents of the stream"
     return TextData(
         batches=StreamBatches(lambda first: (encode_documents(tokenizer, [text]) for text in documents(first)), shape),
         validation=validation,
         unigram_entropy=unigram_entropy(validation),
         vocab_size=tokenizer.vocab_size,
         eos=tokenizer.eos,
-        notes=(f"validation text: the first {validation.size:,} tokens of held-out documents of the stream",),
+        notes=tuple(line for line in (left, note) if line is not None),
     )
 
 

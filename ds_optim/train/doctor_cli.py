@@ -17,6 +17,8 @@ from ds_optim.errors import UserError
 if TYPE_CHECKING:
     from ds_optim.train.doctor import Examination
 
+_MOST_S = 86_400.0
+
 
 def doctor(
     config: Annotated[
@@ -32,10 +34,13 @@ def doctor(
     Exits with 0 if all is fine, 1 if there is something to do, 2 for a mistake in the command. Over nodes:
     bash launch/hostfile.sh --hostfile FILE doctor --config ds.json
     """
-    if timeout <= 0:
-        raise UserError(f"--timeout is {timeout:g}: write seconds, more than 0")
+    if not 0 < timeout <= _MOST_S:
+        raise UserError(f"--timeout is {timeout:g}: write seconds, more than 0 and up to {_MOST_S:g}")
     if config is not None and config.is_dir():
         raise UserError(f"--config {str(config)!r} is a folder: name the JSON in it")
+    # Over nodes, that a file is missing on one of them is a finding.
+    if config is not None and not config.exists() and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError(f"cannot read the config {str(config)!r}: no such file")
     from ds_optim.train.doctor import DoctorSettings, examine, ranks_variable
 
     with _stdout_for_findings():

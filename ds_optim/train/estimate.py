@@ -48,6 +48,8 @@ class EstimateRequest:
         for name in self.optimizer_params:
             if name not in self.optimizers:
                 raise UserError(f"optimizer_params names {name!r}, which is not estimated: add it to --optimizers")
+            if not isinstance(self.optimizer_params[name], Mapping):
+                raise UserError(f'optimizer_params of {name!r} are no JSON object such as {{"lr": 0.001}}')
 
     @property
     def sequence_bytes(self) -> int:

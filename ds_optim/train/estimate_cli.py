@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ds_optim.memory.estimate_model import ModelShape
     from ds_optim.train.estimate import EstimateRequest
 
+_MOST_RANKS = 100_000
+
 
 def estimate(
     model: Annotated[
@@ -66,7 +68,7 @@ def estimate(
         model=shape,
         optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
         momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
-        stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0))),
+        stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0, most=3))),
         ranks=_ranks(ranks, nodes, gpus_per_node),
         zero=_sharded(zero, offload=offload, bf16_masters=bf16_masters or _bf16_masters(loaded)),
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
@@ -154,12 +156,14 @@ def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[in
     return tuple(dict.fromkeys(count * gpus_per_node for count in numbers("--nodes", nodes, least=1)))
 
 
-def numbers(flag: str, text: str, *, least: int) -> list[int]:
+def numbers(flag: str, text: str, *, least: int, most: int = _MOST_RANKS) -> list[int]:
     """The whole numbers of a comma-separated list; raises ``UserError`` for anything else."""
     found = []
     for part in _parts(flag, text):
-        if not part.isdecimal() or int(part) < least:
-            raise UserError(f"{flag}: {part!r} is no whole number from {least}; write a list such as 1,2")
+        if not part.isdecimal() or not least <= int(part) <= most:
+            raise UserError(
+                f"{flag}: {part!r} is no whole number from {least} to {most:,}; write a list such as 1,2"
+            )
         found.append(int(part))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from ds_optim.errors import UserError
+from ds_optim.train.settings import did_you_mean
 
 #: Files in which a batch system or an MPI names a job's hosts; in most of them a line is a slot.
 HOST_FILES = (
@@ -22,7 +24,11 @@ HOST_FILES = (
 )
 _MPI_SIZE = "OMPI_COMM_WORLD_SIZE"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
-_LINE = re.compile(r"(?P<host>[^\s:]+)(?:\s+slots\s*=\s*(?P<slots>\S+)|:(?P<count>\S+))?(?:\s.*)?")
+_MOST = 100_000
+"""Of nodes and of ranks of one: more are a typing error, and would take long to write."""
+_USER = re.compile(r"[A-Za-z0-9._-]+@")
+#: What OpenMPI and MPICH may say of a host beside its slots, and what changes nothing here.
+_BESIDE = ("max_slots", "slots_max", "binding", "ifname")
 
 
 @dataclass(frozen=True)
@@ -104,22 +110,47 @@ def from_list(text: str, slots: int | None = None) -> list[Host]:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file with lines ``name slots=N``, ``name:N`` or, once for each slot, ``name``."""
+    """The hosts of a file with lines ``name slots=N``, ``name:N`` or, once for each slot, ``name``; as in MPI, a host
+    on several lines has the slots of all. ``name`` may be ``user@name`` or an address, with ``:N`` ``[address]:N``.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the hostfile {str(path)!r}: {error.strerror}") from None
-    names: list[str] = []
-    for index, line in enumerate(lines):
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the hostfile {str(path)!r}: {getattr(error, 'strerror', 'no text')}") from None
+    counts: dict[str, int] = {}
+    for index, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        found = _LINE.fullmatch(text)
-        if found is None:
-            raise UserError(f"{path}, line {index + 1}: {text!r} is not 'NAME slots=N'")
-        count = found["slots"] or found["count"] or "1"
-        names += [found["host"]] * _number(count, f"{path}, line {index + 1}")
-    return checked(_counted(names))
+        if text:
+            host = _host_of(text, f"{path}, line {index}")
+            counts[host.name] = counts.get(host.name, 0) + host.slots
+    return checked([Host(name, count) for name, count in counts.items()])
+
+
+def _host_of(text: str, where: str) -> Host:
+    """The host of a line. What is not understood is an error: a slot too few is ranks that never start."""
+    first, *words = re.sub(r"\s*=\s*", "=", text).split()
+    name, count = _address(first)
+    for word in words:
+        key, equals, value = word.partition("=")
+        known = key.lower().replace("-", "_")
+        if not equals or known not in ("slots", *_BESIDE):
+            near = did_you_mean(known, ["slots"]) if equals else ""
+            raise UserError(f"{where}: {word!r} is unknown{near}; write '{name} slots=N'")
+        if known == "slots" and count is not None:
+            raise UserError(f"{where}: {text!r} says twice how many slots; write '{name} slots=N'")
+        count = value if known == "slots" else count
+    if count is None and any(word.partition("=")[0] not in ("binding", "ifname") for word in words):
+        raise UserError(f"{where}: {text!r} says how many slots at most, not how many; write '{name} slots=N'")
+    return Host(name, _number("1" if count is None else count, where))
+
+
+def _address(word: str) -> tuple[str, str | None]:
+    """``name``, ``name:N``, an IPv6 address or ``[address]:N``, and the N of it."""
+    bracketed = re.fullmatch(r"((?:[^@]*@)?)\[([^\[\]]*)\](?::(.*))?", word)
+    if bracketed is not None:
+        return bracketed[1] + bracketed[2], bracketed[3]
+    name, colon, count = word.partition(":")
+    return (word, None) if word.count(":") > 1 else (name, count if colon else None)
 
 
 def checked(hosts: list[Host]) -> list[Host]:
@@ -128,14 +159,22 @@ def checked(hosts: list[Host]) -> list[Host]:
         raise UserError("no nodes: write a list such as node1:8,node2:8")
     seen: set[str] = set()
     for host in hosts:
-        if not _NAME.fullmatch(host.name):
+        name = _USER.sub("", host.name, count=1)
+        if not _NAME.fullmatch(name) and not _is_ipv6(name):
             raise UserError(f"{host.name!r} is no name of a host")
         if host.slots < 1:
             raise UserError(f"{host.name} has {host.slots} ranks; write 1 or more")
-        if host.name in seen:
-            raise UserError(f"{host.name} stands there twice; write it once, with all its ranks")
-        seen.add(host.name)
+        if name in seen:
+            raise UserError(f"{name} stands there twice; write it once, with all its ranks")
+        seen.add(name)
     return hosts
+
+
+def _is_ipv6(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).version == 6
+    except ValueError:
+        return False
 
 
 def expand(text: str, where: str) -> list[str]:
@@ -159,8 +198,10 @@ def _range(text: str, where: str) -> list[str]:
     numbers: list[str] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise UserError(f"[{text}] in {where} is no range; write such as [1-4,7]")
+        if int(last or first) - int(first) > _MOST:
+            raise UserError(f"[{text}] in {where} is a range of more than {_MOST:,} nodes")
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
     return numbers
 
@@ -183,7 +224,7 @@ def _gpus(text: str, nodes: int) -> list[int]:
 
 
 def _number(text: str, where: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST:
         raise UserError(f"{where}: {text!r} is no number of ranks; write 1 or more")
     return int(text)
 
@@ -203,6 +244,6 @@ def _names_of_ranks(size: int) -> list[str]:
     try:
         from mpi4py import MPI
     except ImportError:
-        raise UserError("mpirun started this, and mpi4py is missing: pip install 'ds-optim[mpi]'") from None
+        raise UserError("mpirun started this, and mpi4py is missing: pip install mpi4py") from None
     names: list[str] = MPI.COMM_WORLD.allgather(MPI.Get_processor_name())
     return names

@@ -49,6 +49,7 @@ def join(*, check_code: bool = True) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     accelerator = deepspeed.get_accelerator()
+    check_device(accelerator)
     port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT is {port!r}: give the launcher a port from 1 to 65535")
@@ -91,6 +92,17 @@ def join_timeout() -> float:
 def is_echo(error: BaseException) -> bool:
     """Whether an exception of this rank is but the loss of another one."""
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BROKEN)
+
+
+def check_device(accelerator: Any) -> None:
+    """Raise UserError where this rank's accelerator is not there."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or local + 1)
+    if accelerator.device_name() != "cpu" and max(ranks_here, local + 1) > count:
+        raise UserError(
+            f"{ranks_here} ranks on {socket.gethostname()} need as many devices, and {accelerator.device_name()} has"
+            f" {count}: start {count} or fewer on a node, or set DS_ACCELERATOR=cpu"
+        )
 
 
 def same_code() -> None:

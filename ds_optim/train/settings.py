@@ -35,12 +35,12 @@ class TrainSettings(BaseModel):
     warmup: int = Field(10, ge=0)
     optimizer: str = "lion_muon"
     optimizer_params: dict[str, Any] = Field(default_factory=dict)
-    lr: float | None = Field(None, ge=0)
+    lr: float | None = Field(None, ge=0, allow_inf_nan=False)
     tuned: bool = True
     stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    clip: float = Field(1.0, ge=0)
-    seed: int = Field(0, ge=0)
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, lt=2**63)
     eval_every: int = Field(0, ge=0)
     eval_batches: int = Field(8, ge=1)
     save_every: int = Field(0, ge=0)
@@ -51,8 +51,8 @@ class TrainSettings(BaseModel):
     out: Path | None = None
     tensorboard: bool = False
     zero_init: bool = False
-    time_limit_s: float | None = Field(None, gt=0)
-    hang_timeout: float = Field(600.0, ge=0)
+    time_limit_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    hang_timeout: float = Field(600.0, ge=0, allow_inf_nan=False)
     max_skips: int = Field(50, ge=0)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
 
@@ -90,7 +90,7 @@ class TrainSettings(BaseModel):
         kind, _, rest = value.partition(":")
         if value == "bytes" or (kind == "hf" and rest):
             return value
-        if kind == "bpe" and rest.isdigit() and int(rest) > 256:
+        if kind == "bpe" and rest.isdecimal() and int(rest) > 256:
             return value
         raise ValueError(f"unknown tokenizer {value!r}; write bytes, bpe:N with N over 256, or hf:DIRECTORY")
 

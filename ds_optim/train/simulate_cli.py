@@ -21,6 +21,7 @@ def simulate(
         typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="One whose matrices travel: muon, lion_muon, spectral_lion.")] = "muon",
+    count: Annotated[str | None, typer.Option("--params", hidden=True)] = None,
     stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "1,2,3",
     ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "8,64,512",
     ranks_per_node: Annotated[int, typer.Option(help="Ranks of a node: bytes inside and between are told apart.")] = 8,
@@ -43,11 +44,13 @@ def simulate(
 
     if ranks_per_node < 1:
         raise UserError(f"--ranks-per-node is {ranks_per_node}: write a whole number from 1")
+    if model is None or count is not None:
+        raise UserError("give --model (a preset, a config, a parameter list): a number of parameters has no matrices")
     shape = load_shape(model, None)
     params = {} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params")
     settings = [
         ZeroSettings(stage=stage, ranks=count, dtype=dtype)
-        for stage in dict.fromkeys(numbers("--stages", stages, least=0))
+        for stage in dict.fromkeys(numbers("--stages", stages, least=0, most=3))
         for count in dict.fromkeys(numbers("--ranks", ranks, least=1))
     ]
     plan = plan_optimizer(shape, optimizer, params, weights=TORCH_DTYPES[dtype])

@@ -20,7 +20,7 @@ from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, 
 from ds_optim.survival.results import holds, refuse
 from ds_optim.survival.run_lock import RunLock
 from ds_optim.train.compare_cells import Cell, CompareSettings
-from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
+from ds_optim.train.compare_launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher, check_ranks
 from ds_optim.train.compare_nodes import launcher_from
 from ds_optim.train.compare_worker import CELL_FILE, RESULT_FILE
 from ds_optim.train.exits import Preempted
@@ -83,6 +83,8 @@ def _run_sweep(sweep: Sweep, launcher: CellLauncher | None) -> tuple[list[Row], 
     local = ForkserverLauncher(settings.ranks) if launcher is None else None
     launch = launcher or local
     assert launch is not None
+    if local is not None:
+        check_ranks(settings.ranks)
     cells = sweep.plan()
     info = sweep.describe(cells[0])
     rows = _kept(info, settings) if settings.resume else []

@@ -52,7 +52,8 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     stage = _stage_of([m.parameter for group in trained for m in group], caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
-    raise_everywhere(_settings_problem(caller, trained) or _groups_problem(stage, trained, groups), comm)
+    problem = _settings_problem(caller, trained) or _frozen_problem(stage, members)
+    raise_everywhere(problem or _groups_problem(stage, trained, groups), comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
         announce_routes(optimizer, groups)
@@ -97,6 +98,22 @@ def _settings_problem(caller: Caller | None, trained: Sequence[Sequence[Member]]
                 check_engine(caller.engine)
     except UserError as error:
         return error
+    return None
+
+
+def _frozen_problem(stage: int, members: Sequence[Sequence[Member]]) -> RuntimeError | None:
+    """Where ZeRO made its partitions of other parameters than are trainable now."""
+    for member in (m for group in members for m in group if stage and m.spec.numel):
+        p: Any = member.parameter
+        made = hasattr(p, "_hp_mapping")
+        if stage == 3:
+            zero = getattr(p, "_z3_optimizer", None)
+            made = zero is not None and zero.get_param_id(p) in _attribute(zero, "grad_position")
+        if made != p.requires_grad:
+            return RuntimeError(
+                f"{member.spec.name} was {'trainable' if made else 'frozen'} at deepspeed.initialize and is not now: "
+                f"{_FREEZE_HINT}. A parameter that gets no gradient in some steps needs no freezing"
+            )
     return None
 
 

@@ -36,6 +36,7 @@ _WRITE = {
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
+    "finite": "a finite number",
     "string": "a string",
     "list": "a list",
     "dict": "an object of settings",

@@ -182,7 +182,7 @@ def test_compare_by_other_launchers(cluster: Cluster, tmp_path: Path, launcher: 
     compare = [*arguments.split(), "--out", str(out)]
     if launcher == "openmpi":
         if importlib.util.find_spec("mpi4py") is None:
-            pytest.skip("mpi4py is not installed: pip install 'ds-optim[mpi]'")
+            pytest.skip("mpi4py is not installed: pip install mpi4py")
         script = str(REPOSITORY / "launch" / "openmpi.sh")
         command = ["bash", script, "--hostfile", str(cluster.hostfile(1)), *compare]
     else:

@@ -295,17 +295,22 @@ def test_unusual_parameters_train_in_16_bits() -> None:
                     assert not still, f"{case.label}: {name} stands still"
 
 
-def test_ds_optim_survives_a_model_that_freezes_between() -> None:
-    """A parameter frozen after initialize is an error with a hint, not a wrong step."""
-    for outcome in run_ranks(2, freeze_late, expect_error=True):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ds_optim_survives_a_model_that_freezes_between(stage: int, tied: bool) -> None:
+    """A parameter frozen after initialize, here every other one, is an error with a hint, not a wrong step."""
+    for outcome in run_ranks(2, freeze_late, stage, tied, expect_error=True):
         assert outcome.error_type == "RuntimeError", outcome.traceback
+        assert "weight was trainable at deepspeed.initialize and is not now" in outcome.message
         assert "freeze and unfreeze parameters before deepspeed.initialize" in outcome.message
+        assert "needs no freezing" in outcome.message
 
 
-def freeze_late(rank: int, world_size: int) -> None:
+def freeze_late(rank: int, world_size: int, stage: int, tied: bool) -> None:
     quiet()
-    model = Net().to(device())
-    engine = ds_optim.initialize(model=model, config=Cell(stage=2).json(world_size, MUON))[0]
+    model = (Tied if tied else Net)().to(device())
+    engine = ds_optim.initialize(model=model, config=Cell(stage=stage).json(world_size, MUON))[0]
     engine.backward(loss_of(engine, data(0)[rank::world_size].to(device())))
-    model.first.weight.requires_grad_(False)
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
     engine.step()

@@ -37,6 +37,7 @@ RESUMED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "StableLion": (optimizer("StableLion", trust_ratio_max=100.0), (0, 3)),
     "MiMuon": (optimizer("MiMuon", tau=0.02, **FP32), (0, 2, 3)),
     "SpectralLion": (optimizer("SpectralLion"), (0, 1, 3)),
+    "SpectralLion gradient": (optimizer("SpectralLion", basis="gradient", momentum_dtype="int8"), (0, 1, 3)),
     "Lamb": (optimizer("Lamb"), (0, 1, 2, 3)),
     "CautiousLion": (optimizer("CautiousLion"), (0, 3)),
     # Of five steps this seed makes the first and the last spectral: a count that starts anew would be seen.

@@ -212,6 +212,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Muon": ("Muon", {}),
     "SpectralLion": ("SpectralLion", {"basis": "weight"}),
     "SpectralLion-momentum": ("SpectralLion", {"basis": "momentum"}),
+    "SpectralLion-gradient": ("SpectralLion", {"basis": "gradient", "momentum_dtype": "int8"}),
     "transposed": ("Muon", {"views": [{"match": "weight", "transpose": True}]}),
     "signs, transposed": ("SpectralLion", {"basis": "momentum", "views": [{"match": "weight", "transpose": True}]}),
 }

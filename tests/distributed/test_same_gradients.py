@@ -49,6 +49,10 @@ OPTIMIZERS: dict[str, Run] = {
     "MiMuon-gap": Run(type="MiMuon", params={"polar": FP32, "tau": 8e-3, "gate": "singular_gap"}),
     "SpectralLion": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "weight"}),
     "SpectralLion-momentum": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "momentum", "polar": BF16}),
+    "SpectralLion-gradient": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "gradient"}),
+    "SpectralLion-gradient-bfloat16": Run(
+        type="SpectralLion", params={"lr": 1e-3, "basis": "gradient", "polar": BF16, "momentum_dtype": "bfloat16"}
+    ),
     "Lamb": Run(type="Lamb", params={"lr": 1e-2}),
     "StableAdamW": Run(type="StableAdamW", params={"lr": 1e-3}),
 }

@@ -52,6 +52,7 @@ OPTIMIZERS: dict[str, tuple[Run, int, int]] = {
     "MiMuon": (Run(type="MiMuon", params={"polar": BF16}), 4, 4),
     "SpectralLion": (Run(type="SpectralLion", params={"polar": BF16, "basis": "weight"}), 4, 4),
     "SpectralLion-momentum": (Run(type="SpectralLion", params={"polar": BF16, "basis": "momentum"}), 4, 4),
+    "SpectralLion-gradient": (Run(type="SpectralLion", params={"polar": BF16, "basis": "gradient"}), 4, 4),
     "Lamb": (Run(type="Lamb"), 8, 8),
     "StableAdamW": (Run(type="StableAdamW"), 8, 8),
 }
@@ -64,7 +65,7 @@ JOINED = {
 # How many of the counted steps of an optimizer send matrices; none of those not named here.
 SENDING = {
     **dict.fromkeys(["Muon", "Muon-aux_adamw", "Muon-bfloat16", "Muonlight", "MiMuon"], STEPS),
-    **dict.fromkeys(["SpectralLion", "SpectralLion-momentum"], STEPS),
+    **dict.fromkeys(["SpectralLion", "SpectralLion-momentum", "SpectralLion-gradient"], STEPS),
     **dict.fromkeys(["LionMuon", "LionMuon-int8", "SignMuon"], STEPS // 2),
 }
 # Bytes of an element on its way to the owner and back, where it is not 2 and 2: a sign is one byte.

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from ds_optim.cli import main, take_local_rank
-from ds_optim.train.settings import split_list
+from ds_optim.bench.arguments import names
+from ds_optim.cli import fail, main, print_result, take_local_rank
+from ds_optim.errors import UserError
+from ds_optim.train import ranks
+from ds_optim.train.results import TrainResult
+from ds_optim.train.said import is_first_to_say
+from ds_optim.train.settings import make_settings, split_list
 
 
 def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -35,6 +42,12 @@ def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--stage 4", "stage"),
         ("--dtype float16", "dtype"),
         ("--lr -1", "lr is -1.0: write a number greater than or equal to 0"),
+        ("--lr inf", "lr is inf: write a finite number"),
+        ("--clip nan", "clip is nan: write a finite number"),
+        ("--time-limit-s inf", "time_limit_s is inf: write a finite number"),
+        ("--hang-timeout inf", "hang_timeout is inf: write a finite number"),
+        ("--seed 99999999999999999999", "seed is 99999999999999999999: write a number less than 9223372036854775808"),
+        ("--tokenizer bpe:²²²", "unknown tokenizer 'bpe:²²²'"),
         ("--warmup 10 --steps 10", "warmup of 10 steps leaves nothing"),
         ("--tokenizer bpe:12", "unknown tokenizer"),
         ("--model x --preset qwen3-tiny", "a preset or a model, not both"),
@@ -96,6 +109,144 @@ def test_json_with_a_missing_brace_names_its_line(capsys: pytest.CaptureFixture[
     path = tmp_path / "ds.json"
     path.write_text('{"bf16":\n{"enabled": true}\n')
     assert "is not JSON" in failing_line(capsys, "train", "--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("estimate --params 7e9 --gpu-memory 80", "'80' has no unit: write 80GiB or 80GB"),
+        ("estimate --params 7e9 --gpu-memory 80gig", "'80gig' is no size of memory"),
+        ("estimate --params 7e9 --gpu-memory 0GiB", "'0GiB' is no size of memory"),
+        (f"estimate --params 7e9 --gpu-memory 1{'0' * 400}GiB", "is no size of memory"),
+        ("simulate --params 7e9", "give --model (a preset, a config, a parameter list): a number"),
+        ("simulate", "give --model"),
+        ("compare --ranks 100000", "100000 ranks are too many for this machine's cores"),
+        ("memory --ranks 100000", "100000 ranks are too many for this machine's cores"),
+        ("bench wire --ranks 100000", "100000 ranks are too many for this machine's cores"),
+        ("bench step --cases adamv", "--cases: unknown 'adamv'; did you mean 'AdamW'?"),
+        ("estimate --params 1e30", "params is 1e+30: write a number of parameters up to 1e+12"),
+        ("estimate --params nan", "params is nan: write a number of parameters"),
+        ("estimate --params 7e9 --ranks 9999999999999", "'9999999999999' is no whole number from 1 to 100,000"),
+        ("estimate --params 7e9 --stages 4", "--stages: '4' is no whole number from 0 to 3"),
+        ('estimate --params 7e9 --optimizer-params {"lion":3}', "optimizer_params of 'lion' are no JSON object"),
+        ("bench polar --seconds nan", "--seconds: nan is too few; write 0.001 or more"),
+        ("bench step --rounds 0", "--rounds: 0 is too few; write 1 or more"),
+        ("doctor --timeout nan", "--timeout is nan: write seconds"),
+        ("doctor --timeout inf", "--timeout is inf: write seconds"),
+        ("hostfile node[1-99999999999]:8", "a range of more than 100,000 nodes"),
+        ("hostfile node1:99999999999", "'99999999999' is no number of ranks"),
+        ("chaos --folder /nowhere", "--folder '/nowhere' is no folder that can be written to"),
+        ("doctor --config /nope", "cannot read the config '/nope': no such file"),
+    ],
+)
+def test_mistake_in_another_command_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failing_line(capsys, *arguments.split(" "))
+
+
+def test_bench_takes_the_names_of_the_other_commands() -> None:
+    known = ("AdamW", "deepspeed:Muon", "LionMuon", "SpectralLion-momentum")
+    assert names("--cases", "adamw,lion_muon,DeepSpeed:muon,AdamW", known) == ["AdamW", "LionMuon", "deepspeed:Muon"]
+
+
+def test_a_benchmark_of_nothing_has_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["polar", "--shapes", "8x8"], ["elementwise", "--elements", "256"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["bench", *arguments, "--device", "cuda"])
+        assert caught.value.code == 1
+        assert "not measured: this machine has no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_without_a_command_help_is_shown_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert "Usage: ds-optim" in output.out
+    assert output.err == ""
+
+
+def test_version_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert not caught.value.code
+    assert re.fullmatch(r"ds-optim \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_run_with_nothing_left_to_do_prints_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    nan = float("nan")
+    result = TrainResult(
+        val_loss=2.0, unigram_entropy=3.0, ms_per_step=nan, tokens_per_s=nan, steps=9, parameters=10, losses=[],
+        val_losses={9: 2.0}, skipped_steps=0, peak_memory_bytes=1,
+    )  # fmt: skip
+    print_result(result, make_settings())
+    printed = capsys.readouterr().out
+    assert "nan" not in printed.replace("nats", "")
+    assert printed.count("no step was left to do") == 2
+
+
+def test_ranks_of_a_node_say_a_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def said(rank: str | None, line: str) -> str:
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            fail(line)
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    line = "ds-optim: error: one\n"
+    assert [said(rank, "one") for rank in ("1", "0", "2", "1")] == [line, "", "", line]
+    assert said("0", "another") == "ds-optim: error: another\n"
+    assert said(None, "one") == line
+    for path in tmp_path.iterdir():  # a minute later it is another run's
+        os.utime(path, (0, 0))
+    assert said("0", "one") == line
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_no_mark_can_be_left_every_rank_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert all(is_first_to_say("one", {"RANK": rank}) for rank in ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, "4 ranks on .* need as many devices, and cuda has 2"),
+        ({"LOCAL_RANK": "3", "LOCAL_SIZE": "4"}, "4 ranks on"),
+        ({"LOCAL_RANK": "2"}, "3 ranks on .* start 2 or fewer on a node, or set DS_ACCELERATOR=cpu"),
+        ({"LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, None),
+    ],
+)
+def test_more_ranks_than_devices_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], line: str | None
+) -> None:
+    class Cuda:
+        def device_name(self) -> str:
+            return "cuda"
+
+        def device_count(self) -> int:
+            return 2
+
+    for name in ("LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if line is None:
+        ranks.check_device(Cuda())
+        return
+    with pytest.raises(UserError, match=line):
+        ranks.check_device(Cuda())
 
 
 def test_launchers_local_rank_is_taken_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:

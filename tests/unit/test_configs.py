@@ -13,6 +13,10 @@ import torch
 
 import ds_optim
 from ds_optim.optimizers import OPTIMIZERS
+from ds_optim.train.deepspeed_json import settings_from_json
+from ds_optim.train.models import build_model, preset_config
+from ds_optim.train.presets import PRESETS
+from ds_optim.train.settings import make_settings
 from tests.distributed.harness import device, run_ranks
 from tests.distributed.models import TinyNet, batch, share
 
@@ -108,6 +112,23 @@ def test_from_config_builds_what_the_file_says(name: str) -> None:
     params = config["optimizer"]["params"]
     assert [group["lr"] for group in optimizer.param_groups] == [params["lr"]] * len(optimizer.param_groups)
     assert params["weight_decay"] in [group["weight_decay"] for group in optimizer.param_groups]
+
+
+def test_the_whole_config_of_the_readme_fits_the_preset_that_it_names() -> None:
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## A whole config")[2].partition("\n## ")[0]
+    config = json.loads(section.partition("```json")[2].partition("```")[0])
+    preset = next(name for name in PRESETS if f"`{name}`" in section)
+    with torch.device("meta"):
+        model = build_model(preset_config(preset, PRESETS[preset].vocab_size or 257, 8), 0)
+    optimizer, rest = ds_optim.from_config(model, config)
+    assert isinstance(optimizer, ds_optim.LionMuon)
+    viewed = {m.spec.name: m.view for members in optimizer.members for m in members if m.view is not None}
+    assert {name for name, view in viewed.items() if view.matrices()[0][0] == 12} == {
+        f"model.layers.{layer}.self_attn.{which}_proj.weight" for layer in range(12) for which in "qk"
+    }
+    assert make_settings(**settings_from_json(config, {"preset": preset})).stage == 3
+    assert "optimizer" not in rest
 
 
 @pytest.mark.parametrize("name", FILES)

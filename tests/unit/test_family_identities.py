@@ -72,6 +72,15 @@ SAME: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], float, list[Grad
         1.0,
         random_grads(STEPS),
     ),
+    # c is the new m: the sign that the source writes.
+    "StableLion with one beta, saturated at 1/16": (
+        "StableLion",
+        {"lr": 0.01, "betas": (0.9, 0.9), "trust_ratio_max": 0.0625, "weight_decay": 0.5},
+        "Signum",
+        {"lr": 0.01 / 16, "beta": 0.9, "weight_decay": 8.0},
+        1.0,
+        random_grads(STEPS),
+    ),
     "StableLion saturated at 4": (
         "StableLion",
         {"lr": 0.01, "trust_ratio_max": 4.0, "weight_decay": 0.5},

@@ -32,6 +32,8 @@ CHOICES = [
     ("MiMuon", "gate", "tensor", ["frobenius, singular_gap"]),
     ("MiMuon", "scale", "unit_rsm", ["'unit_rms'"]),
     ("SpectralLion", "basis", "weights", ["'weight'"]),
+    ("SpectralLion", "basis", "gradients", ["'gradient'"]),
+    ("SpectralLion", "basis", None, ["gradient, momentum, weight"]),
     ("SpectralLion", "basis", "svd", ["momentum, weight"]),
     ("SpectralLion", "basis", 1, ["momentum, weight"]),
     ("LASM", "variance", "elements", ["'element'"]),

@@ -30,6 +30,7 @@ def test_list() -> None:
     assert render(from_list("node1:8,node2:4")) == "node1 slots=8\nnode2 slots=4\n"
     assert from_list("n[1-2]:2,m:1") == [Host("n1", 2), Host("n2", 2), Host("m", 1)]
     assert from_list("a,b", slots=3) == [Host("a", 3), Host("b", 3)]
+    assert from_list("me@n[1-2]:2") == [Host("me@n1", 2), Host("me@n2", 2)]
 
 
 @pytest.mark.parametrize(
@@ -50,13 +51,81 @@ def test_slurm(variables: dict[str, str], slots: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a slots=2\nb slots=1\n", "a\nb\na\n", "a:2\nb\n", "# two\n\na slots=2 max_slots=4\nb # one\n"]
+    "text",
+    [
+        "a slots=2\nb slots=1\n",
+        "a\nb\na\n",
+        "a:2\nb\n",
+        "# two\n\na slots=2 max_slots=4\nb # one\n",
+        "a Slots=2\r\nb SLOTS = 1\r\n",
+        "a max-slots=4 slots =2 # of four\nb\n",
+        "a slots= 1\nb slots=1\na\tslots=1\n",
+        "a:2 binding=user:0,1\nb:1 ifname=eth0\n",
+    ],
 )
 def test_host_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "hosts"
     path.write_text(text)
     assert read_hostfile(path) == [Host("a", 2), Host("b", 1)]
     assert find_hosts({"PBS_NODEFILE": str(path)}) == [Host("a", 2), Host("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("me@a slots=2\n", "me@a"),
+        ("me@a:2\n", "me@a"),
+        ("10.0.0.1 slots=2\n", "10.0.0.1"),
+        ("2001:db8::1 slots=2\n", "2001:db8::1"),
+        ("[2001:db8::1]:2\n", "2001:db8::1"),
+        ("me@[2001:db8::1]:2\n", "me@2001:db8::1"),
+        ("fe80::1%eth0 slots=2\n", "fe80::1%eth0"),
+    ],
+)
+def test_what_is_read_of_mpi_is_written_as_deepspeed_reads_it(tmp_path: Path, text: str, name: str) -> None:
+    from deepspeed.launcher.runner import _parse_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    written = render(read_hostfile(path))
+    assert dict(_parse_hostfile(written.splitlines())) == {name: 2}
+    path.write_text(written)
+    assert render(read_hostfile(path)) == written
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a slots=1\nb lots=8\n", "line 2: 'lots=8' is unknown (did you mean 'slots'?); write 'b slots=N'"),
+        ("a slot=8\n", "line 1: 'slot=8' is unknown (did you mean 'slots'?)"),
+        ("a 8\n", "line 1: '8' is unknown; write 'a slots=N'"),
+        ("a user=me slots=2\n", "line 1: 'user=me' is unknown; write 'a slots=N'"),
+        ("a slots=8 slots=4\n", "line 1: 'a slots=8 slots=4' says twice how many slots"),
+        ("a:8 slots=4\n", "says twice how many slots"),
+        ("a max_slots=8\n", "says how many slots at most, not how many"),
+        ("a slots=\n", "line 1: '' is no number of ranks"),
+        ("a slots=8.0\n", "line 1: '8.0' is no number of ranks"),
+        ("a slots=-8\n", "line 1: '-8' is no number of ranks"),
+        ("a:\n", "line 1: '' is no number of ranks"),
+        ("^a\n", "'^a' is no name of a host"),
+        ("2001:db8::g slots=1\n", "'2001:db8::g' is no name of a host"),
+        ("me@a slots=1\na slots=1\n", "a stands there twice"),
+        ("\xff\n", "no name of a host"),
+    ],
+)
+def test_mistakes_in_a_host_file(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        find_hosts({"PBS_NODEFILE": str(path)}, "mpi")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_host_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"cannot read the hostfile .*: no text"):
+        read_hostfile(tmp_path / "hosts")
 
 
 @pytest.mark.parametrize(

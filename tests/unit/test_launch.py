@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +150,16 @@ def test_words_reach_a_remote_shell_whole(tools: Path) -> None:
         ("hostfile.sh", [], "no hostfile: give --hostfile FILE"),
         ("hostfile.sh", ["--hostfile", "nowhere"], "no such hostfile: nowhere"),
         ("local.sh", ["trian"], "unknown option or command trian"),
-        ("local.sh", ["--port", "x"], "--port x: write a number"),
+        ("local.sh", ["--port", "x"], "--port x: write a whole number from 1 to 65535"),
+        ("local.sh", ["--port", "65536"], "--port 65536: write a whole number from 1 to 65535"),
+        ("local.sh", ["--tries", "0"], "--tries 0: write a whole number from 1"),
+        ("local.sh", ["--ranks", "two"], "--ranks two: write a whole number from 1"),
+        ("local.sh", ["--ranks", "0", "compare"], "--ranks 0: write a whole number from 1"),
+        ("torchrun.sh", ["--ranks", "-1"], "--ranks -1: write a whole number from 1"),
+        ("torchrun.sh", ["--nodes", "2.0"], "--nodes 2.0: write a whole number from 1"),
+        ("torchrun.sh", ["--rendezvous", "a:b"], "--rendezvous a:b: write HOST:PORT"),
+        ("openmpi.sh", ["--ranks", "1e3"], "--ranks 1e3: write a whole number from 1"),
+        ("requeue.sh", ["out"], "usage: bash launch/requeue.sh OUT COMMAND..."),
         ("slurm.sbatch", [], "no Slurm job: start it with sbatch"),
         ("torchrun.sh", ["--nodes", "2"], "2 nodes need --rendezvous HOST:PORT"),
         ("openmpi.sh", [], "no hostfile"),
@@ -162,6 +172,77 @@ def test_mistakes_are_one_line(tools: Path, script: str, arguments: list[str], l
     assert len(done.stderr.splitlines()) == 1
 
 
+#: A machine with two GPUs.
+TWO_GPUS = "#!/bin/bash\nprintf 'GPU 0: one\\nGPU 1: two\\n'\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "more", "line"),
+    [
+        ("local.sh", ["--ranks", "3"], {}, "3 ranks need as many GPUs, and this machine has 2: start 2 or fewer"),
+        ("local.sh", ["--ranks", "2"], {"CUDA_VISIBLE_DEVICES": "1"}, "and this machine has 1: start 1 or fewer"),
+        ("torchrun.sh", ["--ranks", "8"], {}, "8 ranks need as many GPUs, and this machine has 2"),
+        ("openmpi.sh", ["--ranks", "4"], {}, "4 ranks need as many GPUs, and this machine has 2"),
+        (
+            "slurm.sbatch",
+            [],
+            {"SLURM_TASKS_PER_NODE": "2,9(x3)", "SLURM_GPUS_ON_NODE": "8"},
+            "9 ranks need as many GPUs, and a node of this job has 8",
+        ),
+    ],
+)
+def test_more_ranks_than_gpus_are_one_line(
+    tools: Path, script: str, arguments: list[str], more: dict[str, str], line: str
+) -> None:
+    stand_in(tools, "nvidia-smi", TWO_GPUS)
+    done = launch(tools, script, *arguments, "--dry-run", DS_ACCELERATOR="", **more)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert launch(tools, script, *arguments, "--dry-run", DS_ACCELERATOR="cpu", **more).returncode == 0
+
+
+def test_ranks_are_the_gpus_that_may_be_seen(tools: Path) -> None:
+    stand_in(tools, "nvidia-smi", TWO_GPUS)
+    for visible, gpus in (({}, 2), ({"CUDA_VISIBLE_DEVICES": "1"}, 1)):
+        done = launch(tools, "local.sh", "--dry-run", DS_ACCELERATOR="", **visible)
+        assert f"--num_gpus {gpus} " in done.stdout, done.stderr
+
+
+TOOLS = [
+    *("awk", "basename", "bash", "cat", "date", "dirname", "env", "grep", "head", "hostname", "id", "mktemp"),
+    *("realpath", "rm", "sed", "sort", "tail", "tr", "uniq"),
+]
+
+
+def test_dry_runs_need_no_launcher_and_no_job(tmp_path: Path) -> None:
+    """With nothing on PATH but the shell's tools, Python and its packages."""
+    (tmp_path / "bin").mkdir()
+    for name in TOOLS:
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    hosts = hostfile(tmp_path)
+    calls = [("hostfile.sh", "--hostfile", hosts), ("openmpi.sh", "--hostfile", hosts), ("slurm.sbatch",)]
+    calls += [("slurm.sbatch", "--launcher", "slurm"), ("local.sh",), ("torchrun.sh",)]
+    for script, *arguments in calls:
+        more = {"PATH": str(tmp_path / "bin"), "PYTHON": sys.executable}
+        done = launch(tmp_path, script, *arguments, "--dry-run", "--stage", "2", **more)
+        assert (done.returncode, done.stderr) == (0, ""), script
+        assert done.stdout.rstrip().endswith("train --stage 2"), script
+
+
+SCRIPTS = {path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")} - {"common.sh", "setup_env.sh"}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_help_does_nothing_else(tmp_path: Path, script: str) -> None:
+    stand_in(tmp_path, "pip", "#!/bin/bash\ntouch $NOTES/installed\n")
+    done = launch(tmp_path, script, "--help", PYTHON="/nowhere/python", DS_OPTIM_VENV=str(tmp_path / "venv"))
+    assert done.returncode == 0, done.stderr
+    assert f"launch/{script}" in done.stdout
+    assert done.stderr == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -169,12 +250,20 @@ def test_mistakes_are_one_line(tools: Path, script: str, arguments: list[str], l
         ("node1\n", "line 1: 'node1' is not 'NAME slots=N'"),
         ("node1 slots=2\nnode2 slots=0\n", "line 2"),
         ("# none\n", "names no host"),
+        ("node1 Slots=2\n", "line 1"),
+        ("node1 slots=2 lots=3\n", "line 1"),
     ],
 )
 def test_wrong_hostfiles(tools: Path, text: str, line: str) -> None:
     done = launch(tools, "hostfile.sh", "--hostfile", hostfile(tools, text))
     assert done.returncode == 2
     assert line in done.stderr
+
+
+def test_slots_are_counted_beside_what_openmpi_and_deepspeed_read(tools: Path) -> None:
+    text = "# three\r\nme@node1 slots=2 max_slots=4\r\n\r\nnode2\tslots=1 # slots=7\r\n"
+    done = launch(tools, "hostfile.sh", "--hostfile", hostfile(tools, text), "--dry-run", "compare")
+    assert "-m ds_optim compare --ranks 3\n" in done.stdout, done.stderr
 
 
 def test_unreachable_hosts_are_named_before_anything_starts(tools: Path) -> None:

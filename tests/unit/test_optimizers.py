@@ -52,6 +52,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("MiMuon", {"aux_lr": 0.005, "gate": "singular_gap", "tau": 0.02}),
     ("SpectralLion", {"basis": "weight"}),
     ("SpectralLion", {"basis": "momentum"}),
+    ("SpectralLion", {"basis": "gradient"}),
     ("Lamb", {"lr": 0.1}),
     ("StableAdamW", {}),
 ]

@@ -128,6 +128,8 @@ BY_HAND = [
     ),
     ("SpectralLion", {"basis": "momentum"}, [[2, -4]], [[[3, -4]]], [[1.8, -3.7]]),
     ("SpectralLion", {"basis": "weight"}, [[2, 0], [0, 1]], [[[3, 0], [-4, 5]]], [[1.8, 0], [0.1, 0.85]]),
+    # The second gradient, a thousand times smaller, outweighs what is left of the first: G' are (1, 0) and (-0.6, 0.8).
+    ("SpectralLion", {"basis": "gradient"}, [[2, -4]], [[[1000, 0]], [[-0.6, 0.8]]], [[1.81, -3.71]]),
 ]
 
 

@@ -1,4 +1,4 @@
-"""SpectralLion's two bases: what they are to the letter of the source, and what they make of degenerate matrices."""
+"""SpectralLion's bases: what they are to the letter of the source, and what they make of degenerate matrices."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import ds_optim
 from ds_optim.matrix.shapes import normalized_in_weight_basis
 from tests.reference import Array, exact_polar
 
+BASES = ["weight", "momentum", "gradient"]
 SHAPES = [(13, 5), (5, 13), (8, 8), (40, 3), (6, 1), (1, 6), (1, 1)]
 LR = 2.0**-6
 """A power of two: weights that are multiples of it stay so, and a step is exact."""
@@ -113,15 +114,18 @@ def on_grid(values: Array) -> Array:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("basis", ["weight", "momentum"])
+@pytest.mark.parametrize("basis", BASES)
 def test_steps_are_signs_of_the_literal_method(shape: tuple[int, int], basis: str) -> None:
     b1, b2 = 0.9, 0.99
     w, m = on_grid(distinct(*shape, seed=3)), np.zeros(shape)
     grads = [gauss(*shape, seed=seed) for seed in (4, 5, 6)]
     signs, skipped = moved(w, grads, basis=basis, betas=(b1, b2)), 0
-    for grad, ours in zip(grads, signs, strict=True):
+    for given, ours in zip(grads, signs, strict=True):
+        grad = exact_polar(given) if basis == "gradient" else given
         c = b1 * m + (1 - b1) * grad
-        direction = project_normalize_rebuild(c, w) if basis == "weight" else exact_polar(c)
+        direction = c
+        if basis != "gradient":
+            direction = project_normalize_rebuild(c, w) if basis == "weight" else exact_polar(c)
         clear = np.abs(direction) > NEAR_ZERO * np.abs(direction).max()
         skipped += int((~clear).sum())
         np.testing.assert_array_equal(ours[clear], np.sign(direction)[clear])
@@ -131,8 +135,18 @@ def test_steps_are_signs_of_the_literal_method(shape: tuple[int, int], basis: st
 
 
 def test_bases_are_told_apart() -> None:
-    w, grads = on_grid(distinct(8, 8, seed=3)), [gauss(8, 8, seed=4)]
-    assert (moved(w, grads, basis="weight")[0] != moved(w, grads, basis="momentum")[0]).any()
+    w, grads = on_grid(distinct(8, 8, seed=3)), [gauss(8, 8, seed=4), 0.01 * gauss(8, 8, seed=5)]
+    steps = {basis: moved(w, grads, basis=basis) for basis in BASES}
+    assert (steps["weight"][0] != steps["momentum"][0]).any()
+    # The first steps are alike: the signs of one gradient's polar factor.
+    np.testing.assert_array_equal(steps["gradient"][0], steps["momentum"][0])
+    assert (steps["gradient"][1] != steps["momentum"][1]).any()
+
+
+def test_without_momentum_gradient_and_momentum_basis_are_one() -> None:
+    grads = [gauss(9, 5, seed=seed) for seed in (4, 5, 6)]
+    one, other = (moved(np.zeros((9, 5)), grads, basis=basis, betas=(0.0, 0.9)) for basis in ("gradient", "momentum"))
+    np.testing.assert_array_equal(one, other)
 
 
 DEGENERATE: dict[str, Any] = {
@@ -148,7 +162,7 @@ DEGENERATE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("basis", ["weight", "momentum"])
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 4), (1, 1)])
 @pytest.mark.parametrize("weights", DEGENERATE)
 def test_degenerate_matrices_move_by_signs(weights: str, shape: tuple[int, int], basis: str) -> None:
@@ -170,24 +184,25 @@ def test_degenerate_matrices_move_by_signs(weights: str, shape: tuple[int, int],
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
-def test_momentum_basis_of_a_direction_of_rank_1_is_its_sign(shape: tuple[int, int]) -> None:
+def test_polar_bases_of_a_direction_of_rank_1_are_its_sign(shape: tuple[int, int]) -> None:
     """Its polar factor is itself over its norm: directions that are not there may not be made up."""
     direction = np.outer(np.arange(1, shape[0] + 1), np.arange(shape[1]) - 1.5) / 4
-    (ours,) = moved(np.zeros(shape), [direction], basis="momentum")
-    np.testing.assert_array_equal(ours, np.sign(direction))
+    for basis in ("momentum", "gradient"):
+        (ours,) = moved(np.zeros(shape), [direction], basis=basis)
+        np.testing.assert_array_equal(ours, np.sign(direction))
 
 
-@pytest.mark.parametrize("basis", ["weight", "momentum"])
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("size", [2.0**-96, 2.0**96])
 def test_size_of_a_gradient_changes_no_sign_but_by_eps(basis: str, size: float) -> None:
-    """The momentum basis has no eps; the weight basis is left with sign(C) where eps is all there is."""
+    """Polar factors have no eps; the weight basis is left with sign(C) where eps is all there is."""
     w, grad = on_grid(distinct(6, 9, seed=3)), gauss(6, 9, seed=4)
     (ours,) = moved(w, [size * grad], basis=basis)
     expected = np.sign(grad) if basis == "weight" and size < 1 else moved(w, [grad], basis=basis)[0]
     np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("basis", ["weight", "momentum"])
+@pytest.mark.parametrize("basis", BASES)
 def test_a_zero_gradient_moves_nothing_and_momentum_goes_on(basis: str) -> None:
     """From momentum 0 no step; after a first gradient the momentum alone still has a direction."""
     w, grad = on_grid(distinct(6, 4, seed=3)), gauss(6, 4, seed=4)

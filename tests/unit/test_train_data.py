@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from ds_optim.train.data import load_data
 from ds_optim.train.evaluate import evaluation_windows
 from ds_optim.train.settings import make_settings
 from ds_optim.train.split import is_validation, kept, split_documents, training_index
-from ds_optim.train.text_source import load_documents, stream_documents
+from ds_optim.train.text_source import left_out, load_documents, stream_documents
 from ds_optim.train.tokens import (
     BpeTokenizer,
     ByteTokenizer,
@@ -83,6 +85,89 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     assert load_documents(str(tmp_path)) == ["one", "two"]
 
 
+def zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    return bytes(pyarrow.Codec("zstd").compress(data, asbytes=True))
+
+
+def rows_of(*texts: str) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl.zst", zstd(rows_of("one").encode()) + zstd(rows_of("two, three").encode())),
+        ("x.json.bz2", bz2.compress(rows_of("one", "two, three").encode())),
+        ("x.JSONL", rows_of("one", "two, three").encode()),
+        ("x.Json.XZ", lzma.compress(rows_of("one", "two, three").encode())),
+        ("x.ndjson", b"\xef\xbb\xbf\n" + rows_of("one", "two, three").encode()),
+        ("array.json", json.dumps([{"text": "one"}, {"text": "two, three"}]).encode()),
+        ("lines.json", json.dumps([{"text": "one"}, {"text": "two, three"}], indent=1).encode()),
+        ("x.csv", b'id,text\r\n1,one\r\n2,"two, three"\r\n'),
+        ("x.tsv.gz", gzip.compress(b"text\tid\none\t1\ntwo, three\t2\n")),
+    ],
+)
+def test_every_kind_of_rows_is_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert load_documents(str(tmp_path / name)) == ["one", "two, three"]
+    assert load_documents(str(tmp_path)) == ["one", "two, three"]
+    assert left_out(str(tmp_path)) is None
+
+
+def test_a_csv_keeps_numbers_and_long_documents(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "x.csv").write_text(f"text\n0012\n{long}\n")
+    assert load_documents(str(tmp_path)) == ["0012", long]
+
+
+def test_one_object_over_several_lines_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"text": "one"}, indent=2))
+    assert load_documents(str(tmp_path)) == ["one"]
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["from arrow"]}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.html").touch()
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    (tmp_path / "c.TXT").write_text("from c")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "d.txt").write_text("hidden")
+    (tmp_path / "._c.txt").write_text("hidden too")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "round").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    (tmp_path.parent / f"{tmp_path.name}-elsewhere").mkdir()
+    (tmp_path / "linked" / "f.md").write_text("from a link")
+    assert load_documents(str(tmp_path)) == ["from c", "from a link", "from arrow"]
+    line = left_out(str(tmp_path))
+    assert line is not None
+    assert line.endswith(
+        "6 of 9 files are left out (hidden, metadata, or of another kind):"
+        " ._c.txt, .cache, a.html, b.txt, saved/dataset_info.json, saved/state.json"
+    )
+    data = load_data(make_settings(data=str(tmp_path), seq_len=2), shape())
+    assert line in data.notes
+    for index in range(20):
+        (tmp_path / f"g{index:02d}.log").touch()
+    assert str(left_out(str(tmp_path))).endswith(" and 14 more")
+
+
+def test_what_datasets_leaves_out_is_named(tmp_path: Path) -> None:
+    """Of the files of a local data set it reads those of one kind, and says nothing of the others."""
+    (tmp_path / "a.jsonl").write_text(rows_of("one"))
+    (tmp_path / "b.jsonl").write_text(rows_of("two"))
+    (tmp_path / "c.csv").write_text("text\nthree\n")
+    (tmp_path / "d.JSONL").write_text(rows_of("four"))
+    assert list(stream_documents(f"hub:{tmp_path}")) == ["one", "two"]
+    assert "2 of 4 files are left out" in str(left_out(f"hub:{tmp_path}"))
+    assert left_out("hub:owner/name") is None
+    assert left_out("shakespeare") is None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -93,6 +178,14 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
         ("other.jsonl", b'{"body": "a"}\n', 'line 1 has no string field "text"'),
         ("fake.xz", b"not xz", "cannot read"),
         ("fake.parquet", b"not parquet", "as parquet"),
+        ("fake.arrow", b"not arrow", "as arrow"),
+        ("fake.jsonl.zst", b"not zst", "cannot read"),
+        ("broken.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3abcdefgh", "cannot read"),
+        ("cut.bz2", b"BZh91AY", "cannot read"),
+        ("array.json", b'[{"text": "a"},\n {"text":}]', "line 2 is not JSON"),
+        ("strings.json", b'["a", "b"]', 'row 1 has no string field "text"'),
+        ("other.csv", b"body\na\n", 'line 2 has no string field "text"'),
+        ("quote.csv", b'text\na\n"b\n', "the row after line 2 is not CSV"),
     ],
 )
 def test_unreadable_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -115,6 +208,35 @@ def test_hub_source_streams_a_local_data_set_from_any_row(tmp_path: Path) -> Non
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert list(stream_documents(f"hub:{tmp_path}")) == texts
     assert list(stream_documents(f"hub:{tmp_path}", skip=17)) == texts[17:]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"text":', "b.jsonl, line 301 is not JSON"), ('{"body": 1}', "no string field"), ("[1]", "b.jsonl, line 301")],
+)
+def test_a_stream_that_breaks_off_is_one_line_with_its_place(tmp_path: Path, line: str, message: str) -> None:
+    texts = [f"document {index}" for index in range(300)]
+    (tmp_path / "a.jsonl").write_text(rows_of(*texts))
+    (tmp_path / "b.jsonl").write_text(f"{rows_of(*texts)}{line}\n{rows_of(*texts)}")
+    data = load_data(make_settings(data=f"hub:{tmp_path}", seq_len=4, eval_batches=1), shape(micro_batch=10))
+    with pytest.raises(UserError, match=message) as caught:  # noqa: PT012  (in which step is not the point)
+        for step in range(150):
+            data.batches.step(step)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_whose_network_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows:
+        def skip(self, count: int) -> Rows:
+            return self
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            yield {"text": "a"}
+            raise ConnectionError("the hub is\ngone")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows())
+    with pytest.raises(UserError, match="--data 'hub:a/b' ends after row 8: the hub is gone"):
+        list(stream_documents("hub:a/b", skip=7))
 
 
 def test_hub_name_reaches_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
