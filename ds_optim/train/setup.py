@@ -105,6 +105,9 @@ def _model_config(settings: TrainSettings, data: TextData) -> Any:
 
 def _load_ops(config: dict[str, Any]) -> None:
     """Have the op of DeepSpeed's AdamW built where a build that is killed stops nobody."""
-    optimizer, zero = config.get("optimizer", {}), config.get("zero_optimization", {})
-    if str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
+    optimizer, zero = config.get("optimizer"), config.get("zero_optimization")
+    # What is no section is for who reads the config to say.
+    if not isinstance(optimizer, dict) or not isinstance(zero, dict):
+        return
+    if str(optimizer.get("type")).lower() in ("adam", "adamw"):
         load_op("CPUAdamBuilder" if zero.get("offload_optimizer") else "FusedAdamBuilder")
