@@ -120,7 +120,7 @@ def deepspeed_jobs(m: int, n: int, settings: PolarSettings) -> Iterator[Job]:
     """DeepSpeed's routine, eager and as it ships."""
     (dtype,) = deepspeed_dtypes(settings.device)
     method = "gram" if m != n else "standard"  # it takes the standard form for square matrices
-    spec = PolarSpec(method=method, dtype="bfloat16").resolve(settings.device)
+    spec = PolarSpec(method=method, dtype="float32").resolve(settings.device)  # it restarts as ours does in float32
     for name, wanted in ((DEEPSPEED, settings.compiled), (DEEPSPEED_EAGER, True)):
         if wanted:
             yield Job(

@@ -3,11 +3,11 @@
 Here are the defaults, and the table that a user has measured, which goes before them. ``ds-optim bench polar
 --store`` writes it, one JSON file in the user's cache folder for all devices:
 
-    {"version": 1, "devices": {NAME: {"bfloat16": {"gram_from": 1.6, "strips": {"512": 2, "1024": 8}, ...}}}}
+    {"version": 2, "devices": {NAME: {"bfloat16": {"gram_from": 1.6, "strips": {"512": 2, "1024": 8}, ...}}}}
 
 ``gram_from`` is the long side / short side above which the Gram form is the faster one; null where it never is.
 ``strips`` says for each short side how many strips a symmetric product is cut into from there on, below the first
-one none (symmetric.py). Tables of before it was measured lack it and are read all the same.
+one none (symmetric.py); an entry may lack it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ds_optim.cache import cache_folder, read_table, write_table
 
 logger = logging.getLogger("ds_optim")
 
-VERSION = 1
+VERSION = 2
+"""Tables of version 1 were measured with another Gram form, which crosses elsewhere: they count as none."""
 
 Strips = tuple[tuple[int, int], ...]
 """(short side, strips from there on) pairs, short sides ascending; () cuts nothing."""
