@@ -50,8 +50,10 @@ _THREADS = 2
 # CUDA: not measured here. Published symmetric kernels lose at 1024 and win from 4096 on.
 _STRIPS_CUDA: Strips = ((4096, 2),)
 
-# Where gram / standard crosses 1. CPU: at 768, cut, between 1.2 and 1.4 in both dtypes; at 256, whole, between 1.5 and
-# 2, where the two are within 6%. CUDA: as published.
+# Where gram / standard crosses 1. CPU, bfloat16, where every two steps that go together gain alike: one thread of the
+# processor above, keller x5 at aspects 1.25, 1.5, 2, 3, 4: 256 wide, whole, 1.12, .98, .99, .89, .83; 768 wide, cut,
+# 1.02, .97, .91, .81, .76. By operations float32 crosses there, too. CUDA: not measured; 1.5 is where the operations of
+# whole products cross.
 _GRAM_FROM_CPU = 1.5
 _GRAM_FROM_CUDA = 1.5
 

@@ -18,10 +18,6 @@ from ds_optim.matrix import symmetric
 from ds_optim.matrix.normalize import normalized, schatten4_rescale
 from ds_optim.matrix.schedules import Schedule, Triple
 
-# Steps between restarts of the Gram form in float32; the first steps move singular values most, so they come in twos.
-_FIRST_SEGMENT = 2
-_SEGMENT = 3
-
 
 def standard(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool, strips: int = 1) -> Tensor:
     """The textbook form: 4 s^2 l + 2 s^3 flops a step; allocates X, its ping-pong partner, A and B."""
@@ -61,31 +57,22 @@ def gram(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool, str
 
 
 def gram_segments(table: Schedule, dtype: torch.dtype) -> tuple[int, ...]:
-    """How many steps run between restarts. Five are (2, 3) in float32, and (2, 2, 1) at most in 16 bits.
+    """How many steps run between restarts: 5 are (2, 2, 1) where none must go alone.
 
     R is rounded by an absolute 2^-9 of its norm in bfloat16, whatever is left of small singular values, and each step
-    that X is not looked at multiplies that by up to a^2. So in 16 bits two steps go together at most, none of the
+    that X is not looked at multiplies that by up to a^2. So two steps go together at most, in 16 bits none of the
     first ``table.alone``, and never the last one: what it gets has been looked at, so that singular values end within
     the schedule's range. With (2, 3) they left it: by a fifth for keller, without bounds for polar_express.
     """
     steps = len(table.triples)
-    if dtype == torch.float32:
-        segments = [min(steps, _FIRST_SEGMENT)]
-        while sum(segments) < steps:
-            segments.append(min(steps - sum(segments), _SEGMENT))
-        return tuple(segments)
-    alone = min(table.alone, steps)
+    alone = 0 if dtype == torch.float32 else min(table.alone, steps)
     pairs = max(0, steps - alone - 1) // 2
     return (1,) * alone + (2,) * pairs + (1,) * (steps - alone - 2 * pairs)
 
 
-def gram_products(length: int) -> tuple[int, int]:
-    """s x s x s products of a segment: (symmetric ones, whole ones).
-
-    Together four a step, less one in the first step and two in the last; whole are those of Q from the third step on.
-    """
-    whole = max(0, length - 2)
-    return max(1, 4 * length - 3) - whole, whole
+def gram_products(length: int) -> int:
+    """s x s x s products of a segment, all symmetric: four a step, less one in the first step and two in the last."""
+    return max(1, 4 * length - 3)
 
 
 def _start(x: Tensor, table: Schedule, *, dtype: torch.dtype, schatten4: bool, strips: int) -> tuple[Tensor, Tensor]:
@@ -109,16 +96,15 @@ def _factor(r: Tensor, triples: Sequence[Triple], *, z: Tensor, q: Tensor, spare
     """The Q of several steps, QX their result, from R = XX'; in ``q`` or ``spare``, and all four are overwritten.
 
     With Z = bR + cRR one step is X <- (aI + Z)X, so Q <- (aI + Z)Q and R <- (aI + Z)R(aI + Z), all s x s, commuting
-    and symmetric. The third factor of Q is multiplied in whole: later factors damp the rounding of earlier ones, in
-    this order alone, and a mirrored half has the reverse one. R's outer products stand in the order that measured the
-    smaller error.
+    and symmetric. R's outer products stand in the order that measured the smaller error. From a third factor on Q could
+    not be cut into strips: a mirrored half has the factors in reverse, and their rounding is not damped.
     """
     for step, (a, b, c) in enumerate(triples):
         symmetric.addmm(r, r, r, beta=b, alpha=c, out=z, strips=strips)
         if step == 0:
             q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            symmetric.addmm(q, z, q, beta=a, alpha=1.0, out=spare, strips=strips if step == 1 else 1)
+            symmetric.addmm(q, z, q, beta=a, alpha=1.0, out=spare, strips=strips)
             q, spare = spare, q
         if step < len(triples) - 1:
             symmetric.addmm(r, r, z, beta=a, alpha=1.0, out=spare, strips=strips)

@@ -214,8 +214,7 @@ def cost(m: int, n: int, spec: PolarSpec, *, whole: bool = False) -> float:
         return steps * ((share + 1) * product + share * cube)
     total = 0.0
     for length in spec.gram_segments:
-        mirrored, in_whole = newton_schulz.gram_products(length)
-        total += (share + 1) * product + (mirrored * share + in_whole) * cube
+        total += (share + 1) * product + newton_schulz.gram_products(length) * share * cube
     return total
 
 
