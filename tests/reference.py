@@ -70,13 +70,14 @@ EXACT_POLAR = {"method": "svd"}
 # ---------------------------------------------------------------------------------------- polar factors
 
 
-def newton_schulz(
-    x: Array, schedule: str = "keller", steps: int = 5, dtype: DTypeLike = np.float64, eps: float = 1e-7
-) -> Array:
-    """The odd polynomial of the schedule on x / ||x||_F, wide side along the columns.  x: (m, n) -> (m, n)."""
+def newton_schulz(x: Array, schedule: str = "keller", steps: int = 5, dtype: DTypeLike = np.float64) -> Array:
+    """The odd polynomial of the schedule on x / ||x||_F, wide side along the columns.  x: (m, n) -> (m, n).
+
+    The eps of the specification, 1e-7, is taken for what it is there for: 0 / 0 is 0.
+    """
     triples, safety = SCHEDULES[schedule, steps]
     wide = x.T if x.shape[0] > x.shape[1] else x
-    wide = (wide / (safety * np.linalg.norm(wide) + eps)).astype(dtype)
+    wide = (wide / (safety * np.linalg.norm(wide) or 1.0)).astype(dtype)
     for a, b, c in np.array(triples, dtype=dtype):
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
@@ -260,6 +261,7 @@ def mimuon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
         is_open = np.linalg.norm(s["m"]) >= h["tau"]
     else:
         sigma = np.linalg.svd(s["m"], compute_uv=False)
+        sigma = sigma[sigma > max(theta.shape) * np.finfo(np.float32).eps * sigma.max(initial=0.0)]
         is_open = np.min(-np.diff(sigma), initial=np.inf) >= h["tau"]
     if is_open:
         return decay(theta, h) - h["eta"] * shape_scale(h["scale"], *theta.shape) * polar(s["m"], h)
@@ -276,9 +278,13 @@ def spectral_lion(theta: Array, g: Array, s: State, h: Hyper) -> Array:
 
 
 def column_normalized(w: Array, c: Array, eps: float = 1e-8) -> Array:
-    """R V' with R = C V, each column of R divided by its norm; V the right singular vectors of W, oriented tall."""
+    """R V' with R = C V, each column of R divided by its norm; V the right singular vectors of W, oriented tall.
+
+    eps belongs to a C whose largest entry is near 1, so that a factor on C changes nothing.
+    """
     if w.shape[0] < w.shape[1]:
         return column_normalized(w.T, c.T, eps).T
+    c = c / (np.abs(c).max() or 1.0)
     _, v = np.linalg.eigh(w.T @ w)
     r = c @ v
     return (r / (np.linalg.norm(r, axis=0) + eps)) @ v.T

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_optim.errors import UserError
 from ds_optim.matrix import dispatch, newton_schulz, symmetric
-from ds_optim.matrix.normalize import prescaled
+from ds_optim.matrix.normalize import nan_where_broken, prescaled
 from ds_optim.matrix.schedules import SCHEDULES, schedule
 
 METHODS = ("auto", "standard", "gram", "svd")
@@ -118,12 +118,23 @@ class PolarSpec:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
     def method_for(self, m: int, n: int) -> str:
-        """``standard``, ``gram`` or ``svd``: what an (m, n) matrix gets; of a resolved spec only."""
-        if self.method != "auto":
+        """``standard``, ``gram`` or ``svd``: what an (m, n) matrix gets; of a resolved spec only.
+
+        The Gram form is the standard one where it may take no two steps together, as with ``polar_express`` 5 in 16
+        bits.
+        """
+        if self.method in ("standard", "svd"):
             return self.method
-        if self.gram_from is None:
+        if self.method == "auto" and self.gram_from is None:
             raise RuntimeError("a PolarSpec with method 'auto' has no method yet: call resolve(device) first")
-        return "gram" if max(m, n) > self.gram_from * min(m, n) else "standard"
+        long_enough = self.gram_from is None or self.method == "gram" or max(m, n) > self.gram_from * min(m, n)
+        return "gram" if long_enough and max(self.gram_segments) > 1 else "standard"
+
+    @property
+    def gram_segments(self) -> tuple[int, ...]:
+        """How many steps the Gram form takes together each time; of a resolved spec only."""
+        assert self.steps is not None
+        return newton_schulz.gram_segments(schedule(self.schedule, self.steps), self.compute_dtype)
 
     def strips_for(self, m: int, n: int) -> int:
         """Into how many strips the symmetric products of an (m, n) matrix are cut; 1 is whole, as unresolved."""
@@ -134,9 +145,10 @@ class PolarSpec:
 def polar(x: Tensor, spec: PolarSpec) -> Tensor:
     """The polar factors of a batch: x (B, m, n) -> (B, m, n), a new contiguous tensor in x's dtype.
 
-    x is in ``spec.message_dtype``, any strides, and is not written. Zero gives zero, and finite input gives
-    finite output. On CPU each matrix is worked alone on fresh tensors, so that its bits depend on its values
-    alone: not on the batch, nor on where x lies in memory. On CUDA the batch is one batched product.
+    x is in ``spec.message_dtype``, any strides, and is not written. Zero gives zero, finite input finite output, a
+    matrix that is not finite NaN; a positive factor on x changes nothing. On CPU each matrix is worked alone on fresh
+    tensors, so that its bits depend on its values alone: not on the batch, nor on where x lies in memory. On CUDA the
+    batch is one batched product.
     """
     if x.dim() != 3:
         raise ValueError(f"polar takes a batch (B, m, n), not a tensor of shape {tuple(x.shape)}")
@@ -176,11 +188,12 @@ def _polar(x: Tensor, spec: PolarSpec) -> Tensor:
 
 
 def _polar_svd(x: Tensor) -> Tensor:
-    """UV' by float32 SVD, x (..., m, n). Singular values within rounding of zero give 0."""
+    """UV' by float32 SVD, x (..., m, n). Singular values within rounding of zero give 0, non-finite entries NaN."""
     scaled, _ = prescaled(x)
+    broken = nan_where_broken(scaled)
     u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
     cutoff = sigma[..., :1] * (max(x.shape[-2:]) * torch.finfo(torch.float32).eps)
-    return (u * (sigma > cutoff).unsqueeze(-2)) @ vh
+    return ((u * (sigma > cutoff).unsqueeze(-2)) @ vh).add_(broken)
 
 
 def cost(m: int, n: int, spec: PolarSpec, *, whole: bool = False) -> float:
@@ -200,9 +213,8 @@ def cost(m: int, n: int, spec: PolarSpec, *, whole: bool = False) -> float:
     if method == "standard":
         return steps * ((share + 1) * product + share * cube)
     total = 0.0
-    for length in newton_schulz.gram_segments(steps):
-        mirrored, in_whole = newton_schulz.gram_products(length)
-        total += (share + 1) * product + (mirrored * share + in_whole) * cube
+    for length in spec.gram_segments:
+        total += (share + 1) * product + newton_schulz.gram_products(length) * share * cube
     return total
 
 

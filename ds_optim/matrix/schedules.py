@@ -48,10 +48,18 @@ SCHEDULES = ("keller", "you", "polar_express")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The triples of all steps, and the factor ``safety`` on the norm that X is first divided by."""
+    """The triples of all steps.
+
+    safety: a factor on the norm that X is first divided by.
+    alone: how many of the first steps the Gram form takes one by one in 16 bits (newton_schulz.gram_segments), as
+        measured on ill-conditioned spectra (tests/unit/test_range.py). What decides is how far values rise between
+        steps, and how steeply the next polynomial leaves its range above them: keller's never rise above 1.21, those of
+        the other tables do, most in the steps with the largest a.
+    """
 
     triples: tuple[Triple, ...]
     safety: float = 1.0
+    alone: int = 0
 
 
 def schedule(name: str, steps: int) -> Schedule:
@@ -63,12 +71,12 @@ def schedule(name: str, steps: int) -> Schedule:
     if name == "you":
         if not 1 <= steps <= len(_YOU):
             raise UserError(f"polar.steps: schedule 'you' has 5 coefficient triples, not {steps}; write 1 to 5")
-        return Schedule(triples=_YOU[:steps])
+        return Schedule(triples=_YOU[:steps], alone=2)
     if name == "polar_express":
         if steps == 5:
-            return Schedule(triples=_POLAR_EXPRESS_5, safety=1.02)
+            return Schedule(triples=_POLAR_EXPRESS_5, safety=1.02, alone=5)
         if steps == 8:
-            return Schedule(triples=_POLAR_EXPRESS_8)
+            return Schedule(triples=_POLAR_EXPRESS_8, alone=2)
         raise UserError(
             f"polar.steps: schedule 'polar_express' has tables for 5 and 8 steps, not {steps}; "
             "write 5 or 8, or take schedule 'keller', which repeats"

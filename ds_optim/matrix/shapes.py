@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_optim.matrix.normalize import prescaled
+from ds_optim.matrix.normalize import nan_where_broken, prescaled
 from ds_optim.matrix.polar import PolarSpec, cost, polar
 
 COLUMN_EPS = 1e-8
@@ -66,24 +66,31 @@ WEIGHT_BASIS = Shape("sign in the weights' basis", _weight_basis, _weight_basis_
 def normalized_in_weight_basis(c: Tensor, w: Tensor) -> Tensor:
     """R V' with R = C V, each column of R divided by its norm + 1e-8: c, w (..., m, n) -> (..., m, n) in fp32.
 
-    V are the right singular vectors of w in its tall orientation, from the eigenvectors of W'W in fp32. Up to a
-    positive factor: c is brought to a size at which nothing over- or underflows. Singular values of w that
-    repeat leave V free, and the result with it; it is finite always.
+    V are the right singular vectors of w in its tall orientation, from the eigenvectors of W'W in fp32. c is first
+    brought to a largest entry in [1, 4), where nothing over- or underflows. Ours: 1e-8 belongs to that size, so that
+    it guards against 0 / 0 alone; added to columns as they come it would make sign(C) of small gradients. Singular
+    values of w that repeat leave V free, and the result with it; it is finite for finite c and w.
     """
     if c.shape[-2] < c.shape[-1]:
         return normalized_in_weight_basis(c.mT, w.mT).mT
     with torch.no_grad():
         basis, _ = prescaled(w)
+        broken = nan_where_broken(basis)
         _, v = torch.linalg.eigh(basis.mT @ basis)
-        scaled, scale = prescaled(c)
+        scaled, _ = prescaled(c)
         r = scaled @ v
         norm = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
-        return r.div_(norm.add_(COLUMN_EPS * scale)) @ v.mT
+        return (r.div_(norm.add_(COLUMN_EPS)) @ v.mT).add_(broken)
 
 
 def smallest_gap(matrices: Tensor) -> Tensor:
-    """The smallest gap between singular values: (B, m, n) -> (B,); infinity for matrices that have but one."""
-    sigma = torch.linalg.svdvals(matrices.float())
-    if sigma.shape[-1] == 1:
-        return torch.full(sigma.shape[:1], math.inf, device=sigma.device)
-    return (sigma[:, :-1] - sigma[:, 1:]).amin(dim=-1)
+    """The smallest gap between positive singular values: (B, m, n) -> (B,); infinity where there are less than two of
+    them, NaN for matrices that are not finite. Those within rounding of zero count as zeros.
+    """
+    scaled, scale = prescaled(matrices)
+    broken = nan_where_broken(scaled)
+    sigma = torch.linalg.svdvals(scaled)
+    cutoff = sigma[:, :1] * (max(matrices.shape[-2:]) * torch.finfo(torch.float32).eps)
+    gaps = (sigma[:, :-1] - sigma[:, 1:]).masked_fill_(sigma[:, 1:] <= cutoff, math.inf)
+    none = gaps.new_full((len(gaps), 1), math.inf)  # a matrix may have but one
+    return torch.cat((gaps, none), dim=1).amin(dim=-1) / scale[:, 0, 0] + broken[:, 0, 0]

@@ -22,7 +22,7 @@ from ds_optim.optimizers.matrix_work import MatrixWork
 
 logger = logging.getLogger("ds_optim")
 
-VERSION = 1
+VERSION = 2  # 1: times of another Gram form
 Costs = dict[str, Any]
 """As above; plain, so that it can be saved."""
 _SAMPLES = 3

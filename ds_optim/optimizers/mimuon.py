@@ -37,8 +37,9 @@ class MiMuon(ZeroOptimizer):
         lr: of the orthogonalized steps; a schedule of it moves raw_lr too.
         beta: b, the weight of the NEW gradient, in (0, 1].
         weight_decay: decoupled, with the step size that the step uses.
-        gate: "frobenius" opens where ||M||_F >= tau, "singular_gap" where the smallest gap between singular values
-            of M is (an SVD of every matrix at every step, and all of them travel twice: for reference).
+        gate: "frobenius" (ours) opens where ||M||_F >= tau, "singular_gap" (the paper's) where the smallest gap
+            between positive singular values of M is, zeros of a rank-deficient M left out (an SVD of every matrix at
+            every step, and all of them travel twice: for reference).
         tau: the threshold, in units of the gradient.
         raw_lr: of the steps by M itself; lr by default.
         scale: s, as for :class:`Muon`.

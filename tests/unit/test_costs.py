@@ -88,7 +88,7 @@ def test_a_shape_that_cannot_be_timed_leaves_all_to_the_count(
     assert costs.costs_of(broken, CPU, found, [(32, 32)]) is not None
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"version": 99, "devices": {}}', '{"version": 1, "devices": {"%s": 3}}'])
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 99, "devices": {}}', '{"version": 2, "devices": {"%s": 3}}'])
 def test_a_table_that_cannot_be_read_is_measured_anew(text: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.parent.mkdir()
     cache.write_text(text.replace("%s", costs.device_name(CPU)))

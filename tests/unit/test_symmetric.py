@@ -93,7 +93,7 @@ def test_float32_does_not_see_strips(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("method", "more"), [("standard", 0.002), ("gram", 0.02)])
 def test_bfloat16_is_as_exact_in_strips(method: str, more: float, name: str, normalize: str) -> None:
-    """Against the exact factor. The third factor of Q mirrored, too, adds 0.1 for polar_express to the worst here."""
+    """Against the exact factor."""
     for x in (
         gauss(256, 512),
         gauss(400, 256),
@@ -182,12 +182,19 @@ def test_stored_strips_are_taken(tmp_path: object, monkeypatch: pytest.MonkeyPat
     assert PolarSpec(dtype="float32", strips=((1, 2),)).resolve(CPU).strips == ((1, 2),), "rank 0's choice stays"
 
 
-def test_a_table_without_strips_is_read(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_of_another_gram_form_counts_as_none(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path))
-    old = {"version": 1, "devices": {dispatch.device_name(CPU): {"float32": {"gram_from": 3.0, "points": []}}}}
+    stored = {"gram_from": 1.01, "strips": {"64": 2}}
+    old = {"version": 1, "devices": {dispatch.device_name(CPU): {"bfloat16": stored}}}
     dispatch.table_path().write_text(json.dumps(old))
-    spec = PolarSpec(dtype="float32").resolve(CPU)
-    assert (spec.gram_from, spec.strips) == (3.0, dispatch.default_strips(CPU, "float32"))
+    spec = PolarSpec(dtype="bfloat16").resolve(CPU)
+    assert spec.gram_from == dispatch.default_gram_from(CPU)
+    assert spec.strips == dispatch.default_strips(CPU, "bfloat16")
+    assert "measure anew" in caplog.text
+    dispatch.store(CPU, {"bfloat16": stored})
+    assert PolarSpec(dtype="bfloat16").resolve(CPU).gram_from == 1.01
 
 
 @pytest.mark.parametrize("strips", [{"64": 0}, {"64": 1.5}, {"x": 2}, [64, 2], {"64": True}])
