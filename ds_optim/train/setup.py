@@ -91,7 +91,7 @@ def start_engine(settings: TrainSettings, data: TextData) -> Any:
         encodes = is_encoder_decoder(shape)
         made = models.build_model(shape, settings.seed, zero_config=config if settings.zero_init else None)
         if ranks.rank() == 0 and is_text_decoder(shape, made, encodes):
-            print(f"ds-optim: of {settings.model}, a {type(made).__name__}, {TEXT_DECODER}", flush=True)
+            print(f"ds-optim: {settings.model}: {type(made).__name__}, {TEXT_DECODER}", flush=True)
         return made
 
     shape = ranks.together(read)
