@@ -28,6 +28,8 @@ def described_model(config: Any) -> tuple[torch.nn.Module, str]:
     with torch.device("meta"):
         try:
             model = _named(config) or _of_type(config)
+        except UserError:
+            raise
         except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"transformers cannot build a model of this config: {reason}") from None
