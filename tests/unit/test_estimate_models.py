@@ -89,7 +89,7 @@ def test_towers_are_counted_and_their_activations_are_not(tmp_path: Path) -> Non
 def test_classes_that_transformers_has_not_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"^the config's \"architectures\" names 'LamaForCausalLM', which transformers .* has not: correct it or leave",
+        match=r"^the config's \"architectures\" names 'LamaForCausalLM', which transformers .* has not: correct it",
     ):
         counted(tmp_path, config_of("LlamaForCausalLM", architectures=["LamaForCausalLM"]))
     with pytest.raises(UserError, match="cannot build a model of this config"):
