@@ -359,7 +359,7 @@ def run(
     observe(name, step, state) is called after each step of each parameter. store(name, step, theta): what becomes of
     new weights; None for themselves.
     """
-    routes = {name: route(rule, name, np.ndim(theta), dict(hyper or {})) for name, theta in params.items()}
+    routes = {name: route(rule, name, np.shape(theta), dict(hyper or {})) for name, theta in params.items()}
     weights = {name: np.array(theta, dtype=np.float64) for name, theta in params.items()}
     states: dict[str, State] = {name: {} for name in params}
     steps_taken = 0
@@ -381,8 +381,9 @@ def run(
     return weights
 
 
-def route(rule: str, name: str, ndim: int, given: Hyper) -> tuple[Rule, Hyper, tuple[int, ...] | None]:
-    """The rule of one parameter, its hyperparameters, and the (m, n) under which a matrix rule sees it.
+def route(rule: str, name: str, shape: tuple[int, ...], given: Hyper) -> tuple[Rule, Hyper, tuple[int, ...] | None]:
+    """The rule of one parameter, its hyperparameters, and the (m, n) under which a matrix rule sees it. What has one
+    row or one column is a vector, and no matrix.
 
     ``matrix_views``: {name: (m, n)} for parameters that are matrices only under a view, such as convolutions.
     """
@@ -391,10 +392,10 @@ def route(rule: str, name: str, ndim: int, given: Hyper) -> tuple[Rule, Hyper, t
     excluded = any(re.search(pattern, name) for pattern in h["matrix_exclude"])
     if not chosen.matrix:
         view = None
-    elif excluded or (ndim != 2 and view is None):
+    elif excluded or (view is None and (len(shape) != 2 or 1 in shape)):
         chosen, view = AUX_RULES[h.get("aux", "lion")], None
         h = aux_hyper(h, chosen)
-    if ndim < 2 and not h["decay_1d"]:
+    if len(shape) < 2 and not h["decay_1d"]:
         h["weight_decay"] = 0.0
     return chosen, h, view
 

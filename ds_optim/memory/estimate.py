@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ds_optim.memory.estimate_exchange import exchange_scratch, work_of
-from ds_optim.memory.estimate_model import ModelShape, Transformer, numel_of
+from ds_optim.memory.estimate_model import ModelShape, numel_of
 from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
 from ds_optim.memory.estimate_terms import (
     ZeroSettings,
@@ -22,6 +22,7 @@ from ds_optim.memory.estimate_terms import (
     shares,
     step_gradients,
 )
+from ds_optim.memory.estimate_widths import Transformer
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Layout, Unit, build_layout
 

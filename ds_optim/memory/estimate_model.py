@@ -1,11 +1,11 @@
-"""What an estimate knows of a model: names, shapes and roles of parameters, and what activations follow from."""
+"""What an estimate knows of a model: names, shapes and roles of parameters."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
+from ds_optim.memory.estimate_widths import Transformer, has_towers, transformer_of
 from ds_optim.optimizers.routing import MEMBERS, param_groups
 from ds_optim.sharding.binding import is_optimized
 from ds_optim.sharding.layout import ParamSpec
@@ -43,31 +44,27 @@ class Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
-    """The widths that activations follow from; ``gated``: the MLP has a gate beside its up projection."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    vocabulary: int
-    gated: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A model without weights.
 
     parameters: in the model's order, tied ones once. buffer_bytes: of the module's buffers. transformer: None where
-    the model is only a list of parameters.
+    the widths of a decoder are not known. counted: the class and the part of a config that this is, where it is of one.
+    has_towers: there are others beside the text decoder that ``transformer`` is of. module: what was routed.
     """
 
     name: str
     parameters: tuple[Parameter, ...]
     buffer_bytes: int = 0
     transformer: Transformer | None = None
+    counted: str = ""
+    has_towers: bool = False
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def routed(self, **routing: Any) -> ModelShape:
+        """The same model under other options of ``ds_optim.param_groups``."""
+        if self.module is None:
+            raise UserError(f"{', '.join(routing)}: {self.name} has no names and shapes to route; give a model")
+        return replace(self, parameters=_parameters(self.module, routing))
 
     @property
     def numel(self) -> int:
@@ -93,34 +90,38 @@ class ModelShape:
 
 
 def shape_of_module(
-    name: str,
-    module: nn.Module,
-    *,
-    config: Any = None,
-    matrix_exclude: Sequence[str] | None = None,
-    views: Sequence[Mapping[str, Any]] = (),
+    name: str, module: nn.Module, *, config: Any = None, counted: str = "", **routing: Any
 ) -> ModelShape:
     """The shape of a module, which may be on the meta device, routed as an optimizer would route it.
 
     Args:
         config: the model's ``transformers`` config, for its widths.
-        matrix_exclude, views: as in ``ds_optim.param_groups``.
+        counted: what the module is of a config.
+        routing: options of ``ds_optim.param_groups``.
     """
+    parameters = _parameters(module, routing)
+    return ModelShape(
+        name=name,
+        parameters=parameters,
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        transformer=None if config is None else transformer_of(config, module),
+        counted=counted,
+        has_towers=has_towers(config),
+        module=module,
+    )
+
+
+def _parameters(module: nn.Module, routing: Mapping[str, Any]) -> tuple[Parameter, ...]:
     members = {
         id(member.parameter): (group["role"], member.view)
-        for group in param_groups(module, matrix_exclude=matrix_exclude, views=views)
+        for group in param_groups(module, **routing)
         for member in group[MEMBERS]
     }
     found = []
     for key, parameter in module.named_parameters():
         role, view = members[id(parameter)] if is_optimized(parameter) else (FROZEN, None)
         found.append(Parameter(name=key, shape=tuple(parameter.shape), role=role, view=view))
-    return ModelShape(
-        name=name,
-        parameters=tuple(found),
-        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
-        transformer=None if config is None else transformer_of(config),
-    )
+    return tuple(found)
 
 
 def shape_of_list(name: str, entries: Any) -> ModelShape:
@@ -162,32 +163,8 @@ def shape_of_count(count: float) -> ModelShape:
     return ModelShape(name=f"{count:,.0f} parameters", parameters=tuple(pieces))
 
 
-def transformer_of(config: Any) -> Transformer | None:
-    """The widths in a ``transformers`` config, under the names that its model families use; None without them."""
-    config = getattr(config, "get_text_config", lambda: config)()
-    layers, hidden = _first(config, "num_hidden_layers", "n_layer"), _first(config, "hidden_size", "n_embd")
-    heads, vocabulary = _first(config, "num_attention_heads", "n_head"), _first(config, "vocab_size")
-    if not (layers and hidden and heads and vocabulary):
-        return None
-    return Transformer(
-        layers=layers,
-        hidden=hidden,
-        intermediate=_first(config, "intermediate_size", "n_inner") or 4 * hidden,
-        heads=heads,
-        key_value_heads=_first(config, "num_key_value_heads") or heads,
-        head_dim=_first(config, "head_dim") or hidden // heads,
-        vocabulary=vocabulary,
-        # Families with a gate name one of these under hidden_act; GPT-2's activation stands elsewhere.
-        gated=getattr(config, "hidden_act", None) in ("silu", "swish", "gelu_pytorch_tanh"),
-    )
-
-
 def numel_of(parameters: Iterable[Parameter]) -> int:
     return sum(parameter.numel for parameter in parameters)
-
-
-def _first(config: Any, *names: str) -> int:
-    return next((int(value) for value in (getattr(config, name, None) for name in names) if value), 0)
 
 
 def _entry(owner: str, entry: Any) -> tuple[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from ds_optim.memory.estimate_model import ModelShape, Parameter
 from ds_optim.optimizers import OPTIMIZERS
 from ds_optim.optimizers.checks import check_choice
 from ds_optim.optimizers.options import EXCHANGE_DEFAULTS, check_exchange
-from ds_optim.optimizers.routing import MEMBERS, ROLES
+from ds_optim.optimizers.routing import MEMBERS, ROLES, ROUTING_OPTIONS
 from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT
 from ds_optim.sharding.binding import Member
 from ds_optim.zero.config import DEEPSPEED_PREFIX, canonical_type, check_type
@@ -97,7 +97,8 @@ def plan_optimizer(
     """
     check_type(name)
     check_choice("momentum_dtype", momentum_dtype, DTYPES)
-    params = {key: value for key, value in (params or {}).items() if key not in ("matrix_exclude", "views")}
+    routing = {key: value for key, value in (params or {}).items() if key in ROUTING_OPTIONS}
+    params = {key: value for key, value in (params or {}).items() if key not in ROUTING_OPTIONS}
     kind = canonical_type(name)
     if kind not in OPTIMIZERS:
         if momentum_dtype != "float32":
@@ -105,6 +106,7 @@ def plan_optimizer(
         return _theirs(model, name, params, weights)
     if momentum_dtype != "float32":
         params = {**params, "momentum_dtype": momentum_dtype}
+    model = model.routed(**routing) if routing else model
     groups: list[dict[str, Any]] = []
     chosen = {role: tuple(p for p in model.parameters if p.role == role) for role in ROLES}
     for role, parameters in chosen.items():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from ds_optim.optimizers.kinds import BIAS, STACK
 from ds_optim.optimizers.rules import Group
+from ds_optim.sharding.binding import Member
 
 if TYPE_CHECKING:
     from ds_optim.optimizers.base import ZeroOptimizer
@@ -25,7 +28,8 @@ def print_routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None
 
 
 def routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None) -> Iterator[str]:
-    """One line for each kind of parameter: rule, rate, decay, view, shape, names (layers folded into one)."""
+    """One line for each kind of parameter: rule, rate, decay, names (layers folded into one), view or shape and why it
+    is no matrix; then what deserves a warning."""
     yield f"ds_optim: {type(optimizer).__name__}"
     for group, members in zip(groups or optimizer.param_groups, optimizer.members, strict=True):
         lr = group["lr"] * group["lr_scale"]
@@ -33,8 +37,49 @@ def routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None) -> I
         yield f"  {group['name']}: {group['rule']}, lr {lr:g}, decay {group['weight_decay']:g}, {total:,} parameters"
         kinds: dict[tuple[str, str], list[str]] = {}
         for member in members:
-            seen = member.view.describe() if member.view is not None else "x".join(map(str, member.spec.shape))
-            kinds.setdefault((_NUMBER.sub("*", member.spec.name), seen), []).append(member.spec.name)
+            kinds.setdefault((_NUMBER.sub("*", member.spec.name), _seen(member)), []).append(member.spec.name)
         for (pattern, seen), names in kinds.items():
             count = f" ({len(names)})" if len(names) > 1 else ""
             yield f"    {pattern if len(names) > 1 else names[0]}{count}: {seen}"
+    if optimizer.has_aux:
+        yield from _warn_of_stacks([m for members in optimizer.members for m in members])
+
+
+def _seen(member: Member) -> str:
+    if member.view is not None:
+        return member.view.describe()
+    return "x".join(map(str, member.spec.shape)) + (f", {member.reason}" if member.reason else "")
+
+
+def _warn_of_stacks(members: Sequence[Member]) -> Iterator[str]:
+    """One line where stacked matrices take the aux rule, with the views that make matrices of them."""
+    stacks = [m for m in members if m.reason == STACK]
+    if not stacks:
+        return
+    share = sum(m.spec.numel for m in stacks) / sum(m.spec.numel for m in members)
+    named = sorted({f"{_NUMBER.sub('*', m.spec.name)} {_seen(m).partition(',')[0]}" for m in stacks})
+    views = _views_of(stacks, [m for m in members if len(m.spec.shape) > 1 and m.reason not in (STACK, BIAS)])
+    told = json.dumps(views) if views else '[{"match": "…", "batch_dims": 1}] where the first dimension counts matrices'
+    yield (
+        f"ds_optim: warning: {share:.0%} of the parameters look like stacks of matrices and take the aux rule "
+        f'({", ".join(named)}): write "views": {told}, or name them in "matrix_exclude"'
+    )
+
+
+def _views_of(stacks: Sequence[Member], others: Sequence[Member]) -> list[dict[str, Any]]:
+    """Views for stacked experts, whose patterns find none of ``others``; of other stacks nobody knows what they are."""
+    views: dict[str, dict[str, Any]] = {}
+    for name in (m.spec.name for m in stacks):
+        parts = name.split(".")
+        place = next((number for number in range(len(parts) - 1, -1, -1) if "expert" in parts[number]), None)
+        if place is None:
+            continue
+        tail = re.escape(".".join(parts[place:])) + "$"
+        short = rf"{re.escape(parts[place])}\." if place < len(parts) - 1 else tail
+        pattern = next(
+            pattern
+            for pattern in (short, rf"\b{short}", tail)
+            if pattern == tail or not any(re.search(pattern, other.spec.name) for other in others)
+        )
+        views[pattern] = {"match": pattern, "batch_dims": 1}
+    return list(views.values())

@@ -1,13 +1,12 @@
 """Names and shapes decide what each parameter gets: a matrix rule, an aux rule, a view, decay or none.
 
-A parameter is a *matrix* if it has two dimensions, or a view that gives two, and is neither an embedding
-nor an output head. What is left with two or more dimensions is *aux*, the rest (biases, gains) *vector*:
-aux too, without decay unless it is asked for.
+A parameter is a *matrix* if it has two dimensions larger than 1, or a view that gives two, and is neither an
+embedding nor an output head nor (ours) any other of ``optimizers.kinds``. What is left with two or more dimensions
+is *aux*, the rest (biases, gains) *vector*: aux too, without decay unless it is asked for.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,9 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
+from ds_optim.optimizers.checks import check_bool
+from ds_optim.optimizers.kinds import Kinds
+from ds_optim.optimizers.patterns import Patterns
 from ds_optim.sharding.binding import Member, full_shape, is_optimized
 from ds_optim.sharding.layout import ParamSpec
 
@@ -24,13 +26,15 @@ ROLES = (MATRIX, AUX, VECTOR)
 MEMBERS = "members"
 """The key under which a group hands its members to an optimizer; no optimizer keeps it in its groups."""
 
-DEFAULT_EXCLUDE = ("embed", "lm_head", r"\bwte\b", r"\bwpe\b")
+ROUTING_OPTIONS = ("matrix_exclude", "matrix_exclude_defaults", "views")
+"""The options of a config that are ``param_groups``' and not the optimizer's."""
 
 
 def param_groups(
     model: nn.Module,
     *,
     matrix_exclude: Sequence[str] | None = None,
+    matrix_exclude_defaults: bool = True,
     views: Sequence[Mapping[str, Any]] = (),
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
@@ -39,11 +43,14 @@ def param_groups(
     Args:
         model: its trainable parameters are routed by name and shape; tied ones once. A model made under
             ``deepspeed.zero.Init`` is read by its full shapes.
-        matrix_exclude: regular expressions, searched in the names, of matrices that take the aux rule.
-            Default: embeddings (by module type and name) and output heads.
+        matrix_exclude: regular expressions, searched in the names, of matrices that take the aux rule beside
+            those that do by default.
+        matrix_exclude_defaults: whether embeddings, output heads and (ours) routers of experts take the aux rule
+            unasked, by module and name (see ``optimizers.kinds``).
         views: options of :meth:`MatrixView.from_options`, each with a ``match`` expression; the first that
             matches a name counts. What it leaves with fewer than two dimensions (the bias of a fused QKV) is
-            no matrix and has no view. GPT-2's ``Conv1D`` weights are seen transposed without being asked.
+            no matrix and has no view. GPT-2's ``Conv1D`` weights are seen transposed without being asked, and
+            so are stacked experts that are stored fan-in first, where a view has them.
         parameters: keep to these parameters of the model.
 
     Returns:
@@ -57,7 +64,8 @@ def param_groups(
     kept = None if parameters is None else {id(p) for p in parameters}
     if kept is not None and not kept <= {id(p) for _, p in aliases}:
         raise UserError("some of the parameters given are not the model's: pass only parameters of the model")
-    router = _Router(model, matrix_exclude, views)
+    check_bool("matrix_exclude_defaults", matrix_exclude_defaults)
+    router = _Router(model, matrix_exclude or (), views, defaults=matrix_exclude_defaults)
     by_role: dict[str, list[Member]] = {role: [] for role in ROLES}
     for names, parameter in aliases:
         if is_optimized(parameter) and (kept is None or id(parameter) in kept):
@@ -74,30 +82,40 @@ def param_groups(
 
 
 class _Router:
-    """What the user's patterns and the model's modules say of a parameter."""
+    """What the user's patterns and the model itself say of a parameter."""
 
     def __init__(
-        self, model: nn.Module, matrix_exclude: Sequence[str] | None, views: Sequence[Mapping[str, Any]]
+        self, model: nn.Module, exclude: Sequence[str], views: Sequence[Mapping[str, Any]], *, defaults: bool
     ) -> None:
-        self._by_default = matrix_exclude is None
-        self._exclude = _Patterns("matrix_exclude", DEFAULT_EXCLUDE if matrix_exclude is None else matrix_exclude)
-        self._viewed = _Patterns("views", [_match_of(view) for view in views])
+        self._exclude = Patterns("matrix_exclude", exclude)
+        self._viewed = Patterns("views", [_match_of(view) for view in views])
         self._options = [{k: v for k, v in view.items() if k != "match"} for view in views]
-        self._transposed, self._embeddings, self._convolutions = _module_kinds(model)
+        self._kinds, self._defaults = Kinds(model), defaults
 
     def route(self, names: Sequence[str], parameter: nn.Parameter) -> tuple[str, Member]:
-        """The parameter's role, and the parameter with its view."""
+        """The parameter's role, and the parameter with its view or with the reason why it is no matrix."""
         spec = ParamSpec(name=names[0], shape=full_shape(parameter))
-        excluded = self._exclude.first(names) is not None
-        excluded = excluded or (self._by_default and id(parameter) in self._embeddings)
+        excluded = self._exclude.first(names)
         number = _first_view(self._viewed, names, parameter)
+        if len(spec.shape) < 2:
+            return VECTOR, Member(spec, parameter)
         chosen = dict(self._options[number]) if number is not None else {}
-        if id(parameter) in self._transposed:
+        if id(parameter) in self._kinds.transposed and _dimensions(chosen, spec.shape) == 2:
             chosen.setdefault("transpose", True)
-        is_matrix = len(spec.shape) == 2 or number is not None or id(parameter) in self._convolutions
-        if is_matrix and not excluded and not _stacks_vectors(chosen, spec.shape):
-            return MATRIX, Member(spec, parameter, MatrixView.from_options(spec.name, spec.shape, chosen))
-        return (AUX if len(spec.shape) >= 2 else VECTOR), Member(spec, parameter)
+        reason = None if excluded is None else f"matrix_exclude {self._exclude.patterns[excluded].pattern!r}"
+        if reason is None and self._defaults:
+            reason = self._kinds.excluded(names, parameter)
+        reason = reason or self._kinds.no_matrix(names, parameter)
+        if reason is None and number is not None and _dimensions(chosen, spec.shape) == 1:
+            reason = "vectors by their view"  # batch_dims sets too much aside: the biases of stacked experts
+        if reason is None and number is None and len(spec.shape) > 2 and id(parameter) not in self._kinds.convolutions:
+            reason = self._kinds.without_view(parameter)
+        if reason is None:
+            view = MatrixView.from_options(spec.name, spec.shape, chosen)
+            if min(view.rows, view.columns) > 1:
+                return MATRIX, Member(spec, parameter, view)
+            reason = "vector"
+        return AUX, Member(spec, parameter, reason=reason)
 
     def pass_by(self, names: Sequence[str], parameter: nn.Parameter) -> None:
         """Patterns may mean a parameter that is not stepped: a frozen layer must not turn a config into an error."""
@@ -107,19 +125,18 @@ class _Router:
     def check_all_matched(self) -> None:
         """Refuse the user's patterns that have matched nothing."""
         self._viewed.check_all_matched()
-        if not self._by_default:
-            self._exclude.check_all_matched()
+        self._exclude.check_all_matched()
 
 
-def _first_view(viewed: _Patterns, names: Sequence[str], parameter: nn.Parameter) -> int | None:
+def _first_view(viewed: Patterns, names: Sequence[str], parameter: nn.Parameter) -> int | None:
     """The number of the view for a parameter; a pattern for a layer's weight may find its bias, and means none."""
     return viewed.first(names) if len(full_shape(parameter)) >= 2 else None
 
 
-def _stacks_vectors(options: Mapping[str, Any], shape: Sequence[int]) -> bool:
-    """Whether ``batch_dims`` sets so much aside that no matrix is left: the biases of stacked experts."""
+def _dimensions(options: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """The dimensions that ``batch_dims`` leaves; malformed options are the view's to refuse."""
     batch_dims = options.get("batch_dims", 0)
-    return isinstance(batch_dims, int) and len(shape) - batch_dims == 1
+    return len(shape) - batch_dims if isinstance(batch_dims, int) else len(shape)
 
 
 def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:
@@ -151,56 +168,7 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     return list(names.values())
 
 
-def _module_kinds(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
-    """Identities of the weights that are stored transposed, that embed, and that convolve."""
-    transposed, embeddings, convolutions = set(), set(), set()
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter):
-            continue
-        if type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer, fan-in x fan-out
-            transposed.add(id(weight))
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            embeddings.add(id(weight))
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            convolutions.add(id(weight))
-    return transposed, embeddings, convolutions
-
-
 def _match_of(view: Mapping[str, Any]) -> str:
     if "match" not in view:
         raise UserError(f'the view {dict(view)!r} has no "match": write the pattern of the names that it is for')
     return str(view["match"])
-
-
-class _Patterns:
-    """Regular expressions of one option, and which of them have matched something."""
-
-    def __init__(self, option: str, patterns: Sequence[str]) -> None:
-        if isinstance(patterns, str):
-            raise UserError(f"{option} is {patterns!r}: write a list of patterns")
-        self.option = option
-        self.patterns = []
-        for text in patterns:
-            try:
-                self.patterns.append(re.compile(text))
-            except re.error as problem:
-                raise UserError(f"{option}: {text!r} is no regular expression ({problem})") from None
-        self.matched = [False] * len(self.patterns)
-
-    def first(self, names: Sequence[str]) -> int | None:
-        """The number of the first pattern that is found in one of ``names``."""
-        found = None
-        for number, pattern in enumerate(self.patterns):
-            if any(pattern.search(name) for name in names):
-                self.matched[number] = True
-                found = number if found is None else found
-        return found
-
-    def check_all_matched(self) -> None:
-        for pattern, matched in zip(self.patterns, self.matched, strict=True):
-            if not matched:
-                raise UserError(
-                    f"{self.option}: the pattern {pattern.pattern!r} matches no parameter of the model: "
-                    "correct it or leave it out"
-                )

@@ -127,8 +127,9 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
     saved = _parameters(description)
     if saved != own.parameters:
         raise UserError(
-            f"the checkpoint's parameter groups are not this run's ({_first_difference(saved, own)}): "
-            "build the same model and write the same matrix_exclude, views and rules"
+            f"the checkpoint's parameter groups are not this run's ({_first_difference(description, own)}): "
+            "build the same model and write the same matrix_exclude, matrix_exclude_defaults, views and rules, or "
+            f'convert it with "ds-optim reshard SOURCE TARGET --optimizer {own.optimizer} --optimizer-params ..."'
         )
     if rules != own.rules:
         raise UserError(
@@ -144,12 +145,16 @@ def _parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpec, ...], 
     )
 
 
-def _first_difference(saved: Sequence[Sequence[ParamSpec]], own: Identity) -> str:
+def _first_difference(description: Mapping[str, Any], own: Identity) -> str:
+    saved = _parameters(description)
     there = {spec: number for number, specs in enumerate(saved) for spec in specs}
+    names = [group.get("name") for group in description["groups"]]
     for number, (name, specs) in enumerate(zip(own.names, own.parameters, strict=True)):
         for spec in specs:
-            if there.get(spec) != number:
-                return f"{spec.name} {spec.shape} is in {name!r} here" + ("" if spec in there else ", and not there")
+            if spec not in there:
+                return f"{spec.name} {spec.shape} is in {name!r} here, and not there"
+            if names[there[spec]] != name or (names == list(own.names) and there[spec] != number):
+                return f"{spec.name} {spec.shape} is in {name!r} here and in {names[there[spec]]!r} there"
     return "it has parameters that this run has not, or another order of them"
 
 

@@ -23,11 +23,15 @@ from ds_optim.sharding.layout import Layout, ParamSpec, build_layout
 
 @dataclass(frozen=True)
 class Member:
-    """A model's parameter, as it was handed to the optimizer, and what was decided about it."""
+    """A model's parameter, as it was handed to the optimizer, and what was decided about it.
+
+    reason: why it is no matrix, where that is not plain from its shape.
+    """
 
     spec: ParamSpec
     parameter: torch.nn.Parameter
     view: MatrixView | None = None
+    reason: str = ""
 
 
 @dataclass

@@ -149,6 +149,7 @@ class EstimateRow:
         return {
             "model": self.estimate.model.name,
             "parameters": self.estimate.model.numel,
+            "counted": self.estimate.model.counted,
             "optimizer": self.estimate.optimizer.name,
             "momentum_dtype": self.estimate.optimizer.momentum_dtype,
             **{key: value for key, value in asdict(self.estimate.zero).items() if key != "device"},

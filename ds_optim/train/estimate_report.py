@@ -50,17 +50,20 @@ def notes(request: EstimateRequest) -> list[str]:
         + "Step: its gradients, exchanged matrices and scratch of an update.",
         "Peak: model states with the larger of backward (buckets, gathered layers, activations) and step.",
     ]
+    if request.model.counted:
+        lines.insert(0, f"Counted: {request.model.counted}.")
     if request.zero.bf16_masters:
         lines.append("Master weights are bf16 from stage 1 on; savings are against AdamW with fp32 ones.")
     if request.sequence_bytes:
         amount = size(request.sequence_bytes * request.micro_batch)
         how = "with" if request.checkpointing else "without"
+        whose = ", of the text decoder alone," if request.model.has_towers else ""
         lines.append(
-            f"Activations, {amount} for {request.micro_batch} x {request.seq_len} tokens {how} checkpointing, are"
+            f"Activations, {amount} for {request.micro_batch} x {request.seq_len} tokens {how} checkpointing{whose} are"
             f" {ACTIVATIONS}."
         )
     else:
-        lines.append("Activations are left out: the model is a list of parameters, whose widths are not known.")
+        lines.append("Activations are left out: a decoder's widths are not known of this model.")
     if request.gpu_bytes is not None:
         lines.append(f"What fits leaves {1 - USABLE:.0%} of {size(request.gpu_bytes)} free; up to {RANKS[-1]} GPUs.")
     return lines

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
+from ds_optim.train.architectures import described_model
 from ds_optim.train.deepspeed_json import section_of
-from ds_optim.train.models import build_model, model_config, preset_config
+from ds_optim.train.models import model_config, preset_config
 from ds_optim.train.presets import PRESETS
 from ds_optim.train.settings import did_you_mean
 from ds_optim.zero.auto import AUTO, at, sizes_by_width
@@ -38,8 +37,8 @@ def load_shape(model: str | None, params: float | None, seq_len: int = 1024) -> 
     """The model that the command names: one of ``model`` and ``params``.
 
     Args:
-        model: a preset, a folder or ``config.json`` of ``transformers``, a hub name "owner/model", or a JSON file with
-            a list of parameters.
+        model: a preset, a folder or ``config.json`` of ``transformers`` (the class that its "architectures" names, all
+            of it), a hub name "owner/model", or a JSON file with a list of parameters.
         params: a number of parameters, of a model that is not known otherwise.
 
     Raises:
@@ -85,5 +84,5 @@ def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any
 
 
 def _of_config(name: str, config: Any) -> ModelShape:
-    with torch.device("meta"):
-        return shape_of_module(name, build_model(config, 0), config=config)
+    model, counted = described_model(config)
+    return shape_of_module(name, model, config=model.config, counted=counted)

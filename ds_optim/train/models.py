@@ -50,8 +50,6 @@ def build_model(config: Any, seed: int, *, zero_config: dict[str, Any] | None = 
     With ``zero_config``, a DeepSpeed config of stage 3, the weights are partitioned while they are made
     (``deepspeed.zero.Init``): no rank ever holds more of them whole than one module's. Collective then.
     """
-    from transformers import AutoModelForCausalLM
-
     with ExitStack() as stack:
         if zero_config is not None:
             import deepspeed
@@ -60,15 +58,31 @@ def build_model(config: Any, seed: int, *, zero_config: dict[str, Any] | None = 
             # What is partitioned is empty until it is gathered: the first draw comes below.
             stack.enter_context(no_init_weights())
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero_config))
-        try:
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", dtype=torch.float32
-            )
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"transformers has no causal language model for this config: {reason}") from None
+        model = _causal_model(config)
     _draw_weights(model, seed, partitioned=zero_config is not None)
     return model
+
+
+def _causal_model(config: Any) -> torch.nn.Module:
+    """With fused attention where the class has it, else with its own."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"transformers has no causal language model for this config ({getattr(config, 'model_type', '')!r}): "
+            "give one of a text decoder"
+        )
+    problem: Exception | None = None
+    for attention in ("sdpa", "eager"):
+        try:
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32
+            )
+            return model
+        except ValueError as error:
+            problem = error
+    reason = " ".join(str(problem).split())[:200]
+    raise UserError(f"transformers cannot build a causal language model of this config: {reason}")
 
 
 def _draw_weights(model: Any, seed: int, *, partitioned: bool) -> None:

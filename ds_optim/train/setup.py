@@ -13,6 +13,7 @@ from ds_optim.survival.extensions import load_op
 from ds_optim.survival.run_lock import RunLock
 from ds_optim.train import exits as ends
 from ds_optim.train import models, ranks
+from ds_optim.train.architectures import TEXT_DECODER, is_encoder_decoder, is_text_decoder
 from ds_optim.train.data import TextData
 from ds_optim.train.deepspeed_json import deepspeed_config
 from ds_optim.train.settings import TrainSettings
@@ -87,7 +88,11 @@ def start_engine(settings: TrainSettings, data: TextData) -> Any:
         return shape
 
     def build() -> torch.nn.Module:
-        return models.build_model(shape, settings.seed, zero_config=config if settings.zero_init else None)
+        encodes = is_encoder_decoder(shape)
+        made = models.build_model(shape, settings.seed, zero_config=config if settings.zero_init else None)
+        if ranks.rank() == 0 and is_text_decoder(shape, made, encodes):
+            print(f"ds-optim: {settings.model}: {type(made).__name__}, {TEXT_DECODER}", flush=True)
+        return made
 
     shape = ranks.together(read)
     # Not under `together` with zero_init: making the weights is a collective by itself.

@@ -12,6 +12,7 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer, known_keys, param_groups
 from ds_optim.optimizers.checks import check_keys, nearest
+from ds_optim.optimizers.routing import ROUTING_OPTIONS
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.reading import load_config
@@ -20,7 +21,6 @@ from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
 DEEPSPEED_PREFIX = "deepspeed:"
-_ROUTING_KEYS = ("matrix_exclude", "views")
 _SECTION_KEYS = ("type", "params", "legacy_fusion")
 _DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 
@@ -125,10 +125,10 @@ def build_optimizer(
     check_model(model)
     params = config["optimizer"].get("params", {})
     cls = OPTIMIZERS[name]
-    check_keys(name, params, known_keys(cls) | set(_ROUTING_KEYS))
+    check_keys(name, params, known_keys(cls) | set(ROUTING_OPTIONS))
     check_parameters(list(model.named_parameters()))
-    routing = {key: params[key] for key in _ROUTING_KEYS if key in params}
-    own = {key: value for key, value in params.items() if key not in _ROUTING_KEYS}
+    routing = {key: params[key] for key in ROUTING_OPTIONS if key in params}
+    own = {key: value for key, value in params.items() if key not in ROUTING_OPTIONS}
     return cls(param_groups(model, parameters=parameters, **routing), **own)
 
 

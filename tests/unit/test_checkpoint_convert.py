@@ -187,9 +187,15 @@ def test_three_dimensions_ask_for_a_view(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="experts has the shape"):
         change_optimizer(portable, "LionMuon", {})
     made = change_optimizer(portable, "LionMuon", {"views": [{"match": "experts", "batch_dims": 1}]})
-    assert [spec.name for spec in made.groups[0].params] == ["experts", "gate.weight"]
+    assert [[spec.name for spec in group.params] for group in made.groups] == [
+        ["experts"],
+        ["gate.weight"],
+        ["gate.bias"],
+    ]
     made = change_optimizer(portable, "LionMuon", {"matrix_exclude": ["experts"]})
-    assert [spec.name for spec in made.groups[1].params] == ["experts"]
+    assert [spec.name for spec in made.groups[0].params] == ["experts", "gate.weight"], (
+        "the gate of experts is a router"
+    )
 
 
 # ----------------------------------------------------------------------------- what an optimizer takes from a file
@@ -207,10 +213,10 @@ def test_the_state_of_another_optimizer_is_refused_and_nothing_loaded() -> None:
 
 
 def test_the_state_of_other_parameters_is_refused() -> None:
-    """An embedding that one run takes for a matrix, and one that is called otherwise."""
+    """A matrix that one run leaves to the aux rule, and one that is called otherwise."""
     state = own("LionMuon", Tangle()).state_dict()
     routed = ds_optim.LionMuon(ds_optim.param_groups(Tangle(), matrix_exclude=["block.0"]))
-    with pytest.raises(UserError, match=r"embed.weight \(29, 8\) is in 'matrix' here"):
+    with pytest.raises(UserError, match=r"block.0.weight \(33, 8\) is in 'aux' here and in 'matrix' there"):
         routed.load_state_dict(state)
 
     class Renamed(Tangle):
@@ -221,6 +227,30 @@ def test_the_state_of_other_parameters_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"called.0.weight \(33, 8\) is in 'matrix' here, and not there"):
         own("LionMuon", Renamed()).load_state_dict(state)
+
+
+class Judge(nn.Module):
+    """With an output head that is not called lm_head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.score = nn.Linear(8, 6), nn.Linear(6, 4)
+
+
+def test_older_routes_are_told_apart_and_converted(tmp_path: Path) -> None:
+    """A head was a matrix once: the line says what to write, and that does it."""
+    model = Judge()
+    older = ds_optim.Muon(ds_optim.param_groups(model, matrix_exclude_defaults=False), **FP32)
+    trained(model, older)
+    folder = save_unsharded(tmp_path / "older", model, older)
+    now = ds_optim.Muon(ds_optim.param_groups(Judge()), **FP32)
+    with pytest.raises(UserError) as refused:
+        now.load_state_dict(older.state_dict())
+    line = str(refused.value)
+    assert "score.weight (4, 6) is in 'aux' here and in 'matrix' there" in line
+    assert 'or convert it with "ds-optim reshard SOURCE TARGET --optimizer Muon' in line
+    assert "\n" not in line
+    now.load_state_dict(converted(folder, tmp_path / "now", "Muon")["optimizer"])
 
 
 def test_the_state_of_the_first_release_loads() -> None:

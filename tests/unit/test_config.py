@@ -259,6 +259,8 @@ BAD_SECTIONS: list[tuple[Any, str]] = [
     ({"type": "Muon", "params": {"matrix_exclude": ["nothing"]}}, "the pattern 'nothing' matches no parameter"),
     ({"type": "Muon", "params": {"matrix_exclude": "embed"}}, "matrix_exclude is 'embed': write a list of patterns"),
     ({"type": "Muon", "params": {"matrix_exclude": ["("]}}, "'(' is no regular expression"),
+    ({"type": "Muon", "params": {"matrix_exclude_defaults": "no"}}, "matrix_exclude_defaults is 'no': write true or"),
+    ({"type": "Muon", "params": {"matrix_exclude_default": False}}, "did you mean 'matrix_exclude_defaults'"),
     ({"type": "Muon", "params": {"views": [{"match": "q_proj", "heads": 2}]}}, "the pattern 'q_proj' matches no"),
     ({"type": "Muon", "params": {"views": [{"heads": 2}]}}, 'has no "match"'),
     ({"type": "Muon", "params": {"views": [{"match": "body.weight", "head": 2}]}}, "did you mean 'heads'?"),

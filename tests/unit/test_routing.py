@@ -116,10 +116,12 @@ def test_a_view_does_not_undo_an_exclusion() -> None:
     assert roles(Zoo(), matrix_exclude=["body"], views=[{"match": "body", "heads": 2}])["body.weight"] == "aux"
 
 
-def test_matrix_exclude_replaces_the_default() -> None:
+def test_matrix_exclude_adds_to_the_defaults() -> None:
     found = roles(Zoo(), matrix_exclude=["^body"])
-    assert found["body.weight"] == "aux"
-    assert found["tokens.weight"] == found["lm_head.weight"] == "matrix"
+    assert found["body.weight"] == found["tokens.weight"] == found["lm_head.weight"] == "aux"
+    alone = roles(Zoo(), matrix_exclude=["^body"], matrix_exclude_defaults=False)
+    assert alone["body.weight"] == "aux"
+    assert alone["tokens.weight"] == alone["lm_head.weight"] == "matrix"
 
 
 def test_a_tied_head_is_routed_once_by_either_name() -> None:
@@ -243,4 +245,7 @@ def test_routes_say_what_each_parameter_got() -> None:
     assert "  matrix: lion_muon, lr 0.01, decay 0.1, 1,536 parameters" in said
     assert "  aux: lion, lr 0.002, decay 0.1, 312 parameters" in said
     assert "    transformer.h.*.attn.c_attn.weight (2): 24x8 (transpose)" in said
-    assert "    transformer.wte.weight: 31x8" in said
+    assert "    transformer.wte.weight: 31x8, embedding" in said
+    said = list(routes(ds_optim.Muon(param_groups(model, matrix_exclude=["mlp"]))))
+    assert "    transformer.h.*.mlp.c_fc.weight (2): 8x32, matrix_exclude 'mlp'" in said
+    assert not any("warning" in line for line in said)

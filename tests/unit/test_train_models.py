@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.train.architectures import is_encoder_decoder, is_text_decoder
 from ds_optim.train.deepspeed_json import deepspeed_config, settings_from_json
 from ds_optim.train.models import build_model, model_config, next_token_losses, parameter_count, preset_config
 from ds_optim.train.schedule import WarmupCosine, lr_factor
@@ -63,6 +64,49 @@ def test_any_causal_model_is_built_from_its_config(tmp_path: Path, as_file: bool
     assert next_token_losses(model, torch.zeros(2, 9, dtype=torch.long)).shape == (16,)
     with pytest.raises(UserError, match=r"vocabulary of 300, the tokenizer one of 4096; use --tokenizer bpe:300"):
         model_config(str(tmp_path), 4096)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32}
+MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "attention"),
+    [
+        ("llama", {**SMALL, **HEADS}, "sdpa"),
+        ("gemma2", {**SMALL, **HEADS}, "eager"),
+        ("gpt_oss", {**SMALL, **HEADS, "num_local_experts": 4}, "eager"),
+        ("mamba", SMALL, "eager"),
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "eager"),
+        ("mpt", MPT, "eager"),
+        ("rwkv", {**SMALL, "attention_hidden_size": 32, "context_length": 64}, "eager"),
+    ],
+)
+def test_models_without_fused_attention_take_their_own(kind: str, shape: dict[str, Any], attention: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model: Any = build_model(CONFIG_MAPPING[kind](**shape, **special), 0)
+    assert model.config._attn_implementation == attention
+    losses = next_token_losses(model, torch.arange(18).reshape(2, 9))
+    assert losses.shape == (16,)
+    assert torch.isfinite(losses).all()
+
+
+def test_a_text_decoder_of_several_parts_is_told() -> None:
+    from transformers import BartConfig, LlamaConfig, LlavaConfig
+
+    for config, alone in (
+        (BartConfig(encoder_layers=1, decoder_layers=1), True),
+        (LlamaConfig(num_hidden_layers=1), False),
+    ):
+        encodes = is_encoder_decoder(config)
+        with torch.device("meta"):
+            model = build_model(config, 0)
+        assert is_text_decoder(config, model, encodes) is alone
+    with pytest.raises(UserError, match=r"no causal language model for this config \('llava'\)"):
+        build_model(LlavaConfig(), 0)
 
 
 def test_config_that_is_none_or_no_causal_model_is_one_line(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def change_optimizer(portable: Portable, name: str, params: Mapping[str, Any], *
         name,
         {"optimizer": {"type": name, "params": dict(params)}, "zero_optimization": {"stage": 1}},
     )
-    check_routable((m for group in optimizer.members for m in group), params.get("matrix_exclude", ()))
+    check_routable(m for group in optimizer.members for m in group)
     fraction = _fraction_of_peak(portable)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:

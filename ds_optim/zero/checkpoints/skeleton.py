@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.kinds import NO_VIEW, STACK
 from ds_optim.sharding.binding import Member
 from ds_optim.zero.checkpoints.module import Module
 from ds_optim.zero.checkpoints.portable import Portable
@@ -17,7 +17,8 @@ from ds_optim.zero.checkpoints.portable import Portable
 def skeleton(portable: Portable) -> nn.Module:
     """Modules that hold empty parameters of the checkpoint's names and shapes, in its order, tied ones twice.
 
-    What kind of layer a parameter is of cannot be known here: embeddings are found by their names alone.
+    What kind of layer a parameter is of cannot be known here: embeddings and heads are found by their names
+    alone.
     """
     module = Module(portable)
     shapes = {spec.name: spec.shape for spec in portable.specs}
@@ -38,16 +39,16 @@ def skeleton(portable: Portable) -> nn.Module:
     return root
 
 
-def check_routable(members: Iterable[Member], exclude: Sequence[str]) -> None:
-    """Refuse parameters of three dimensions and more without a view: a convolution is a matrix, a stack is not.
+def check_routable(members: Iterable[Member]) -> None:
+    """Refuse parameters of three dimensions and more that only a view says more of: a convolution is a matrix, a stack
+    is not.
 
     Raises:
         UserError: naming the first of them.
     """
     for member in members:
         name, shape = member.spec.name, member.spec.shape
-        excluded = any(re.search(pattern, name) for pattern in exclude)
-        if len(shape) > 2 and member.view is None and not excluded:
+        if member.reason in (STACK, NO_VIEW):
             raise UserError(
                 f"{name} has the shape {shape}, and without the model nobody knows whether it is a convolution or a "
                 'stack of matrices: add {"match": "..."} to "views" in --optimizer-params (with batch_dims for a '

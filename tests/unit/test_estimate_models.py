@@ -1,0 +1,170 @@
+"""What an estimate counts of the models of ``transformers``: all that a config describes, or the part that is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_optim.errors import UserError
+from ds_optim.memory.estimate_model import ModelShape, Parameter
+from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_widths import Transformer
+from ds_optim.train.estimate import EstimateRequest
+from ds_optim.train.estimate_report import notes
+from ds_optim.train.estimate_sources import load_shape
+from tests.unit.zoo import ZOO, config_of, model_of
+
+#: No attention, no words, or an encoder beside the decoder.
+WITHOUT_WIDTHS = {
+    *("MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM", "RwkvForCausalLM"),
+    *("ViTForImageClassification", "SwinForImageClassification", "ConvNextForImageClassification"),
+    *(f"{name}ForConditionalGeneration" for name in ("T5", "Bart", "Whisper")),
+}
+
+
+def counted(tmp_path: Path, content: dict[str, Any]) -> ModelShape:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    return load_shape(str(path), None)
+
+
+def widths(tmp_path: Path, name: str, **changed: Any) -> Transformer:
+    found = counted(tmp_path, config_of(name, **changed)).transformer
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_parameter_of_the_named_class_is_counted(name: str, tmp_path: Path) -> None:
+    found = counted(tmp_path, config_of(name))
+    model = model_of(name)
+    assert found.counted == name
+    assert {p.name: p.shape for p in found.parameters} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert found.numel == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("gpt2", 124_439_808), ("mixtral", 46_702_792_704), ("opt", 125_239_296), ("deepseek_v3", 671_026_404_352)],
+)
+def test_published_sizes(kind: str, count: int, tmp_path: Path) -> None:
+    """Of the models whose configs are the defaults: GPT-2, Mixtral 8x7B, OPT-125M, DeepSeek-V3 without its head for
+    predicting several tokens."""
+    assert counted(tmp_path, {"model_type": kind}).numel == count
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("MllamaForConditionalGeneration", "MllamaForCausalLM"),
+        ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
+        ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"),
+        ("BartForConditionalGeneration", "BartForCausalLM"),
+        ("WhisperForConditionalGeneration", "WhisperForCausalLM"),
+    ],
+)
+def test_a_part_is_counted_only_where_it_is_named_and_said(name: str, part: str, tmp_path: Path) -> None:
+    whole = config_of(name)
+    del whole["architectures"]
+    everything, decoder = counted(tmp_path, whole), counted(tmp_path, config_of(name, architectures=[part]))
+    assert everything.counted == name
+    assert decoder.counted == f"{part}, text decoder only"
+    assert decoder.numel < everything.numel
+    said = notes(EstimateRequest(model=decoder, optimizers=("lion",)))
+    assert said[0] == f"Counted: {part}, text decoder only."
+
+
+def test_towers_are_counted_and_their_activations_are_not(tmp_path: Path) -> None:
+    llava, t5 = (counted(tmp_path, config_of(f"{name}ForConditionalGeneration")) for name in ("Llava", "T5"))
+    said = notes(EstimateRequest(model=llava, optimizers=("lion",)))
+    assert said[0] == "Counted: LlavaForConditionalGeneration."
+    assert any("checkpointing, of the text decoder alone, are an estimate" in line for line in said)
+    assert any("widths are not known" in line for line in notes(EstimateRequest(model=t5, optimizers=("lion",))))
+
+
+def test_classes_that_transformers_has_not_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^the config's \"architectures\" names 'LamaForCausalLM', which transformers .* has not: correct it",
+    ):
+        counted(tmp_path, config_of("LlamaForCausalLM", architectures=["LamaForCausalLM"]))
+    with pytest.raises(UserError, match="cannot build a model of this config"):
+        counted(tmp_path, config_of("LlamaForCausalLM", architectures=["ViTForImageClassification"]))
+
+
+def shape_of(parameters: tuple[Parameter, ...], pattern: str) -> tuple[int, ...]:
+    """Of the last of the parameters so named: of several towers the text decoder."""
+    found = [p.shape for p in parameters if re.search(rf"\.{pattern}\.weight$", p.name) and "vision" not in p.name]
+    return found[-1] if found else ()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_widths_are_those_of_the_weights(name: str, tmp_path: Path) -> None:
+    model = counted(tmp_path, config_of(name))
+    assert (model.transformer is None) == (name in WITHOUT_WIDTHS)
+    if model.transformer is None or name.startswith("Deepseek"):  # whose attention is latent
+        return
+    found = model.transformer
+    queries, keys = shape_of(model.parameters, "q_proj"), shape_of(model.parameters, "k_proj")
+    fused = shape_of(model.parameters, "(query_key_value|qkv_proj|Wqkv)")
+    gate, up = shape_of(model.parameters, "gate_proj"), shape_of(model.parameters, "(up_proj|fc1|fc_in)")
+    if keys and "Qwen3_5" not in name:  # which has a gate beside its queries
+        assert queries == (found.heads * found.head_dim, found.hidden)
+        assert keys == (found.key_value_heads * found.head_dim, found.hidden)
+    if fused:
+        assert fused[0] == (found.heads + 2 * found.key_value_heads) * found.head_dim
+    if up and not any("expert" in p.name for p in model.parameters):
+        assert up[0] == found.intermediate
+    assert found.gated or not gate
+
+
+def test_gates_key_value_heads_and_experts_of_families_that_write_them_otherwise(tmp_path: Path) -> None:
+    assert [widths(tmp_path, f"Gemma{n}ForCausalLM").gated for n in ("", "2", "3")] == [True] * 3
+    assert [widths(tmp_path, name).gated for name in ("GPT2LMHeadModel", "FalconForCausalLM", "OPTForCausalLM")] == [
+        False
+    ] * 3
+    assert [widths(tmp_path, name).gated for name in ("Phi3ForCausalLM", "GptOssForCausalLM")] == [True] * 2
+    assert widths(tmp_path, "FalconForCausalLM").key_value_heads == 1
+    newer = {"new_decoder_architecture": True, "num_attention_heads": 16, "num_kv_heads": 4, "hidden_size": 256}
+    assert widths(tmp_path, "FalconForCausalLM", **newer).key_value_heads == 4
+    older = {"multi_query": False, "num_attention_heads": 16, "hidden_size": 256}
+    assert widths(tmp_path, "FalconForCausalLM", **older).key_value_heads == 16
+    assert widths(tmp_path, "GPTBigCodeForCausalLM").key_value_heads == 1
+    assert widths(tmp_path, "GPTBigCodeForCausalLM", multi_query=False).key_value_heads == 12
+    assert widths(tmp_path, "DeepseekV3ForCausalLM").head_dim == (192 + 128) // 2
+    assert widths(tmp_path, "MixtralForCausalLM").intermediate == 2 * 14336
+    assert widths(tmp_path, "GptOssForCausalLM").intermediate == 4 * 2880
+    assert widths(tmp_path, "DeepseekV3ForCausalLM").intermediate == (8 + 1) * 2048
+    assert widths(tmp_path, "LlamaForSequenceClassification").vocabulary == 0, "no logits over words"
+
+
+def test_widths_of_each_layer_are_met_with_the_largest(tmp_path: Path) -> None:
+    found = counted(tmp_path, {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"]}).transformer
+    assert found is not None
+    assert found.head_dim == 512
+    small = {"num_hidden_layers": 5, "vocab_size": 300, "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 0}
+    small |= {"hidden_size": 64, "layer_types": ["full_attention"] * 5, "activation_sparsity_pattern": [0.0] * 5}
+    several = {"model_type": "gemma3n_text", **small, "intermediate_size": [32, 64, 32, 32, 32]}
+    found = counted(tmp_path, several).transformer
+    assert found is not None
+    assert (found.intermediate, found.gated) == (64, True)
+
+
+def test_options_of_routing_count_in_an_estimate(tmp_path: Path) -> None:
+    """They were dropped: experts that a view makes matrices of have a matrix rule's state."""
+    model = counted(tmp_path, config_of("MixtralForCausalLM"))
+    plain = plan_optimizer(model, "muon", {"aux": "adamw"})
+    viewed = plan_optimizer(model, "muon", {"aux": "adamw", "views": [{"match": r"experts\.", "batch_dims": 1}]})
+    experts = sum(p.numel for p in model.parameters if "experts" in p.name)
+    sizes = [sum(p.numel for p in plan.groups[0].parameters) for plan in (plain, viewed)]
+    assert sizes[1] - sizes[0] == experts
+    everything = plan_optimizer(model, "muon", {"matrix_exclude_defaults": False})
+    assert "lm_head.weight" in {p.name for p in everything.groups[0].parameters}
+    with pytest.raises(UserError, match="'nothing' matches no parameter"):
+        plan_optimizer(model, "muon", {"matrix_exclude": ["nothing"]})
+    with pytest.raises(UserError, match="views: 1,000 parameters has no names and shapes to route"):
+        plan_optimizer(load_shape(None, 1000), "muon", {"views": []})
