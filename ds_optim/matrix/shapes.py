@@ -46,7 +46,7 @@ def _weight_basis(c: Tensor, w: Tensor | None, spec: PolarSpec) -> Tensor:
     if c.device.type != "cpu":
         return normalized_in_weight_basis(c, w).sign_().to(torch.int8)
     # As in polar: each matrix alone, so that its bits do not depend on its neighbours in the stack.
-    out = torch.empty(c.shape, dtype=torch.int8)
+    out = torch.empty(c.shape, dtype=torch.int8, device=c.device)
     for result, direction, weights in zip(out, c, w, strict=True):
         result.copy_(normalized_in_weight_basis(direction, weights).sign_())
     return out
@@ -85,5 +85,5 @@ def smallest_gap(matrices: Tensor) -> Tensor:
     """The smallest gap between singular values: (B, m, n) -> (B,); infinity for matrices that have but one."""
     sigma = torch.linalg.svdvals(matrices.float())
     if sigma.shape[-1] == 1:
-        return torch.full(sigma.shape[:1], math.inf, device=sigma.device)
+        return torch.full(sigma.shape[:1], math.inf, dtype=sigma.dtype, device=sigma.device)
     return (sigma[:, :-1] - sigma[:, 1:]).amin(dim=-1)

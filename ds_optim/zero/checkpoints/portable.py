@@ -81,7 +81,8 @@ class Shards:
         for rank, held, first, count in self._runs(name, start, numel):
             skipped, _ = blocks_of(unit, rank)[param]
             scales = self.flats[number][rank][held.tensor][SCALES_OF_MOMENTUM]
-            blocks = torch.arange(held.start + first, held.start + first + count) // BLOCK - held.start // BLOCK
+            begin = held.start + first
+            blocks = torch.arange(begin, begin + count, dtype=torch.int64, device="cpu") // BLOCK - held.start // BLOCK
             runs.append(scales[blocks + skipped])
         return torch.cat(runs)
 
