@@ -56,7 +56,6 @@ from ds_optim.optimizers.saved import (
     without_description,
 )
 from ds_optim.sharding.binding import Binding, Member, NotYet, bind, is_optimized
-from ds_optim.sharding.layout import Unit
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -261,12 +260,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _init_states(self, binding: Binding) -> None:
         # All units at once: DeepSpeed links the state of all groups after the first group's step.
         for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
+            blocks = blocks_of(unit, binding.comm.rank)
             for number, tensor in enumerate(tensors):
                 params = range(len(unit.params)) if binding.sharded else [number]
-                self._init_state(self._all_groups[unit.group], tensor, unit, binding.comm.rank, params)
+                count = sum(blocks[param][1] for param in params if param in blocks)
+                self._init_state(self._all_groups[unit.group], tensor, [unit.params[p].name for p in params], count)
 
-    def _init_state(self, group: Group, tensor: Tensor, unit: Unit, rank: int, params: Sequence[int]) -> None:
-        """State of a tensor that holds (slices of) the parameters ``params`` of its unit."""
+    def _init_state(self, group: Group, tensor: Tensor, names: Sequence[str], blocks: int) -> None:
+        """State of a tensor that holds (slices of) the parameters ``names``, in so many blocks of int8 momentum."""
         state, own = self.state[tensor], RULES[group["rule"]]
         settle_state(state, own, self._momentum_dtype, carried=self._universal)
         for key in own.buffers:
@@ -275,13 +276,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 dtype = self._momentum_dtype if narrow else wide(tensor.dtype)
                 state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
         if own.keeps_one and self._momentum_dtype == torch.int8 and SCALES_OF_MOMENTUM not in state:
-            blocks = blocks_of(unit, rank)
-            count = sum(blocks[param][1] for param in params if param in blocks)
-            state[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
+            state[SCALES_OF_MOMENTUM] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)
         if own.scalar:
             kept = state.setdefault(SCALARS, {})
-            for param in params:
-                kept.setdefault(unit.params[param].name, 0.0)
+            for name in names:
+                kept.setdefault(name, 0.0)
         state.setdefault(STEP, 0)
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> int:

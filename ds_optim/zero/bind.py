@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -164,11 +165,8 @@ def _bind_stage3(trained: Sequence[Sequence[Member]], first: torch.nn.Parameter,
         world_size=comm.world_size,
         sub_group_size=_attribute(zero, "sub_group_size"),
     )
-    queue = [m for group in trained for m in group]
-    members: list[list[Member]] = []
-    for unit in layout.units:
-        members.append(queue[: len(unit.params)])
-        queue = queue[len(unit.params) :]
+    queue = iter([m for group in trained for m in group])
+    members = [list(islice(queue, len(unit.params))) for unit in layout.units]
 
     def local_address(unit: Unit, param: int, member: Member) -> Address | None:
         try:
