@@ -252,7 +252,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         binding = bind(self, self._members, self._all_groups)
         rules = tuple(self._all_groups[unit.group]["rule"] for unit in binding.layout.units)
         meant = type(self).__name__, binding.layout.digest(), rules, self._polar, tuple(sorted(self._exchange.items()))
-        check_alike(binding.peers.gather_objects(meant))
+        seeds = tuple(group.get("seed") for group in self._all_groups)
+        alike = {"layout or the exchange of matrices": meant, "optimizer's seed": seeds}
+        check_alike(binding.peers.gather_objects(alike))
         self._binding, self._planned = binding, False
         self._init_states(binding)
         return binding

@@ -16,6 +16,7 @@ from ds_optim.optimizers.checks import (
     check_choice,
     check_keys,
     check_positive,
+    check_seed,
 )
 from ds_optim.optimizers.layer_scales import check_all_match
 from ds_optim.optimizers.routing import MATRIX, MEMBERS, VECTOR, unnamed_group
@@ -38,11 +39,14 @@ class CommonOptions(TypedDict, total=False):
     decay_1d: decay biases and gains too.
     diagnostics: count at every step what the rule does (see ``ZeroOptimizer.diagnostics``) and log it on rank 0; it
     costs a copy of the partition in work, a pass over it and a small all-reduce.
+    seed: of all random numbers, those of rounding momentum and weights and a rule's own. They are a function of it, the
+    step, the parameter's name and the element alone: not of ranks or stage, and a resumed run goes on with them.
     """
 
     momentum_dtype: str
     decay_1d: bool
     diagnostics: bool
+    seed: int
 
 
 class MatrixOptions(CommonOptions, total=False):
@@ -85,6 +89,7 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
     check_choice("momentum_dtype", dtype, DTYPES)
     check_bool("decay_1d", options.get("decay_1d", False))
     check_bool("diagnostics", options.get("diagnostics", False))
+    check_seed(options.get("seed", 0))
 
 
 def check_exchange(options: Any) -> dict[str, Any]:
@@ -143,7 +148,8 @@ def build_groups(
             raise UserError("lr is 0 and aux_lr is not: write the peak lr and let a scheduler start it at 0")
         # One "lr" for all groups: a scheduler may set or scale it for all of them alike (see rules.rate).
         scale = own_lr / lr if lr else 1.0
-        filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, **own})
+        seed = options.get("seed", 0)
+        filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, "seed": seed, **own})
     _check_disjoint(filled)
     check_all_match(hyper.get("layer_scales", ()), [m.spec.name for group in groups for m in group[MEMBERS]])
     return filled

@@ -189,6 +189,17 @@ def test_weights_are_the_fp64_references_rounded(name: str, hyper: dict[str, Any
     assert np.mean(apart[1] != 0) > 0.05, "another step's noise would have done as well"
 
 
+@pytest.mark.parametrize("name", ["SignSGD", "Lion", "Lamb", "Muon"])
+def test_weights_are_rounded_by_the_optimizers_seed(name: str) -> None:
+    found = []
+    for seed in (0, 1, 1):
+        model = SmallModel().bfloat16()
+        take_steps(model, build(name, model, seed=seed), bf16_grads(1))
+        found.append(weights_of(model))
+    assert all((found[1][key] == found[2][key]).all() for key in found[0])
+    assert any((found[0][key] != found[1][key]).any() for key in found[0])
+
+
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_rule_trains_near_its_fp32_run(name: str) -> None:
     """Ten steps: apart by less than a fifth of the way that fp32 weights went; all state is fp32."""
