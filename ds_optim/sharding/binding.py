@@ -107,6 +107,12 @@ def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Bindi
         if len(tensors) != len(candidates):
             candidates = [m for m in candidates if is_optimized(m.parameter)]
         shapes = [tuple(t.shape) for t in tensors]
+        cut = next((m for m in candidates if m.parameter.shape != m.spec.shape), None)
+        if cut is not None and hasattr(cut.parameter, "ds_shape") and any(t is cut.parameter for t in tensors):
+            raise UserError(
+                f"{cut.spec.name} lies in the shards of a ZeRO-3 engine that is gone: build the model anew and load "
+                "its weights, or gather all parameters before the first step"
+            )
         if shapes != [m.spec.shape for m in candidates]:
             raise RuntimeError(
                 f"the tensors of parameter group {group.get('name')!r} are neither the model's parameters nor "
