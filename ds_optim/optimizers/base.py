@@ -55,7 +55,8 @@ from ds_optim.optimizers.saved import (
     with_description,
     without_description,
 )
-from ds_optim.sharding.binding import Binding, Member, NotYet, bind, is_optimized
+from ds_optim.optimizers.unstepped import warn_if_idle, watch
+from ds_optim.sharding.binding import Binding, Member, NotYet, bind, check_gradients, is_optimized
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -122,6 +123,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._sealed = False
         super().__init__(groups, {})
         self._sealed = True
+        watch(self)
         # DeepSpeed hides groups by swapping the list; this one keeps seeing them all.
         self._all_groups = self.param_groups
 
@@ -222,9 +224,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             binding = self._bound()
         except NotYet:
             return loss
-        if not binding.sharded and not _finite(self.param_groups):
-            self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
-            return loss
+        if not binding.sharded:
+            check_gradients(binding)
+            warn_if_idle(self, binding.tensors)
+            if not _finite(self.param_groups):
+                self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
+                return loss
         scratch = Scratch()  # for this call only: nothing but state outlives a step
         units = [self._step_unit(binding, group, scratch) for group in self.param_groups if group["params"]]
         if self._diagnostics is not None and len(binding.layout.units) - 1 in units:

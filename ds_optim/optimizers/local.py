@@ -53,7 +53,7 @@ class Local:
     @cached_property
     def g(self) -> list[Tensor | None]:
         """Gradients, flat, by tensor."""
-        return [None if t.grad is None else t.grad.detach().reshape(-1) for t in self.tensors]
+        return [None if t.grad is None else t.grad.detach().resolve_neg().reshape(-1) for t in self.tensors]
 
     @property
     def rounds(self) -> bool:

@@ -20,6 +20,7 @@ from ds_optim.optimizers.checks import (
 )
 from ds_optim.optimizers.layer_scales import check_all_match
 from ds_optim.optimizers.routing import MATRIX, MEMBERS, VECTOR, unnamed_group
+from ds_optim.sharding.binding import check_plain
 
 AUX_DEFAULTS: dict[str, dict[str, Any]] = {
     "lion": {"lr": 1e-4, "betas": (0.9, 0.99)},
@@ -150,7 +151,7 @@ def build_groups(
         scale = own_lr / lr if lr else 1.0
         seed = options.get("seed", 0)
         filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, "seed": seed, **own})
-    _check_disjoint(filled)
+    _check_members(filled)
     check_all_match(hyper.get("layer_scales", ()), [m.spec.name for group in groups for m in group[MEMBERS]])
     return filled
 
@@ -175,10 +176,12 @@ def _named_groups(params: Any, *, needs_groups: bool, needs_names: bool) -> list
     return unnamed_group(items)
 
 
-def _check_disjoint(groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_members(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse parameters that are no plain tensors or are in two groups."""
     seen: dict[int, str] = {}
     for group in groups:
         for member in group[MEMBERS]:
+            check_plain(member.parameter, member.spec.name)
             if id(member.parameter) in seen:
                 raise UserError(
                     f"{member.spec.name} is in the parameter groups {seen[id(member.parameter)]!r} and "
