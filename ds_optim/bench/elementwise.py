@@ -90,7 +90,7 @@ def all_passes(settings: ElementwiseSettings) -> Iterator[Pass]:
     def flat() -> Flat:
         if not held:
             generator = torch.Generator(settings.device).manual_seed(0)
-            p, g = (torch.empty(settings.elements, device=settings.device) for _ in range(2))
+            p, g = (torch.empty(settings.elements, dtype=torch.float32, device=settings.device) for _ in range(2))
             p.normal_(0, 0.02, generator=generator)
             g.normal_(0, 1e-3, generator=generator)
             held.append(Flat(p=p, g=g, out=torch.empty_like(p)))
@@ -193,7 +193,7 @@ def stored_momentum(like: Tensor, dtype: str) -> Tensor | Stored:
     if dtype == "bfloat16":
         return Bfloat16(rounding=rounding, values=torch.zeros_like(like, dtype=torch.bfloat16))
     if dtype == "int8":
-        scales = torch.zeros(-(-like.numel() // BLOCK), device=like.device)
+        scales = torch.zeros(-(-like.numel() // BLOCK), dtype=torch.float32, device=like.device)
         return Int8(rounding=rounding, codes=torch.zeros_like(like, dtype=torch.int8), scales=scales)
     return torch.zeros_like(like)
 
@@ -220,7 +220,7 @@ def measure(passes: list[Pass], settings: ElementwiseSettings) -> dict[str, Outc
 def no_compiled_path(device: torch.device) -> str | None:
     """Why a step on ``device`` is not taken by the compiled kernels, if it is not."""
     _choose(COMPILED)
-    p, m, g = (torch.zeros(BLOCK, device=device) for _ in range(3))
+    p, m, g = (torch.zeros(BLOCK, dtype=torch.float32, device=device) for _ in range(3))
     arguments = p, m, g, (*LION.direction, *LION.momentum), 0.0, 1.0
     if native.sign_step(*arguments) or fused.sign_step(*arguments):
         return None

@@ -92,7 +92,7 @@ def build(case: str, stage: int, shape: ModelShape) -> Any:
 
 def random_tokens(engine: Any, vocabulary: int, count: int) -> torch.Tensor:
     """(1, count), where the engine computes."""
-    return torch.randint(0, vocabulary, (1, count)).to(engine.device)
+    return torch.randint(0, vocabulary, (1, count), dtype=torch.int64, device="cpu").to(engine.device)
 
 
 def train_step(engine: Any, tokens: torch.Tensor) -> tuple[float, float]:

@@ -88,14 +88,14 @@ def measure_limits(
 
 def copy_gb_s(device: torch.device, nbytes: int, hold: float | None = None) -> float:
     """Bytes moved by copies of ``nbytes``, each read once and written once; 1e9 a second."""
-    source = torch.ones(nbytes // 4, device=device)
+    source = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _call_ms(lambda: target.copy_(source), device, hold) / 1e6
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype, size: int, hold: float | None = None) -> float:
     """Operations of products of two (size, size) matrices, 1e12 a second."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return 2.0 * size**3 / _call_ms(lambda: torch.mm(left, right, out=out), device, hold) / 1e9
 

@@ -168,7 +168,8 @@ def _deepspeed_module(device: torch.device) -> Any:
 @lru_cache(maxsize=4)
 def random_matrix(m: int, n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(m, n) of a normal distribution, the same in every run; the cases of a shape share one."""
-    return torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(m, n, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
 
 def measure(jobs: list[Job], settings: PolarSettings, limits: Limits | None) -> dict[str, Outcome]:

@@ -38,8 +38,7 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scra
     check_flat(g, out=out, m=m)
     if native.blend_into(out, m, g, blend.weights) or fused.blend_into(out, m, g, blend.weights):
         return
-    buffers = (scratch or Scratch()).take(2, g)
-    with torch.no_grad():
+    with torch.no_grad(), (scratch or Scratch()).lend(g, 2) as buffers:
         for gradient, momentum, result, a, b in chunks(g, m, out, buffers=buffers):
             result.copy_(advance(momentum, gradient, blend, a, b))
 
@@ -47,8 +46,8 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scra
 def direction_into(out: Tensor, m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> None:
     """Write the direction to ``out``, (n,) of any float dtype and device; nothing moves."""
     check_flat(g, out=out, m=m)
-    with torch.no_grad():
-        for gradient, momentum, result, a, b in chunks(g, read_only(m), out, buffers=scratch.take(2, g)):
+    with torch.no_grad(), scratch.lend(g, 2) as buffers:
+        for gradient, momentum, result, a, b in chunks(g, read_only(m), out, buffers=buffers):
             result.copy_(direction(momentum, gradient, blend, a, b))
 
 

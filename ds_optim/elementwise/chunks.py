@@ -6,7 +6,9 @@ would be as large as the tensors. Done over a chunk that stays in cache, memory 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -33,33 +35,41 @@ def chunk_elements(device: torch.device) -> int:
 
 
 class Scratch:
-    """Buffers of at most one chunk, kept for the next call.
+    """Buffers of at most one chunk, lent to one walk at a time and kept for the next.
 
     A caller that steps many tensors makes one Scratch and hands it to each call; without one, a call makes its own.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
 
-    def take(self, count: int, like: Flat, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """``count`` buffers as long as the first chunk of ``like``, on its device, contents undefined.
+    @contextmanager
+    def lend(self, like: Flat, narrow: int, wide: int = 0) -> Iterator[list[Tensor]]:
+        """``narrow`` buffers of the dtype of ``like``, then ``wide`` ones of fp64, contents undefined.
 
-        Of its dtype where ``dtype`` is None. They stay valid until the next ``take`` of that dtype.
+        As long as the first chunk of ``like``, on its device. What is lent is nobody else's until it is given back, so
+        that no two are one, whatever the dtypes and however walks are nested.
         """
         size = min(like.numel(), chunk_elements(like.device))
-        dtype = dtype or like.dtype
-        return [self._buffer((like.device, dtype, index), size) for index in range(count)]
+        dtypes = [like.dtype] * narrow + [torch.float64] * wide
+        lent = [self._buffer(like.device, dtype, size) for dtype in dtypes]
+        try:
+            yield [buffer[:size] for buffer in lent]
+        finally:
+            for buffer in lent:
+                self._free[buffer.device, buffer.dtype].append(buffer)
 
-    def _buffer(self, key: tuple[torch.device, torch.dtype, int], size: int) -> Tensor:
-        buffer = self._buffers.get(key)
+    def _buffer(self, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+        free = self._free[device, dtype]
+        buffer = free.pop() if free else None
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = torch.empty(size, device=key[0], dtype=key[1])
-        return buffer[:size]
+            buffer = torch.empty(size, dtype=dtype, device=device)
+        return buffer
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+        """Bytes kept."""
+        return sum(buffer.numel() * buffer.element_size() for free in self._free.values() for buffer in free)
 
 
 def chunks(*tensors: Flat | None, buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
@@ -87,8 +97,8 @@ def spans(first: Flat, *others: Flat, scratch: Scratch, narrow: int, wide: int =
     if native.suits(first, *others):
         yield first, *others, *repeat(None, narrow + wide)
         return
-    buffers = [*scratch.take(narrow, first), *scratch.take(wide, first, torch.float64)]
-    yield from chunks(first, *others, buffers=buffers)
+    with scratch.lend(first, narrow, wide) as buffers:
+        yield from chunks(first, *others, buffers=buffers)
 
 
 def _stored_chunks(tensors: Sequence[Flat | None], buffers: list[Tensor]) -> Iterator[tuple[Any, ...]]:
@@ -98,7 +108,8 @@ def _stored_chunks(tensors: Sequence[Flat | None], buffers: list[Tensor]) -> Ite
     sizes = _sizes(like.numel(), first, step)
     views = [tensor.split(sizes) if isinstance(tensor, Tensor) else None for tensor in tensors]
     stored = {place: tensor for place, tensor in enumerate(tensors) if isinstance(tensor, Stored)}
-    room = {place: torch.empty(max(sizes), device=tensor.device) for place, tensor in stored.items()}
+    longest = max(sizes)
+    room = {place: torch.empty(longest, dtype=values.dtype, device=values.device) for place, values in stored.items()}
     position = 0
     for number, numel in enumerate(sizes):
         row: list[Tensor | None] = [None if view is None else view[number] for view in views]

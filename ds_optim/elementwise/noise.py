@@ -34,7 +34,7 @@ def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int)
     size = _CPU_CHUNK if out.device.type == "cpu" else max(out.numel(), 1)
     position = start
     for part in out.split(size):
-        element = torch.arange(position, position + part.numel(), device=out.device)
+        element = torch.arange(position, position + part.numel(), dtype=torch.int64, device=out.device)
         word = philox(element, step, (seed, stream))[0]
         part.copy_(word.double().add_(0.5).mul_(2.0**-31).sub_(1.0))
         position += part.numel()
@@ -54,7 +54,7 @@ def rounding_bits(like: Tensor, *, seed: int, stream: int, step: int, start: int
     size = _CPU_CHUNK * 8 if like.device.type == "cpu" else -(-(like.numel() + _BLOCK) // _BLOCK) * _BLOCK
     for first in range(start // _BLOCK * _BLOCK, end, size):
         last = min(first + size, -(-end // _BLOCK) * _BLOCK)
-        words = philox(torch.arange(first // 8, last // 8, device=like.device), step, key)
+        words = philox(torch.arange(first // 8, last // 8, dtype=torch.int64, device=like.device), step, key)
         halves = [half.view(-1, _BLOCK // 8) for word in words for half in (word & 0xFFFF, word >> 16)]
         bits = torch.stack(halves, dim=1).view(-1)
         begin, stop = max(first, start), min(last, end)
@@ -64,7 +64,7 @@ def rounding_bits(like: Tensor, *, seed: int, stream: int, step: int, start: int
 
 def uniform(*, seed: int, stream: int, step: int) -> float:
     """One number in (0, 1) that all ranks agree on without asking."""
-    word = int(philox(torch.zeros(1, dtype=torch.int64), step, (seed, stream))[0])
+    word = int(philox(torch.zeros(1, dtype=torch.int64, device="cpu"), step, (seed, stream))[0])
     return (word + 0.5) * 2.0**-32
 
 

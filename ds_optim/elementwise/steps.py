@@ -38,8 +38,7 @@ def sign_step(
     numbers = (*blend.direction, *blend.momentum), lr * scale, 1 - lr * decay
     if native.sign_step(p, m, g, *numbers) or fused.sign_step(p, m, g, *numbers):
         return
-    buffers = (scratch or Scratch()).take(2, p)
-    with torch.no_grad():
+    with torch.no_grad(), (scratch or Scratch()).lend(p, 2) as buffers:
         for weights, momentum, gradient, a, b in chunks(p, m, g, buffers=buffers):
             direction = advance(momentum, gradient, blend, a, b)
             # lr times -1, 0 or 1 is exact, so a fused multiply-subtract has the same bits as two operations.
@@ -72,8 +71,7 @@ def adamw_step(
     numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, correction, rate, 1 - lr * decay)
     if native.adamw_step(p, m, v, g, numbers) or fused.adamw_step(p, m, v, g, numbers):
         return
-    buffers = (scratch or Scratch()).take(2, p)
-    with torch.no_grad():
+    with torch.no_grad(), (scratch or Scratch()).lend(p, 2) as buffers:
         for weights, mean, square, gradient, a, b in chunks(p, m, v, g, buffers=buffers):
             torch.mul(gradient, 1 - betas[0], out=a)
             mean.mul_(betas[0]).add_(a)
@@ -95,8 +93,7 @@ def apply_update(
     numbers = lr * scale, 1 - lr * decay
     if native.apply_update(p, update, *numbers) or fused.apply_update(p, update, *numbers):
         return
-    buffers = (scratch or Scratch()).take(1, p)
-    with torch.no_grad():
+    with torch.no_grad(), (scratch or Scratch()).lend(p, 1) as buffers:
         for weights, change, a in chunks(p, read_only(update), buffers=buffers):
             a.copy_(change).mul_(lr * scale)
             decayed(weights, lr, decay).sub_(a)
@@ -104,7 +101,7 @@ def apply_update(
 
 def _root_into(out: Tensor, values: Tensor) -> Tensor:
     """The nearest value to the root. A CPU's vector library may be a last bit off in fp32, by way of fp64 it is not."""
-    return out.copy_(values.double().sqrt_()) if values.device.type == "cpu" else torch.sqrt(values, out=out)
+    return out.copy_(values.double().sqrt()) if values.device.type == "cpu" else torch.sqrt(values, out=out)
 
 
 def decayed(p: Tensor, lr: float, decay: float) -> Tensor:

@@ -45,7 +45,7 @@ def normalized(x: Tensor, *, dtype: torch.dtype, safety: float) -> Tensor:
     if x.device.type == "cpu" and x.dim() == 2:
         # Two passes less. Only where the sum of squares is in no danger, where a power of two changes no bit; asking
         # costs nothing on a CPU.
-        copy = torch.empty(x.shape, dtype=torch.float32).copy_(x)
+        copy = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
         norm = _norm(copy, 2)
         if _SAFE_NORM[0] < float(norm) < _SAFE_NORM[1]:
             return copy.div_(norm.mul_(safety)).to(dtype)

@@ -46,7 +46,7 @@ def _weight_basis(c: Tensor, w: Tensor | None, spec: PolarSpec) -> Tensor:
     if c.device.type != "cpu":
         return normalized_in_weight_basis(c, w).sign_().to(torch.int8)
     # As in polar: each matrix alone, so that its bits do not depend on its neighbours in the stack.
-    out = torch.empty(c.shape, dtype=torch.int8)
+    out = torch.empty(c.shape, dtype=torch.int8, device=c.device)
     for result, direction, weights in zip(out, c, w, strict=True):
         result.copy_(normalized_in_weight_basis(direction, weights).sign_())
     return out

@@ -144,7 +144,7 @@ def shape_of_list(name: str, entries: Any) -> ModelShape:
                 if part not in dict(module.named_children()):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
-            module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta")))
+            module.register_parameter(last, nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")))
         except (KeyError, AttributeError):
             raise UserError(f"{name}: {key!r} is no name of a parameter, or is given twice") from None
     return shape_of_module(name, root)

@@ -110,7 +110,8 @@ def plan_optimizer(
     groups: list[dict[str, Any]] = []
     chosen = {role: tuple(p for p in model.parameters if p.role == role) for role in ROLES}
     for role, parameters in chosen.items():
-        members = [Member(p.spec, torch.nn.Parameter(torch.empty(p.shape, device="meta")), p.view) for p in parameters]
+        empty = (torch.empty(p.shape, dtype=torch.float32, device="meta") for p in parameters)
+        members = [Member(p.spec, torch.nn.Parameter(t), p.view) for p, t in zip(parameters, empty, strict=True)]
         if members:
             groups.append({"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members})
     # The class itself checks the parameters and routes rules to groups; on the meta device it holds no memory.

@@ -56,8 +56,8 @@ from ds_optim.optimizers.saved import (
     with_description,
     without_description,
 )
-from ds_optim.sharding.binding import Binding, Member, NotYet, bind, is_optimized
-from ds_optim.sharding.layout import Unit
+from ds_optim.optimizers.unstepped import warn_if_idle, watch
+from ds_optim.sharding.binding import Binding, Member, NotYet, bind, check_gradients, is_optimized
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -124,6 +124,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._sealed = False
         super().__init__(groups, {})
         self._sealed = True
+        watch(self)
         # DeepSpeed hides groups by swapping the list; this one keeps seeing them all.
         self._all_groups = self.param_groups
 
@@ -224,9 +225,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             binding = self._bound()
         except NotYet:
             return loss
-        if not binding.sharded and not _finite(self.param_groups):
-            self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
-            return loss
+        if not binding.sharded:
+            check_gradients(binding)
+            warn_if_idle(self, binding.tensors)
+            if not _finite(self.param_groups):
+                self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
+                return loss
         scratch = Scratch()  # for this call only: nothing but state outlives a step
         units = [self._step_unit(binding, group, scratch) for group in self.param_groups if group["params"]]
         if self._diagnostics is not None and len(binding.layout.units) - 1 in units:
@@ -254,7 +258,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         binding = bind(self, self._members, self._all_groups)
         rules = tuple(self._all_groups[unit.group]["rule"] for unit in binding.layout.units)
         meant = type(self).__name__, binding.layout.digest(), rules, self._polar, tuple(sorted(self._exchange.items()))
-        check_alike(binding.peers.gather_objects(meant))
+        seeds = tuple(group.get("seed") for group in self._all_groups)
+        alike = {"layout or the exchange of matrices": meant, "optimizer's seed": seeds}
+        check_alike(binding.peers.gather_objects(alike))
         self._binding, self._planned = binding, False
         self._init_states(binding)
         return binding
@@ -262,12 +268,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _init_states(self, binding: Binding) -> None:
         # All units at once: DeepSpeed links the state of all groups after the first group's step.
         for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
+            blocks = blocks_of(unit, binding.comm.rank)
             for number, tensor in enumerate(tensors):
                 params = range(len(unit.params)) if binding.sharded else [number]
-                self._init_state(self._all_groups[unit.group], tensor, unit, binding.comm.rank, params)
+                count = sum(blocks[param][1] for param in params if param in blocks)
+                self._init_state(self._all_groups[unit.group], tensor, [unit.params[p].name for p in params], count)
 
-    def _init_state(self, group: Group, tensor: Tensor, unit: Unit, rank: int, params: Sequence[int]) -> None:
-        """State of a tensor that holds (slices of) the parameters ``params`` of its unit."""
+    def _init_state(self, group: Group, tensor: Tensor, names: Sequence[str], blocks: int) -> None:
+        """State of a tensor that holds (slices of) the parameters ``names``, in so many blocks of int8 momentum."""
         state, own = self.state[tensor], RULES[group["rule"]]
         settle_state(state, own, self._momentum_dtype, carried=self._universal)
         for key in own.buffers:
@@ -276,13 +284,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 dtype = self._momentum_dtype if narrow else wide(tensor.dtype)
                 state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
         if own.keeps_one and self._momentum_dtype == torch.int8 and SCALES_OF_MOMENTUM not in state:
-            blocks = blocks_of(unit, rank)
-            count = sum(blocks[param][1] for param in params if param in blocks)
-            state[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
+            state[SCALES_OF_MOMENTUM] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)
         if own.scalar:
             kept = state.setdefault(SCALARS, {})
-            for param in params:
-                kept.setdefault(unit.params[param].name, 0.0)
+            for name in names:
+                kept.setdefault(name, 0.0)
         state.setdefault(STEP, 0)
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ds_optim.cache import cache_folder, read_table, write_table
 from ds_optim.matrix.dispatch import device_name
@@ -86,6 +87,9 @@ def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> fl
     """Milliseconds of one matrix, the best of a few; None, and a line that says so, where it cannot be done."""
     generator = torch.Generator(device).manual_seed(0)  # not the user's stream of random numbers
 
+    def random() -> Tensor:
+        return torch.randn(1, *shape, generator=generator, dtype=torch.float32, device=device)
+
     def once() -> float:
         _synchronize(device)
         begin = time.perf_counter()
@@ -94,8 +98,8 @@ def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> fl
         return time.perf_counter() - begin
 
     try:
-        direction = torch.randn(1, *shape, generator=generator, device=device).to(work.polar.message_dtype)
-        weights = torch.randn(1, *shape, generator=generator, device=device) if work.shape.weights else None
+        direction = random().to(work.polar.message_dtype)
+        weights = random() if work.shape.weights else None
         first = once()
         seconds = first if first > _LONG_S else min(once() for _ in range(_SAMPLES))
     except RuntimeError as problem:  # out of memory, or a library's own

@@ -47,7 +47,7 @@ class Diagnostics:
 
         own: the rule's decisions, or its open gates.
         """
-        counts = torch.zeros(4, dtype=torch.float64)
+        counts = torch.zeros(4, dtype=torch.float64, device="cpu")
         for held in local.slices():
             was, now = (run(values[held.tensor], held) for values in (old, local.p))
             # Weights that are rounded without bias do not say what decay alone had made of them: they moved or not.
@@ -58,7 +58,8 @@ class Diagnostics:
                 still |= now == was * factor
             change = (now - was).double()
             sums = torch.stack([still.sum().double(), change.square().sum(), was.double().square().sum()])
-            counts += torch.cat([sums.cpu(), torch.tensor([float(held.numel)], dtype=torch.float64)])
+            counts[:3] += sums.cpu()
+            counts[3] += held.numel
         counts = local.comm.all_reduce(counts.to(local.comm.device(counts.device)))
         self._counts[unit] = group, counts.tolist()
         self._step = local.step
@@ -95,7 +96,7 @@ class Diagnostics:
 
 def _joined(local: Local, opened: Outcome) -> list[float]:
     """For each parameter of the unit whether its gate was open, as some rank has it; infinity where none has."""
-    flags = torch.full((len(local.unit.params),), math.inf, dtype=torch.float64)
+    flags = torch.full((len(local.unit.params),), math.inf, dtype=torch.float64, device="cpu")
     for param, flag in opened.items():
         flags[param] = float(bool(flag))
     flags = flags.to(local.comm.device(flags.device))

@@ -16,7 +16,6 @@ from ds_optim.optimizers.checks import (
     check_choice,
     check_period,
     check_positive,
-    check_seed,
 )
 from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, lion_blend, rate, rule
 
@@ -58,8 +57,8 @@ class LionMuon(ZeroOptimizer):
         period: P; 1 orthogonalizes always, "inf" never (Lion at lr / sign_lr_ratio).
         sign_lr_ratio: lr over the rate of the sign steps. It grows with P: published pairs are (2, 10),
             (5, 30) and (20, 100).
-        period_mode: "fixed", or "random": each step orthogonalizes with probability 1 / P, all matrices at once.
-        seed: of these draws.
+        period_mode: "fixed", or "random": each step orthogonalizes with probability 1 / P, all matrices at once,
+            by a draw from the common option ``seed``.
 
     The aux rule's rate is lr / sign_lr_ratio unless ``aux_lr`` is given. Keeps one fp32 value a parameter
     and moves a P-th of what Muon moves.
@@ -76,7 +75,6 @@ class LionMuon(ZeroOptimizer):
         period: float | str = 2,
         sign_lr_ratio: float = 10.0,
         period_mode: str = "fixed",
-        seed: int = 0,
         **options: Unpack[MatrixOptions],
     ) -> None:
         ratio = check_positive("sign_lr_ratio", sign_lr_ratio)
@@ -84,7 +82,6 @@ class LionMuon(ZeroOptimizer):
             "betas": check_betas("betas", betas),
             "period": check_period(period),
             "period_mode": check_choice("period_mode", period_mode, ["fixed", "random"]),
-            "seed": check_seed(seed),
             "sign_lr_ratio": ratio,
         }
         options.setdefault("aux_lr", check_at_least_zero("lr", lr) / ratio)
@@ -109,7 +106,6 @@ class SignMuon(LionMuon):
         period: float | str = 2,
         sign_lr_ratio: float = 30.0,
         period_mode: str = "fixed",
-        seed: int = 0,
         **options: Unpack[MatrixOptions],
     ) -> None:
-        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, seed, **options)
+        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, **options)

@@ -53,7 +53,7 @@ class Local:
     @cached_property
     def g(self) -> list[Tensor | None]:
         """Gradients, flat, by tensor."""
-        return [None if t.grad is None else t.grad.detach().reshape(-1) for t in self.tensors]
+        return [None if t.grad is None else t.grad.detach().resolve_neg().reshape(-1) for t in self.tensors]
 
     @property
     def rounds(self) -> bool:
@@ -105,16 +105,16 @@ class Local:
     def _blocks(self) -> dict[int, tuple[int, int]]:
         return blocks_of(self.unit, self.comm.rank)
 
-    @property
+    @cached_property
     def step(self) -> int:
-        """Steps done so far."""
+        """Steps done so far; asked of all tensors once, since every slice asks for it."""
         return max(int(state[STEP]) for number, state in enumerate(self.states) if number not in self.absent)
 
     def count_step(self) -> None:
-        done = self.step + 1
+        self.step += 1
         for number, state in enumerate(self.states):
             if number not in self.absent:
-                state[STEP] = done
+                state[STEP] = self.step
 
     def slices(self) -> Iterator[Slice]:
         """The slices that this rank holds and that have a gradient."""

@@ -16,9 +16,11 @@ from ds_optim.optimizers.checks import (
     check_choice,
     check_keys,
     check_positive,
+    check_seed,
 )
 from ds_optim.optimizers.layer_scales import check_all_match
 from ds_optim.optimizers.routing import MATRIX, MEMBERS, VECTOR, unnamed_group
+from ds_optim.sharding.binding import check_plain
 
 AUX_DEFAULTS: dict[str, dict[str, Any]] = {
     "lion": {"lr": 1e-4, "betas": (0.9, 0.99)},
@@ -38,11 +40,14 @@ class CommonOptions(TypedDict, total=False):
     decay_1d: decay biases and gains too.
     diagnostics: count at every step what the rule does (see ``ZeroOptimizer.diagnostics``) and log it on rank 0; it
     costs a copy of the partition in work, a pass over it and a small all-reduce.
+    seed: of all random numbers, those of rounding momentum and weights and a rule's own. They are a function of it, the
+    step, the parameter's name and the element alone: not of ranks or stage, and a resumed run goes on with them.
     """
 
     momentum_dtype: str
     decay_1d: bool
     diagnostics: bool
+    seed: int
 
 
 class MatrixOptions(CommonOptions, total=False):
@@ -85,6 +90,7 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
     check_choice("momentum_dtype", dtype, DTYPES)
     check_bool("decay_1d", options.get("decay_1d", False))
     check_bool("diagnostics", options.get("diagnostics", False))
+    check_seed(options.get("seed", 0))
 
 
 def check_exchange(options: Any) -> dict[str, Any]:
@@ -143,8 +149,9 @@ def build_groups(
             raise UserError("lr is 0 and aux_lr is not: write the peak lr and let a scheduler start it at 0")
         # One "lr" for all groups: a scheduler may set or scale it for all of them alike (see rules.rate).
         scale = own_lr / lr if lr else 1.0
-        filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, **own})
-    _check_disjoint(filled)
+        seed = options.get("seed", 0)
+        filled.append({**group, "rule": name, "lr": lr, "lr_scale": scale, "weight_decay": decay, "seed": seed, **own})
+    _check_members(filled)
     check_all_match(hyper.get("layer_scales", ()), [m.spec.name for group in groups for m in group[MEMBERS]])
     return filled
 
@@ -169,10 +176,12 @@ def _named_groups(params: Any, *, needs_groups: bool, needs_names: bool) -> list
     return unnamed_group(items)
 
 
-def _check_disjoint(groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_members(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse parameters that are no plain tensors or are in two groups."""
     seen: dict[int, str] = {}
     for group in groups:
         for member in group[MEMBERS]:
+            check_plain(member.parameter, member.spec.name)
             if id(member.parameter) in seen:
                 raise UserError(
                     f"{member.spec.name} is in the parameter groups {seen[id(member.parameter)]!r} and "

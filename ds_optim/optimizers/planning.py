@@ -40,7 +40,7 @@ def plan_workers(
         unit, members = binding.layout.units[number], binding.members[number]
         workers[number] = MatrixWorker(unit, members, binding.comm, work=work, device=binding.device)
     plans = tuple((number, worker.digest()) for number, worker in sorted(workers.items()))
-    check_alike(binding.peers.gather_objects(plans))
+    check_alike(binding.peers.gather_objects({"layout or the exchange of matrices": plans}))
     return workers, choice.table
 
 
@@ -71,13 +71,13 @@ def _chosen(binding: Binding, works: Mapping[int, MatrixWork], timed: bool, save
     return _Choice(polars={number: work.polar for number, work in works.items()}, costs=costs, table=table)
 
 
-def check_alike(answers: Sequence[Any]) -> None:
-    """Raise RuntimeError where the ranks' answers differ."""
-    if len(set(answers)) != 1:
-        raise RuntimeError(
-            "the ranks disagree on the layout or the exchange of matrices: give every rank the same model, "
-            "parameter groups and optimizer JSON"
-        )
+def check_alike(answers: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError where the ranks' answers differ, with what they differ in."""
+    for what, own in answers[0].items():
+        if any(answer[what] != own for answer in answers):
+            raise RuntimeError(
+                f"the ranks disagree on the {what}: give every rank the same model, parameter groups and optimizer JSON"
+            )
 
 
 def _works(

@@ -84,7 +84,7 @@ def with_placeholders(state: Mapping[str, Any], rule: Rule, tensor: Tensor) -> d
     filled = own_state(state, rule)
     if tensor.dim() == 1:
         for key in UNIVERSAL_BUFFERS:
-            filled.setdefault(key, torch.zeros(1).expand(tensor.numel()))
+            filled.setdefault(key, torch.zeros(1, dtype=torch.float32, device="cpu").expand(tensor.numel()))
     return filled
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.noise import stream_of
 from ds_optim.elementwise.sign_rules import move_momentum, stochastic_element_step, stochastic_sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_beta, check_choice, check_seed
+from ds_optim.optimizers.checks import check_beta, check_choice
 from ds_optim.optimizers.rules import (
     MOMENTUM,
     SECOND_MOMENT,
@@ -80,10 +80,8 @@ class StoSignSGD(ZeroOptimizer):
         weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
         bound: "tensor" keeps one B for each parameter, the largest |m| that it has had; "element" is the literal
             rule with a second buffer.
-        seed: of the noise, which is a function of (seed, step, parameter's name, element) alone: not of ranks or
-            stage, and a resumed run goes on with it.
 
-    bound="tensor" is ours.
+    bound="tensor" is ours. The noise is that of the common option ``seed``.
 
     Keeps one fp32 value a parameter ("element": two) and, with "tensor", one number a parameter tensor, for which a
     step joins one maximum a tensor (8 bytes) in one all-reduce.
@@ -98,7 +96,6 @@ class StoSignSGD(ZeroOptimizer):
         beta: float = 0.9,
         weight_decay: float = 0.1,
         bound: str = "tensor",
-        seed: int = 0,
         **options: Unpack[CommonOptions],
     ) -> None:
         element = check_choice("bound", bound, ["tensor", "element"]) == "element"
@@ -107,6 +104,6 @@ class StoSignSGD(ZeroOptimizer):
             rule="sto_sign_sgd_element" if element else "sto_sign_sgd",
             lr=lr,
             weight_decay=weight_decay,
-            hyper={"beta": check_beta("beta", beta), "seed": check_seed(seed)},
+            hyper={"beta": check_beta("beta", beta)},
             options=dict(options),
         )

@@ -111,6 +111,12 @@ def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Bindi
         if len(tensors) != len(candidates):
             candidates = [m for m in candidates if is_optimized(m.parameter)]
         shapes = [tuple(t.shape) for t in tensors]
+        cut = next((m for m in candidates if m.parameter.shape != m.spec.shape), None)
+        if cut is not None and hasattr(cut.parameter, "ds_shape") and any(t is cut.parameter for t in tensors):
+            raise UserError(
+                f"{cut.spec.name} lies in the shards of a ZeRO-3 engine that is gone: build the model anew and load "
+                "its weights, or gather all parameters before the first step"
+            )
         if shapes != [m.spec.shape for m in candidates]:
             raise RuntimeError(
                 f"the tensors of parameter group {group.get('name')!r} are neither the model's parameters nor "
@@ -133,7 +139,47 @@ def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Bindi
     )
 
 
+def check_plain(tensor: Tensor, name: str) -> None:
+    """Refuse what holds its values elsewhere than in memory of its own: kernels take addresses.
+
+    A fake tensor stands for a plain one.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    kind = type(tensor)
+    what = "sparse" if tensor.layout is not torch.strided else "nested" if tensor.is_nested else ""
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind.__name__ != "FakeTensor":
+        what = f"a {kind.__name__}"
+    elif getattr(tensor, "_is_flat_param", False):
+        what = "a FlatParameter"
+    if what:
+        raise UserError(
+            f"{name} is {what} and no plain tensor: pass plain parameters, and shard the model with DeepSpeed's ZeRO "
+            "(zero_optimization.stage 1 to 3) instead of FSDP or tensor parallelism"
+        )
+
+
+def check_gradients(binding: Binding) -> None:
+    """Refuse, before any write, gradients that are no plain tensors, where the user's own code made them.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    for tensors, members in zip(binding.tensors, binding.members, strict=True):
+        for tensor, member in zip(tensors, members, strict=True):
+            if tensor.grad is None:
+                continue
+            if tensor.grad.layout is not torch.strided:
+                raise UserError(
+                    f"{member.spec.name} has a sparse gradient: make its layer with sparse=False, or write "
+                    "p.grad = p.grad.to_dense() before the step"
+                )
+            check_plain(tensor.grad, f"the gradient of {member.spec.name}")
+
+
 def _check_steppable(tensor: Tensor, name: str) -> None:
+    check_plain(tensor, name)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise UserError(
             f"{name} is {tensor.dtype} and nothing keeps fp32 master weights for it: train through DeepSpeed with "

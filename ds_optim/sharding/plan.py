@@ -121,7 +121,9 @@ def plan_exchange(
             cut.append(param)
     loads = [sum(costs[p] for p in params) for params in whole]
     owners = assign_owners([costs[p] for p in cut], loads)
-    owned = [[p for p, owner in zip(cut, owners, strict=True) if owner == rank] for rank in range(unit.world_size)]
+    owned: list[list[int]] = [[] for _ in range(unit.world_size)]
+    for param, owner in zip(cut, owners, strict=True):
+        owned[owner].append(param)
 
     def batches(params: Sequence[int], stackable: bool) -> list[tuple[int, ...]]:
         ordered = sorted(params, key=lambda p: (-costs[p], repr(views[p]), p))

@@ -20,7 +20,7 @@ from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
-_CHUNK = 1 << 17  # elements converted to fp64 at a time: 1 MiB of scratch, whatever the size of the slice
+_CHUNK = 1 << 17  # elements converted to fp64 at a time: 2 MiB of scratch, whatever the size of the slice
 
 Partial = Callable[[Slice], Sequence[Tensor | float]]
 
@@ -38,6 +38,7 @@ def reduce_parameters(
     Returns:
         (parameters, columns) in fp64 on ``device``: 8 bytes a column and parameter on the wire.
     """
+    device = device or torch.device("cpu")
     rows = torch.full((len(unit.params), columns), _IDENTITY[op], dtype=torch.float64, device=device)
     for held in unit.slices(comm.rank):
         values = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in partial(held)]
@@ -58,7 +59,7 @@ def square_sum(values: Flat) -> Tensor:
         return compiled
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in values.split(_CHUNK):
-        total += chunk.double().square_().sum()
+        total += chunk.double().square().sum()
     return total
 
 

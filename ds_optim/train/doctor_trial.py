@@ -56,7 +56,8 @@ def _step(engine: Any, index: int) -> float:
     shape = (min(engine.train_micro_batch_size_per_gpu(), _SEQUENCES), _SEQ_LEN + 1)
     total = 0.0
     for _ in range(engine.gradient_accumulation_steps()):
-        windows = torch.randint(0, _VOCABULARY, shape, generator=draw).to(ranks.device())
+        windows = torch.randint(0, _VOCABULARY, shape, generator=draw, dtype=torch.int64, device="cpu")
+        windows = windows.to(ranks.device())
         loss = models.next_token_losses(engine, windows).mean()
         engine.backward(loss)
         engine.step()

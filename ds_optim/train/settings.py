@@ -114,11 +114,16 @@ class TrainSettings(BaseModel):
         return self
 
     def resolved_params(self) -> dict[str, Any]:
-        """The optimizer's parameters: the preset's tuned ones, then the run's own, then ``lr``."""
+        """The optimizer's parameters: the preset's tuned ones, then the run's own, then ``lr``; the run's seed is that
+        of an optimizer's own noise too, so that the seeds of a study do not share it."""
+        from ds_optim.zero.config import is_ours
+
         tuned = tuned_params(self.preset, self.optimizer) if self.tuned else {}
         params = {**tuned, **self.optimizer_params}
         if self.lr is not None:
             params["lr"] = self.lr
+        if self.seed and is_ours(self.optimizer):
+            params.setdefault("seed", self.seed % 2**32)
         return params
 
     def trajectory(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _FOREIGN = (
     "the parameter groups hold tensors that DeepSpeed's ZeRO did not make: ds_optim cannot tell where their matrices "
     "lie. Leave optimizer.param_groups[...]['params'] alone after deepspeed.initialize"
 )
+_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+"""Where the wrappers of stages 1 and 2 keep their flat partitions."""
 _FREEZE_HINT = "freeze and unfreeze parameters before deepspeed.initialize"
 
 Address = tuple[int, int, int]
@@ -49,7 +52,7 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     if caller is not None and caller.method == "initialize_optimizer_states":
         raise NotYet
     trained = [[m for m in group if is_optimized(m.parameter)] for group in members]
-    stage = _stage_of([m.parameter for group in trained for m in group], caller)
+    stage = _stage_of(trained, groups, caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
     problem = _settings_problem(caller, trained) or _frozen_problem(stage, members)
@@ -68,13 +71,32 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     return binding
 
 
-def _stage_of(parameters: Sequence[torch.nn.Parameter], caller: Caller | None) -> int:
-    """The stage by what DeepSpeed left on the parameters; 0 where it left nothing."""
-    if any(hasattr(p, "_z3_optimizer") for p in parameters):
-        return 3
-    if any(hasattr(p, "_hp_mapping") for p in parameters):
-        return 2 if caller is not None and getattr(caller.wrapper, "partition_gradients", False) else 1
-    return 0
+def _stage_of(trained: Sequence[Sequence[Member]], groups: Groups, caller: Caller | None) -> int:
+    """The stage by what the groups hold, and then by what DeepSpeed left on the parameters.
+
+    Marks stay on parameters after their engine is gone: whole tensors in the groups are nobody's partitions, and stage
+    3 is that of the engine whose partitions they are.
+    """
+    parameters = [m.parameter for group in trained for m in group]
+    held = [t for group in groups for t in group["params"]]
+    for zero in {id(z): z for z in (getattr(p, "_z3_optimizer", None) for p in parameters) if z is not None}.values():
+        own = {id(flat) for flat in _attribute(zero, "fp32_partitioned_groups_flat")}
+        if any(id(t) in own for t in held):
+            return 3
+    if not any(hasattr(p, "_hp_mapping") for p in parameters) or _are_whole(trained, groups, caller):
+        return 0
+    return 2 if caller is not None and getattr(caller.wrapper, "partition_gradients", False) else 1
+
+
+def _are_whole(trained: Sequence[Sequence[Member]], groups: Groups, caller: Caller | None) -> bool:
+    """Whether the groups hold the parameters, or copies of them that are no partitions of the wrapper's."""
+    partitions = caller is not None and any(hasattr(caller.wrapper, name) for name in _PARTITIONS)
+    for group, members in zip(groups, trained, strict=False):
+        tensors = [t for t in group["params"] if t.requires_grad and t.numel()]
+        copies = not partitions and [tuple(t.shape) for t in tensors] == [m.spec.shape for m in members]
+        if not copies and any(t is not m.parameter for t, m in zip(tensors, members, strict=False)):
+            return False
+    return True
 
 
 def _first(trained: Sequence[Sequence[Member]]) -> torch.nn.Parameter:
@@ -181,11 +203,8 @@ def _bind_stage3(trained: Sequence[Sequence[Member]], first: torch.nn.Parameter,
         world_size=comm.world_size,
         sub_group_size=_attribute(zero, "sub_group_size"),
     )
-    queue = [m for group in trained for m in group]
-    members: list[list[Member]] = []
-    for unit in layout.units:
-        members.append(queue[: len(unit.params)])
-        queue = queue[len(unit.params) :]
+    queue = iter([m for group in trained for m in group])
+    members = [list(islice(queue, len(unit.params))) for unit in layout.units]
 
     def local_address(unit: Unit, param: int, member: Member) -> Address | None:
         try:

@@ -13,7 +13,7 @@ from torch import nn
 import ds_optim
 from ds_optim.errors import UserError
 
-from .harness import Outcome, device, run_ranks
+from .harness import Outcome, assert_all_raised, device, run_ranks
 from .models import batch, share
 from .small_runs import (
     BATCH,
@@ -217,6 +217,63 @@ def test_a_client_optimizer_refuses_settings_at_its_first_step() -> None:
             assert part in line
             assert "\n" not in line
             assert moved == []
+
+
+# ------------------------------------------------------------------------------------ after an engine is gone
+
+GONE: Mapping[str, list[Cell]] = {
+    "z1": [Cell(stage=1)],
+    "z2, then z0": [Cell(stage=2), Cell(stage=0)],
+    "z3": [Cell(stage=3)],
+    "z1, then z3": [Cell(stage=1), Cell(stage=3)],
+    "z2, then z0 in bf16": [Cell(stage=2, dtype="bf16"), Cell(stage=0, dtype="bf16")],
+    "z3 of whole parameters, then z1": [
+        Cell(stage=3, zero={"stage3_param_persistence_threshold": 10**6}),
+        Cell(stage=1),
+    ],
+}
+
+
+def after_engines(rank: int, world_size: int) -> dict[str, list[str]]:
+    """Engines over one model, one after the other; then plain steps of it and of a copy: what differs."""
+    found = {}
+    for label, cells in GONE.items():
+        model = new_model(cells[0].dtype)
+        for cell in cells:
+            engine = start(cell, world_size, MUON, model)
+            one_step(engine, 0, rank, world_size)
+            engine.destroy()
+            del engine
+        if cells[-1].dtype == "bf16":
+            model.float()
+        both = [model, new_model()]
+        model(*batch(1, BATCH))  # what stage 3 has cut comes together
+        both[1].load_state_dict(model.state_dict())
+        optimizers = [ds_optim.LionMuon(ds_optim.param_groups(m), lr=0.1) for m in both]
+        for step in range(2):
+            for m, optimizer in zip(both, optimizers, strict=True):
+                m.zero_grad()
+                m(*batch(step, BATCH)).backward()
+                optimizer.step()
+        ours, theirs = (dict(m.named_parameters()) for m in both)
+        found[label] = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    return found
+
+
+def test_a_model_is_trained_plainly_and_by_others_after_an_engine_is_gone() -> None:
+    for found in run_ranks(2, after_engines):
+        assert found == {label: [] for label in GONE}
+
+
+def cut_and_gone(rank: int, world_size: int) -> None:
+    model = new_model()
+    start(Cell(stage=3), world_size, MUON, model).destroy()
+    ds_optim.Lion(ds_optim.param_groups(model)).step()
+
+
+def test_shards_of_an_engine_that_is_gone_are_refused_in_one_line() -> None:
+    outcomes = run_ranks(2, cut_and_gone, expect_error=True)
+    assert_all_raised(outcomes, "UserError", "lies in the shards of a ZeRO-3 engine that is gone: build the model anew")
 
 
 # --------------------------------------------------------------------------------------- no DeepSpeed around

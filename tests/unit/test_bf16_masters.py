@@ -33,6 +33,7 @@ from tests import reference
 from tests.philox import philox4x32
 from tests.reference import Array
 from tests.stepping import CONV_VIEW, SmallModel, build, random_grads, take_steps, weights_of
+from tests.unit.test_optimizers import CASES, MATRIX_RULES
 
 LION = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99))
 MASTERS = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
@@ -157,10 +158,8 @@ def test_bits_do_not_depend_on_path_or_chunk(monkeypatch: pytest.MonkeyPatch) ->
 
 
 RULES: list[tuple[str, dict[str, Any]]] = [
-    ("Lion", {"lr": 1e-3}),
-    ("Muon", {"lr": 1e-3, "polar": {"dtype": "float32"}}),
-    ("Muon", {"lr": 1e-3, "polar": {"dtype": "float32"}, "aux": "adamw", "aux_lr": 1e-3}),
-    ("LionMuon", {"lr": 1e-3, "polar": {"dtype": "float32"}}),
+    *((name, {"lr": 1e-3, **hyper}) for name, hyper in CASES),
+    ("Muon", {"lr": 1e-3, "aux": "adamw", "aux_lr": 1e-3}),
 ]
 
 
@@ -169,16 +168,16 @@ def test_weights_are_the_fp64_references_rounded(name: str, hyper: dict[str, Any
     """Each step rounds what the reference computes from the last stored weights, by the noise that is due."""
     grads, model = bf16_grads(5), SmallModel().bfloat16()
     start = weights_of(model)
-    take_steps(model, build(name, model, **hyper), grads)
+    exact = {"polar": {"dtype": "float32"}} if name in MATRIX_RULES else {}
+    take_steps(model, build(name, model, **hyper, **exact), grads)
     found = weights_of(model)
     entries = [{key: g.double().numpy() for key, g in entry.items()} for entry in grads]
-    plain = {k: v for k, v in hyper.items() if k != "polar"}
 
     def referred(shift: int) -> Mapping[str, Array]:
         def store(key: str, step: int, theta: Array) -> Array:
-            return rounded(theta, noise_of(key, step + shift, theta.size).reshape(theta.shape))
+            return rounded(theta, noise_of(key, step + shift, theta.size, hyper.get("seed", 0)).reshape(theta.shape))
 
-        return reference.run(name, start, entries, {**plain, "matrix_views": CONV_VIEW}, store=store)
+        return reference.run(name, start, entries, {**hyper, "matrix_views": CONV_VIEW}, store=store)
 
     apart = {
         shift: np.concatenate([(found[key] - theta).ravel() / 2.0**-7 for key, theta in referred(shift).items()])
@@ -188,6 +187,17 @@ def test_weights_are_the_fp64_references_rounded(name: str, hyper: dict[str, Any
     assert np.mean(apart[0] != 0) <= 0.01
     assert np.abs(apart[0]).max() <= 4
     assert np.mean(apart[1] != 0) > 0.05, "another step's noise would have done as well"
+
+
+@pytest.mark.parametrize("name", ["SignSGD", "Lion", "Lamb", "Muon"])
+def test_weights_are_rounded_by_the_optimizers_seed(name: str) -> None:
+    found = []
+    for seed in (0, 1, 1):
+        model = SmallModel().bfloat16()
+        take_steps(model, build(name, model, seed=seed), bf16_grads(1))
+        found.append(weights_of(model))
+    assert all((found[1][key] == found[2][key]).all() for key in found[0])
+    assert any((found[0][key] != found[1][key]).any() for key in found[0])
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))

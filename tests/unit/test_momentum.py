@@ -251,3 +251,40 @@ def test_a_load_keeps_dtype_and_bits(kind: str) -> None:
     with pytest.raises(UserError, match="momentum_dtype"):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state, "what is refused must not be half loaded"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ONE_BUFFER)
+def test_every_group_rounds_by_the_optimizers_seed(name: str, kind: str) -> None:
+    """After one step, whose momentum is the same for all seeds: the seeds of a study share no noise."""
+
+    def stored_momenta(**seed: int) -> list[Tensor]:
+        model = SmallModel()
+        optimizer = build(name, model, momentum_dtype=kind, **seed)
+        take_steps(model, optimizer, random_grads(1))
+        assert {group["seed"] for group in optimizer.param_groups} == {seed.get("seed", 0)}
+        groups = [group["params"] for group in optimizer.param_groups]
+        return [torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in params]) for params in groups]
+
+    default, zero, one, again = stored_momenta(), *(stored_momenta(seed=seed) for seed in (0, 1, 1))
+    for kept, same, other, twin in zip(default, zero, one, again, strict=True):
+        assert torch.equal(kept, same)
+        assert torch.equal(other, twin)
+        assert not torch.equal(kept, other)
+
+
+def test_a_load_brings_the_seed_back_and_a_checkpoint_of_old_has_0() -> None:
+    first, model = build("Lion", SmallModel(), seed=3), SmallModel()
+    second = build("Lion", model, momentum_dtype="int8", seed=5)
+    saved = build("Lion", SmallModel(), momentum_dtype="int8", seed=3).state_dict()
+    second.load_state_dict(saved)
+    assert {group["seed"] for group in first.param_groups + second.param_groups} == {3}
+    for group in saved["param_groups"]:
+        del group["seed"]
+    second.load_state_dict(saved)
+    take_steps(model, second, random_grads(1))
+    twin = SmallModel()
+    optimizer = build("Lion", twin, momentum_dtype="int8", seed=0)
+    take_steps(twin, optimizer, random_grads(1))
+    gain, other = second.state[model.gain]["exp_avg"], optimizer.state[twin.gain]["exp_avg"]
+    assert torch.equal(gain, other)

@@ -202,3 +202,15 @@ def test_lr_goes_over_the_presets_tuned_rate() -> None:
     assert tuned["lr"] > 0
     assert make_settings(optimizer="LionMuon", lr=0.5).resolved_params() == {**tuned, "lr": 0.5}
     assert make_settings(preset="qwen3-134m", optimizer="lion_muon").resolved_params() == {}
+
+
+def test_a_runs_seed_is_its_optimizers() -> None:
+    for name, expected in (
+        ("lion_muon", {"seed": 2}),
+        ("StoSignSGD", {"seed": 2}),
+        ("adamw", {}),
+        ("deepspeed:Lion", {}),
+    ):
+        assert make_settings(preset="qwen3-134m", optimizer=name, seed=2).resolved_params() == expected
+    given = make_settings(preset="qwen3-134m", optimizer="lion", seed=2, optimizer_params={"seed": 7})
+    assert given.resolved_params() == {"seed": 7}

@@ -33,10 +33,15 @@ class BlendWeights(ctypes.Structure):
     _fields_ = (("d0", c_float), ("d1", c_float), ("k0", c_float), ("k1", c_float))
 
 
+def is_addressable(tensor: Any) -> bool:
+    """Whether its address is that of its values, as they are: no subclass's, and not to be negated yet."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
+
+
 def is_plain(tensor: Any) -> bool:
     """Whether it is a vector of fp32 in a CPU's memory, without gaps."""
     return (
-        type(tensor) is Tensor
+        is_addressable(tensor)
         and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.dim() == 1

@@ -181,7 +181,7 @@ def _measure(name: str, tensors: tuple[Tensor, ...], *scalars: Any, join: str, c
     if lib is None or not suits(*tensors):
         return None
     kernel, numel = getattr(lib, name), tensors[0].numel()
-    out = torch.full((max(1, -(-numel // PART)), columns), _IDENTITY[join], dtype=torch.float64)
+    out = torch.full((max(1, -(-numel // PART)), columns), _IDENTITY[join], dtype=torch.float64, device="cpu")
 
     def part(begin: int, count: int) -> None:
         places = (address(tensor, begin) for tensor in tensors)

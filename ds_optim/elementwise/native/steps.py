@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Rounding, Stored
-from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts
+from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_addressable
 from ds_optim.elementwise.native.library import library
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -116,7 +116,7 @@ def store(m: Stored, position: int, values: Tensor) -> bool:
 
 
 def _is_flat_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+    return is_addressable(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _plain(tensor: Flat) -> TypeGuard[Tensor]:

@@ -152,8 +152,8 @@ def _to_adamw(portable: Portable, params: Mapping[str, Any], reset: bool) -> Por
     hyper |= {key: tuple(v) if key == "betas" else v for key, v in params.items() if key in hyper and key != "lr"}
     if "initial_lr" in portable.groups[0].hyper:
         hyper["initial_lr"] = lr
-    order = list(portable.models[0]["module"])
-    specs = tuple(sorted(portable.specs, key=lambda spec: order.index(spec.name)))
+    order = {name: place for place, name in enumerate(portable.models[0]["module"])}
+    specs = tuple(sorted(portable.specs, key=lambda spec: order[spec.name]))
     made = replace(portable, groups=(SavedGroup(hyper=hyper, params=specs),), description=None)
     return reset_optimizer(replace(made, models=_with_schedule(portable, [lr], _fraction_of_peak(portable))))
 

@@ -45,14 +45,15 @@ def flat_state(portable: Portable, unit: Unit, rank: int) -> dict[str, Tensor]:
     """
     held = list(unit.slices(rank))
     dtype = dtype_of(portable, unit.params[0].name, MASTER)  # bfloat16 where DeepSpeed keeps its masters so
-    flats = {MASTER: torch.zeros(unit.partition_numel, dtype=dtype)}
+    flats = {MASTER: torch.zeros(unit.partition_numel, dtype=dtype, device="cpu")}
     keys = dict.fromkeys(key for spec in unit.params for key in portable.buffers[spec.name])
     for key in keys:
         owner = next(spec.name for spec in unit.params if key in portable.buffers[spec.name])
-        flats[key] = torch.zeros(unit.partition_numel, dtype=dtype_of(portable, owner, key))
+        dtype = dtype_of(portable, owner, key)
+        flats[key] = torch.zeros(unit.partition_numel, dtype=dtype, device="cpu")
         if flats[key].dtype == torch.int8:
             count = sum(scales_numel(s.start, s.numel) for s in held)
-            flats[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32)
+            flats[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32, device="cpu")
     blocks = blocks_of(unit, rank)
     for key in [key for key in flats if key != SCALES_OF_MOMENTUM]:
         for s in held:

@@ -55,6 +55,10 @@ class Shards:
     def _holders(self) -> dict[str, list[tuple[int, Slice]]]:
         return {name: self.layout.units[u].holders(p) for name, (u, p) in self._places.items()}
 
+    @cached_property
+    def _blocks(self) -> list[list[dict[int, tuple[int, int]]]]:
+        return [[blocks_of(unit, rank) for rank in range(unit.world_size)] for unit in self.layout.units]
+
     def unit_of(self, name: str) -> Unit:
         return self.layout.units[self._places[name][0]]
 
@@ -76,12 +80,12 @@ class Shards:
     def read_scales(self, name: str, start: int, numel: int) -> Tensor:
         """Of int8 momentum, for each of these elements the scale of its block: fp32, (numel,)."""
         number, param = self._places[name]
-        unit = self.layout.units[number]
         runs = []
         for rank, held, first, count in self._runs(name, start, numel):
-            skipped, _ = blocks_of(unit, rank)[param]
+            skipped, _ = self._blocks[number][rank][param]
             scales = self.flats[number][rank][held.tensor][SCALES_OF_MOMENTUM]
-            blocks = torch.arange(held.start + first, held.start + first + count) // BLOCK - held.start // BLOCK
+            begin = held.start + first
+            blocks = torch.arange(begin, begin + count, dtype=torch.int64, device="cpu") // BLOCK - held.start // BLOCK
             runs.append(scales[blocks + skipped])
         return torch.cat(runs)
 

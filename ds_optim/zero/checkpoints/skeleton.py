@@ -22,9 +22,11 @@ def skeleton(portable: Portable) -> nn.Module:
     """
     module = Module(portable)
     shapes = {spec.name: spec.shape for spec in portable.specs}
-    parameters = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
+    parameters = {
+        name: nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")) for name, shape in shapes.items()
+    }
     for name, shape in module.frozen_shapes.items():
-        parameters[name] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+        parameters[name] = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
     root = nn.Module()
     for name in portable.models[0]["module"]:
         held = parameters.get(module.shared.get(name, name))
