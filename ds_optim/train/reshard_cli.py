@@ -62,7 +62,7 @@ def reshard(
 def summary(portable: Portable, stage: int, ranks: int) -> str:
     """One line on a checkpoint: optimizer, stage, ranks, parameters, dtypes, step."""
     specs = portable.specs
-    weights = {str(portable.models[0]["module"][spec.name].dtype).removeprefix("torch.") for spec in specs}
+    weights = {str(portable.weights_dtype(spec.name)).removeprefix("torch.") for spec in specs}
     count = sum(spec.numel for spec in specs)
     return (
         f"{portable.optimizer}, stage {stage}, {ranks} rank{'s' if ranks > 1 else ''}, "

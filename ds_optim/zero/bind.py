@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized
+from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized, taken
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
 from ds_optim.zero.agree import raise_everywhere
@@ -48,11 +48,12 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     caller = find_caller(optimizer)
     if caller is not None and caller.method == "initialize_optimizer_states":
         raise NotYet
-    trained = [[m for m in group if is_optimized(m.parameter)] for group in members]
+    trained = taken(members, groups) if len(groups) == len(members) else [list(group) for group in members]
     stage = _stage_of([m.parameter for group in trained for m in group], caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
-    raise_everywhere(_settings_problem(caller, trained) or _groups_problem(stage, trained, groups), comm)
+    problem = _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
+    raise_everywhere(problem or _left_out(members, trained), comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
         announce_routes(optimizer, groups)
@@ -65,6 +66,14 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
     announce_routes(optimizer, groups)
     return binding
+
+
+def took(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO steps a parameter, by what it left on it, and on all of the model's at stage 3."""
+    zero: Any = getattr(parameter, "_z3_optimizer", None)
+    if zero is not None:
+        return zero.get_param_id(parameter) in _attribute(zero, "grad_position")
+    return hasattr(parameter, "_hp_mapping")
 
 
 def _stage_of(parameters: Sequence[torch.nn.Parameter], caller: Caller | None) -> int:
@@ -111,14 +120,25 @@ def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Gro
     return None
 
 
+def _left_out(members: Sequence[Sequence[Member]], trained: Sequence[Sequence[Member]]) -> UserError | None:
+    """DeepSpeed trains nothing that was frozen when the engine was built, and says nothing of it."""
+    there = {id(m.parameter) for group in trained for m in group}
+    for member in (m for group in members for m in group):
+        if id(member.parameter) not in there and is_optimized(member.parameter):
+            return UserError(
+                f"{member.spec.name} was frozen when deepspeed.initialize was called and is trainable now, and would "
+                f"not be trained: {_FREEZE_HINT}"
+            )
+    return None
+
+
 def _copies_problem(trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:
     """Where nothing is sharded, a tensor that is not the parameter must be a copy of it.
 
     Shapes are compared by ``bind_unsharded``.
     """
     for group, members in zip(groups, trained, strict=True):
-        tensors = [t for t in group["params"] if t.requires_grad and t.numel()]
-        for tensor, member in zip(tensors, members, strict=False):
+        for tensor, member in zip(group["params"], members, strict=False):
             own = member.parameter.detach()
             same = tensor is member.parameter or tensor.shape != own.shape or _same(tensor, own)
             if not same:

@@ -17,11 +17,12 @@ from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import SCALARS, SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import without_description
 from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout
+from ds_optim.zero.checkpoints.described import described
 from ds_optim.zero.checkpoints.folder import Files, find_files, find_folder
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
 from ds_optim.zero.checkpoints.safe import load
 from ds_optim.zero.checkpoints.stage0 import Names, read_stage0
-from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, plain_values, saved_groups
+from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, plain_values, saved_groups
 
 _OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
 _WRAPPER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
@@ -38,10 +39,10 @@ def open_checkpoint(source: Path, names: Names | None = None, *, state: bool = T
     """
     files = find_files(find_folder(source))
     try:
-        return _open(files, names, state)
+        return described(_open(files, names, state), files.folder)
     except UserError:
         raise
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as problem:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RecursionError) as problem:
         what = f"{type(problem).__name__}: {problem}"
         raise UserError(f"{files.folder} is not laid out as DeepSpeed 0.19 lays it out ({what})") from problem
 
@@ -179,7 +180,7 @@ def _same_addresses(layout: Layout, mappings: Sequence[Mapping[str, Any]], rank:
 def _flats(master: Tensor, state: Mapping[str, Any], unit: Unit, rank: int, path: Path) -> Flats:
     """Masters, buffers and scales of one flat partition; other entries of its state are left out."""
     found: dict[str, Tensor] = {MASTER: master}
-    for key, value in state.items():
+    for key, value in numbered(state).items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue
         blocks = sum(count for _, count in blocks_of(unit, rank).values()) if key == SCALES_OF_MOMENTUM else None

@@ -74,6 +74,8 @@ def reshard(
         partial.replace(place)
     except OSError as problem:
         raise UserError(f"cannot write {place}: {problem.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{source} holds a client's state that is nested too deep to be written") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Resharded(source=found, written=wanted, target=target, folder=place / tag)
@@ -82,7 +84,7 @@ def reshard(
 def _write_and_verify(wanted: Portable, target: Target, partial: Path, tag: str) -> None:
     write_checkpoint(wanted, target, partial, tag)
     names = [group.params for group in wanted.groups]
-    wrong = differences(open_checkpoint(partial / tag, names), wanted)
+    wrong = differences(open_checkpoint(partial / tag, names), wanted, target)
     if wrong:
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")

@@ -23,9 +23,11 @@ def skeleton(portable: Portable) -> nn.Module:
     shapes = {spec.name: spec.shape for spec in portable.specs}
     parameters = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
     for name, shape in module.frozen_shapes.items():
+        if name in shapes:
+            continue
         parameters[name] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
     root = nn.Module()
-    for name in portable.models[0]["module"]:
+    for name in module.names:
         held = parameters.get(module.shared.get(name, name))
         if held is not None:
             *path, last = name.split(".")
