@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.same import same
 
 _PER_CUT = (
     *("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"),
@@ -26,6 +27,14 @@ def common_entries(portable: Portable, stage: int, ranks: int, rank: int) -> dic
     own = portable.stage == stage == 3 and portable.ranks == ranks
     model = portable.models[rank if own else 0]
     return {key: value for key, value in model.items() if key not in _PER_CUT}
+
+
+def of_one_rank(portable: Portable, stage: int, ranks: int) -> list[str]:
+    """What each rank saved of its own, and of which a run of this shape gets the first rank's alone."""
+    kept = [common_entries(portable, 3, portable.ranks, rank) for rank in range(len(portable.models))]
+    if len(kept) == 1 or (stage == 3 and ranks == portable.ranks):
+        return []
+    return [key for key in kept[0] if any(key not in own or not same(own[key], kept[0][key]) for own in kept)]
 
 
 class Module:
