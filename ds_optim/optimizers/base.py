@@ -193,7 +193,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def members(self) -> list[list[Member]]:
-        """For each parameter group the parameters that the optimizer was built with."""
+        """For each parameter group the parameters that it was built with (and that DeepSpeed's copies stand for)."""
         return self._members
 
     @property

@@ -53,7 +53,7 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
     problem = _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
-    raise_everywhere(problem or _left_out(members, trained), comm)
+    raise_everywhere(problem or (_left_out(members, trained) if stage else None), comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
         announce_routes(optimizer, groups)
@@ -138,7 +138,9 @@ def _copies_problem(trained: Sequence[Sequence[Member]], groups: Groups) -> Runt
     Shapes are compared by ``bind_unsharded``.
     """
     for group, members in zip(groups, trained, strict=True):
-        for tensor, member in zip(group["params"], members, strict=False):
+        if len(group["params"]) != len(members):
+            return RuntimeError(f"the parameter group {group.get('name')!r} holds tensors that are not the model's")
+        for tensor, member in zip(group["params"], members, strict=True):
             own = member.parameter.detach()
             same = tensor is member.parameter or tensor.shape != own.shape or _same(tensor, own)
             if not same:

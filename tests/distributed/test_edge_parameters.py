@@ -293,19 +293,3 @@ def test_unusual_parameters_train_in_16_bits() -> None:
                     assert still, f"{case.label}: {name} is frozen and moved"
                 elif p.ndim == 2 and p.numel() and not name.startswith("idle"):
                     assert not still, f"{case.label}: {name} stands still"
-
-
-def test_ds_optim_survives_a_model_that_freezes_between() -> None:
-    """A parameter frozen after initialize is an error with a hint, not a wrong step."""
-    for outcome in run_ranks(2, freeze_late, expect_error=True):
-        assert outcome.error_type == "RuntimeError", outcome.traceback
-        assert "freeze and unfreeze parameters before deepspeed.initialize" in outcome.message
-
-
-def freeze_late(rank: int, world_size: int) -> None:
-    quiet()
-    model = Net().to(device())
-    engine = ds_optim.initialize(model=model, config=Cell(stage=2).json(world_size, MUON))[0]
-    engine.backward(loss_of(engine, data(0)[rank::world_size].to(device())))
-    model.first.weight.requires_grad_(False)
-    engine.step()

@@ -221,8 +221,8 @@ def test_what_a_config_leaves_out_is_deepspeeds_default(flat: Files, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "config", "expected"),
     [
-        (["--ranks", str(10**11)], None, "--ranks is 100000000000: write a number of ranks from 1 to 65,536"),
-        (["--ranks", "65537"], None, "--ranks is 65537"),
+        (["--ranks", str(10**11)], None, "--ranks is 100000000000: write a number of ranks from 1 to 131,072"),
+        (["--ranks", "131073"], None, "--ranks is 131073"),
         (
             [],
             '{"zero_optimization": {"stage": 3, "sub_group_size": "large"}}',

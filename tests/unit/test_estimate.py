@@ -64,6 +64,11 @@ def test_int8_is_at_most_1_05_bytes(stage: int, ranks: int) -> None:
     assert set(found.largest.state) == {"exp_avg_codes", "exp_avg_scale"}
 
 
+def test_more_ranks_than_there_can_be_are_refused() -> None:
+    with pytest.raises(UserError, match="ranks is 100000000000: write at most 131,072"):
+        ZeroSettings(stage=3, ranks=10**11)
+
+
 @pytest.mark.parametrize(("stage", "published"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_the_zero_papers_7_5b_at_64_ranks(stage: int, published: float) -> None:
     """Rajbhandari et al. 2019, figure 1: 16-bit gradients accumulate whole at stage 1."""

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
-from ds_optim.sharding.layout import Layout, build_layout
+from ds_optim.sharding.layout import MOST_RANKS, Layout, build_layout
 from ds_optim.zero.checkpoints.portable import Portable
 
 _SETTINGS = ("stage", "sub_group_size", "parameter_alignment")
-MOST_RANKS = 1 << 16
-"""A mistake beyond: each rank has files of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
