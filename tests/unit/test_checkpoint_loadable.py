@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -340,3 +341,47 @@ def test_extra_state_that_is_no_tensor_goes_over(flat: Files, tmp_path: Path) ->
     reshard(tmp_path / "cut", tmp_path / "whole", ranks=1, stage=1)
     for folder in ("cut", "whole"):
         assert open_checkpoint(tmp_path / folder).models[0]["module"]["block._extra_state"] == b"\0"
+
+
+# ------------------------------------------------------------------------------------------------ anything at all
+
+VALUES = [None, -1, "x", [], {}, 0.5, [1, [2]], {"a": {}}, math.nan, torch.zeros(2), b"", (1,), 10**30]
+
+
+def places(content: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything that can be changed."""
+    if isinstance(content, dict):
+        pairs = list(content.items())
+    elif isinstance(content, list):
+        pairs = list(enumerate(content))
+    else:
+        return []
+    return [*((content, key) for key, _ in pairs), *(place for _, value in pairs for place in places(value))]
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("int8", 2), ("LASM", 3), ("Lion", 1)])
+def test_a_change_anywhere_is_one_line_or_goes_over(kind: str, stage: int, flat: Files, tmp_path: Path) -> None:
+    """Random ones, by number: nothing but a line comes of what is refused, and nothing is left of it."""
+    original = flat(kind, stage)
+    lines: list[str] = []
+    for number in range(40):
+        chance = random.Random(number)
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(original, tmp_path / "copy")
+        path = chance.choice(sorted((tmp_path / "copy" / "step-3").glob("*.pt")))
+        content = torch.load(path, weights_only=False)
+        container, key = chance.choice(places(content))
+        if chance.random() < 0.25:
+            del container[key]
+        else:
+            container[key] = chance.choice(VALUES)
+        torch.save(content, path)
+        out, before = tmp_path / f"out {number}", len(lines)
+        try:
+            reshard(tmp_path / "copy", out, ranks=chance.choice([1, 3]), stage=chance.choice([0, 1, 2, 3]))
+            open_checkpoint(out)
+        except UserError as problem:
+            lines.append(str(problem))
+        assert out.exists() == (len(lines) == before)
+    assert 10 < len(lines) < 40
+    assert not any("\n" in line for line in lines)
