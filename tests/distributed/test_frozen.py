@@ -16,7 +16,7 @@ from ds_optim.zero.checkpoints import reshard
 
 from .harness import assert_all_raised, device, run_ranks
 from .resharding import gathered, held
-from .small_runs import FP32_ACCUMULATION, MUON, Cell, bits, differences, quiet, snapshot
+from .small_runs import FP32_ACCUMULATION, MUON, Cell, bits, differences, full_weights, quiet, snapshot
 from .test_edge_parameters import Net, data, loss_of
 
 Held = list[tuple[str, str, int, Tensor]]
@@ -96,7 +96,8 @@ def frozen_after(rank: int, world_size: int) -> list[list[str]]:
         for names in ([FROZEN], []):
             engine = built(cell, world_size)
             step(engine, 0, rank, world_size, lambda own=engine.module, n=names: freeze(own, n))  # type: ignore[misc]
-            states.append(snapshot(engine))
+            momenta = {f"momentum {n}": ds_optim.full_momentum(engine, p) for n, p in engine.module.named_parameters()}
+            states.append({**full_weights(engine), **momenta})  # of padding DeepSpeed's gradient may be anything
             engine.destroy()
         found.append(differences(*states))
     return found
