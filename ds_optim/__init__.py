@@ -20,7 +20,9 @@ from ds_optim.optimizers import (
     StableAdamW,
     StableLion,
     StoSignSGD,
+    full_momentum,
     param_groups,
+    set_full_momentum,
 )
 from ds_optim.zero import from_config, initialize
 
@@ -45,6 +47,8 @@ __all__ = [
     "StoSignSGD",
     "UserError",
     "from_config",
+    "full_momentum",
     "initialize",
     "param_groups",
+    "set_full_momentum",
 ]

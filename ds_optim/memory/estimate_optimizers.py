@@ -133,7 +133,7 @@ def _ours(name: str, parameters: Sequence[Parameter], momentum_dtype: str) -> Gr
     itemsize = DTYPES[momentum_dtype].itemsize if rule.keeps_one else _FP32
     return GroupPlan(
         parameters=tuple(parameters),
-        buffers=dict.fromkeys(rule.buffers, itemsize),
+        buffers=dict.fromkeys(rule.state_keys(DTYPES[momentum_dtype]), itemsize),
         int8=rule.keeps_one and momentum_dtype == "int8",
         shape=rule.shape,
         scalar=8 if rule.scalar else 0,

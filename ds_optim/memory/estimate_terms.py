@@ -15,7 +15,7 @@ import torch
 from ds_optim.elementwise.chunks import CPU_CHUNK, CUDA_CHUNK
 from ds_optim.elementwise.momentum import scales_numel
 from ds_optim.errors import UserError
-from ds_optim.sharding.layout import Unit
+from ds_optim.sharding.layout import MOST_RANKS, Unit
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,6 +61,8 @@ class ZeroSettings:
             value = getattr(self, key)
             if type(value) is not int or value < 1:
                 raise UserError(f"{key} is {value!r}: write a whole number from 1")
+        if self.ranks > MOST_RANKS:
+            raise UserError(f"ranks is {self.ranks}: write at most {MOST_RANKS:,}")
         for key in ("dtype", "grad_accum_dtype"):
             value = getattr(self, key)
             if value not in WEIGHT_BYTES and (key == "dtype" or value is not None):

@@ -11,6 +11,7 @@ from ds_optim.optimizers.lasm import LASM
 from ds_optim.optimizers.lion import Lion
 from ds_optim.optimizers.lion_muon import LionMuon, SignMuon
 from ds_optim.optimizers.mimuon import MiMuon
+from ds_optim.optimizers.momenta import full_momentum, set_full_momentum
 from ds_optim.optimizers.muon import Muon, Muonlight
 from ds_optim.optimizers.options import known_keys
 from ds_optim.optimizers.routing import param_groups
@@ -29,4 +30,12 @@ _CLASSES: tuple[type[ZeroOptimizer], ...] = (
 OPTIMIZERS = {cls.__name__: cls for cls in _CLASSES}
 """The JSON types that mean this package."""
 
-__all__ = ["OPTIMIZERS", "ZeroOptimizer", "known_keys", "param_groups", *OPTIMIZERS]
+__all__ = [
+    "OPTIMIZERS",
+    "ZeroOptimizer",
+    "full_momentum",
+    "known_keys",
+    "param_groups",
+    "set_full_momentum",
+    *OPTIMIZERS,
+]

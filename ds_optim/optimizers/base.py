@@ -36,6 +36,7 @@ from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.planning import check_alike, plan_workers
 from ds_optim.optimizers.routing import MEMBERS
 from ds_optim.optimizers.rules import (
+    CODES_OF_MOMENTUM,
     RULES,
     SCALARS,
     SCALES_OF_MOMENTUM,
@@ -57,7 +58,7 @@ from ds_optim.optimizers.saved import (
     without_description,
 )
 from ds_optim.optimizers.unstepped import warn_if_idle, watch
-from ds_optim.sharding.binding import Binding, Member, NotYet, bind, check_gradients, is_optimized
+from ds_optim.sharding.binding import Binding, Member, NotYet, bind, check_gradients, taken
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -169,7 +170,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def identity(self) -> Identity:
         """What a checkpoint must be of to be loaded here."""
-        specs = [tuple(m.spec for m in members if is_optimized(m.parameter)) for members in self._members]
+        specs = [tuple(m.spec for m in members) for members in taken(self._members, self._all_groups)]
         return Identity(
             optimizer=type(self).__name__,
             momentum_dtype=str(self._momentum_dtype).removeprefix("torch."),
@@ -194,7 +195,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def members(self) -> list[list[Member]]:
-        """For each parameter group the parameters that the optimizer was built with."""
+        """For each parameter group the parameters that it was built with (and that DeepSpeed's copies stand for)."""
         return self._members
 
     @property
@@ -224,6 +225,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._init_states(self._binding)
             binding = self._bound()
         except NotYet:
+            self._members = taken(self._members, self._all_groups)
             return loss
         if not binding.sharded:
             check_gradients(binding)
@@ -236,6 +238,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._diagnostics is not None and len(binding.layout.units) - 1 in units:
             self._diagnostics.log(binding.comm.rank)
         return loss
+
+    def layout_now(self) -> Binding:
+        """Where the parameters lie, also before a first step of this run; collective then."""
+        return self._binding or bind(self, self._members, self._all_groups)
 
     def _bound(self) -> Binding:
         """The binding behind the tensors of this call, made at the first one."""
@@ -278,12 +284,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """State of a tensor that holds (slices of) the parameters ``names``, in so many blocks of int8 momentum."""
         state, own = self.state[tensor], RULES[group["rule"]]
         settle_state(state, own, self._momentum_dtype, carried=self._universal)
-        for key in own.buffers:
+        for key in own.state_keys(self._momentum_dtype):
             if key not in state:
                 narrow = own.keeps_one and self._momentum_dtype in NARROW
                 dtype = self._momentum_dtype if narrow else wide(tensor.dtype)
                 state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
-        if own.keeps_one and self._momentum_dtype == torch.int8 and SCALES_OF_MOMENTUM not in state:
+        if CODES_OF_MOMENTUM in state and SCALES_OF_MOMENTUM not in state:
             state[SCALES_OF_MOMENTUM] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)
         if own.scalar:
             kept = state.setdefault(SCALARS, {})

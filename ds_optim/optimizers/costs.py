@@ -83,6 +83,20 @@ def measured(
     return {"device": name, "jobs": jobs}
 
 
+def is_costs(value: Any) -> bool:
+    """Whether a value that was read from somewhere is a table of costs."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("device"), str):
+        return False
+    jobs = value.get("jobs")
+    return isinstance(jobs, Mapping) and all(
+        isinstance(t, Mapping) and all(map(_is_cost, t.values())) for t in jobs.values()
+    )
+
+
+def _is_cost(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
 def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> float | None:
     """Milliseconds of one matrix, the best of a few; None, and a line that says so, where it cannot be done."""
     generator = torch.Generator(device).manual_seed(0)  # not the user's stream of random numbers

@@ -6,13 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import NARROW, WEIGHTS, Bfloat16, Flat, Int8, Rounding, scales_numel
 from ds_optim.elementwise.noise import stream_of
-from ds_optim.optimizers.rules import MOMENTUM, SCALARS, SCALES_OF_MOMENTUM, SECOND_MOMENT, STEP, Piece
+from ds_optim.optimizers.rules import (
+    CODES_OF_MOMENTUM,
+    MOMENTUM,
+    SCALARS,
+    SCALES_OF_MOMENTUM,
+    SECOND_MOMENT,
+    STEP,
+    Piece,
+)
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
@@ -59,7 +66,8 @@ class Local:
     def rounds(self) -> bool:
         """Whether weights or momentum are stored in fewer bits: the noise of that is a function of the parameter."""
         state = self.states[0]
-        return self.p[0].dtype in NARROW or (MOMENTUM in state and state[MOMENTUM].dtype in NARROW)
+        narrow = CODES_OF_MOMENTUM in state or (MOMENTUM in state and state[MOMENTUM].dtype in NARROW)
+        return narrow or self.p[0].dtype in NARROW
 
     def weights(self, held: Slice) -> Flat:
         """The weights of a slice, as they are stored."""
@@ -83,14 +91,14 @@ class Local:
     def momentum(self, held: Slice) -> Flat:
         """The momentum of a slice, as it is stored."""
         state = self.states[held.tensor]
+        if CODES_OF_MOMENTUM in state:
+            codes, (first, count) = run(flat(state[CODES_OF_MOMENTUM]), held), self._blocks[held.param]
+            scales = state[SCALES_OF_MOMENTUM][first : first + count]
+            return Int8(rounding=self._rounding(held, self.step), codes=codes, scales=scales)
         values = run(flat(state[MOMENTUM]), held)
         if values.dtype not in NARROW:
             return values
-        rounding = self._rounding(held, self.step)
-        if values.dtype == torch.bfloat16:
-            return Bfloat16(rounding=rounding, values=values)
-        first, count = self._blocks[held.param]
-        return Int8(rounding=rounding, codes=values, scales=state[SCALES_OF_MOMENTUM][first : first + count])
+        return Bfloat16(rounding=self._rounding(held, self.step), values=values)
 
     def second(self, held: Slice) -> Tensor | None:
         """The second buffer of a slice, of rules that keep two."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend
@@ -25,8 +26,10 @@ Group = dict[str, Any]
 # The names that DeepSpeed's universal checkpoints carry, whatever the optimizer calls its buffers.
 MOMENTUM = "exp_avg"
 SECOND_MOMENT = "exp_avg_sq"
+CODES_OF_MOMENTUM = "exp_avg_codes"
+"""Of int8 momentum, in its place: codes are no values, and DeepSpeed's tools take what "exp_avg" holds for values."""
 SCALES_OF_MOMENTUM = "exp_avg_scale"
-"""Of int8 momentum: one fp32 for each block of each slice, in the order of the slices."""
+"""Beside the codes: one fp32 for each block of each slice, in the order of the slices."""
 STEP = "step"
 SCALARS = "scalars"
 """{name of the parameter: its number}, for rules that keep one; the same on all ranks."""
@@ -181,6 +184,10 @@ class Rule:
     def keeps_one(self) -> bool:
         """Whether momentum is its only buffer, so that it may be stored in fewer bits."""
         return self.buffers == (MOMENTUM,)
+
+    def state_keys(self, momentum_dtype: torch.dtype) -> tuple[str, ...]:
+        """The names that its buffers have in the state, where one of momentum alone is stored in this dtype."""
+        return (CODES_OF_MOMENTUM,) if self.keeps_one and momentum_dtype == torch.int8 else self.buffers
 
 
 RULES: dict[str, Rule] = {}

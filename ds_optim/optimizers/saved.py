@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
-from ds_optim.optimizers.costs import Costs
-from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT, Group, Rule
+from ds_optim.optimizers.costs import Costs, is_costs
+from ds_optim.optimizers.rules import (
+    CODES_OF_MOMENTUM,
+    MOMENTUM,
+    RULES,
+    SCALES_OF_MOMENTUM,
+    SECOND_MOMENT,
+    Group,
+    Rule,
+)
 from ds_optim.sharding.layout import ParamSpec
 
 SAVED = "saved"
@@ -89,8 +98,12 @@ def with_placeholders(state: Mapping[str, Any], rule: Rule, tensor: Tensor) -> d
 
 
 def own_state(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    """A tensor's saved state without placeholders."""
-    return {key: value for key, value in state.items() if key not in UNIVERSAL_BUFFERS or key in rule.buffers}
+    """A tensor's saved state without placeholders, and with the codes of int8 momentum under their own name."""
+    found = {key: value for key, value in state.items() if key not in UNIVERSAL_BUFFERS or key in rule.buffers}
+    if SCALES_OF_MOMENTUM in found and MOMENTUM in found:
+        there = found.pop(MOMENTUM)  # a placeholder, or the codes themselves, as earlier releases wrote them
+        found.setdefault(CODES_OF_MOMENTUM, there)
+    return found
 
 
 def without_description(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -106,12 +119,48 @@ def without_description(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dic
     return {**state_dict, "state": states, "param_groups": groups}, description
 
 
+def check_description(description: Any) -> None:
+    """Refuse a description that is none.
+
+    Raises:
+        UserError: it is damaged, or of a later release.
+    """
+    fault = None if isinstance(description, Mapping) else "it is no mapping"
+    if fault is None:
+        groups, written = description.get("groups"), description.get("format")
+        if isinstance(written, int) and written > FORMAT:
+            raise UserError("the checkpoint was written by a later release of ds_optim: install that one")
+        for wrong, what in (
+            (type(written) is not int, "no format"),
+            (not isinstance(description.get("optimizer"), str), "no optimizer"),
+            (description.get("momentum_dtype") not in tuple(DTYPES), "no momentum_dtype"),
+            (not isinstance(groups, list) or not all(map(_is_group, groups)), "no groups of named parameters"),
+            (COSTS in description and not is_costs(description[COSTS]), "no table of costs"),
+        ):
+            fault = f"it has {what}" if wrong and fault is None else fault
+    if fault is not None:
+        raise UserError(f"the description of the optimizer in the checkpoint is damaged: {fault}")
+
+
+def _is_group(group: Any) -> bool:
+    listed = group.get(PARAMETERS) if isinstance(group, Mapping) else None
+    return isinstance(listed, list) and isinstance(group.get("rule"), str) and all(map(_is_parameter, listed))
+
+
+def _is_parameter(entry: Any) -> bool:
+    pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+    name, shape = entry if pair else (None, None)
+    return isinstance(name, str) and isinstance(shape, (tuple, list)) and all(type(size) is int for size in shape)
+
+
 def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, Any] | None, own: Identity) -> None:
     """Refuse the state of another optimizer, or of other parameters.
 
     Raises:
         UserError: nothing was loaded.
     """
+    if description is not None:
+        check_description(description)
     rules = tuple(group.get("rule") for group in groups)
     name = description["optimizer"] if description is not None else None
     if None in rules or name not in (None, own.optimizer) or (name is None and rules != own.rules):
@@ -122,9 +171,7 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
         )
     if description is None:
         return
-    if description["format"] > FORMAT:
-        raise UserError("the checkpoint was written by a later release of ds_optim: install that one")
-    saved = _parameters(description)
+    saved = described_parameters(description)
     if saved != own.parameters:
         raise UserError(
             f"the checkpoint's parameter groups are not this run's ({_first_difference(description, own)}): "
@@ -138,7 +185,8 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
         )
 
 
-def _parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpec, ...], ...]:
+def described_parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpec, ...], ...]:
+    """Of each group the parameters that its tensors stand for."""
     return tuple(
         tuple(ParamSpec(name=name, shape=tuple(shape)) for name, shape in group[PARAMETERS])
         for group in description["groups"]
@@ -146,7 +194,7 @@ def _parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpec, ...], 
 
 
 def _first_difference(description: Mapping[str, Any], own: Identity) -> str:
-    saved = _parameters(description)
+    saved = described_parameters(description)
     there = {spec: number for number, specs in enumerate(saved) for spec in specs}
     names = [group.get("name") for group in description["groups"]]
     for number, (name, specs) in enumerate(zip(own.names, own.parameters, strict=True)):
@@ -212,7 +260,7 @@ def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype,
     Raises:
         UserError: it was of another one, whose second moment stands there.
     """
-    strays = [key for key in UNIVERSAL_BUFFERS if key in state and key not in rule.buffers]
+    strays = [key for key in UNIVERSAL_BUFFERS if key in state and key not in rule.state_keys(momentum_dtype)]
     if strays and not carried:
         raise UserError(
             f"the loaded state has {strays[0]}, which this optimizer does not keep: the checkpoint is of another "
@@ -226,9 +274,10 @@ def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype,
 
 def check_stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> None:
     """Refuse a saved momentum that may be stored in fewer bits and was in another dtype than ``wanted``."""
-    if MOMENTUM not in saved or SECOND_MOMENT in saved:
+    momentum = saved.get(CODES_OF_MOMENTUM, saved.get(MOMENTUM))
+    if momentum is None or SECOND_MOMENT in saved:
         return
-    dtype = saved[MOMENTUM].dtype
+    dtype = momentum.dtype
     if dtype != wanted:
         raise UserError(
             f"the checkpoint's momentum is {dtype} and this optimizer's is {wanted}: load it with the momentum_dtype "

@@ -73,20 +73,22 @@ class Binding:
 Groups = Sequence[dict[str, Any]]
 Binder = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], "Binding | None"]
 
-_binders: list[Binder] = []
+Took = Callable[[torch.nn.Parameter], bool]
+
+_binders: list[tuple[Binder, Took]] = []
 
 
 class NotYet(Exception):
     """The call is not a step of training: whoever wraps the optimizer is still setting it up."""
 
 
-def register_binder(binder: Binder) -> None:
+def register_binder(binder: Binder, took: Took) -> None:
     """Ask ``binder`` before assuming that nothing is sharded.
 
     It returns None where it does not recognize the parameters, and raises :class:`NotYet` for a call that
-    must move nothing.
+    must move nothing. ``took`` tells of a parameter whether whoever shards took it into its partitions.
     """
-    _binders.append(binder)
+    _binders.append((binder, took))
 
 
 def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
@@ -96,7 +98,7 @@ def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], 
         members: for each of ``groups`` the parameters that the optimizer was built with.
         groups: all parameter groups as they are now.
     """
-    for binder in _binders:
+    for binder, _ in _binders:
         binding = binder(optimizer, members, groups)
         if binding is not None:
             return binding
@@ -106,10 +108,8 @@ def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], 
 def bind_unsharded(members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
     """Every tensor in the groups is a whole parameter, or DeepSpeed's fp32 copy of one (stage 0, 16-bit)."""
     chosen: list[list[Member]] = []
-    for group, candidates in zip(groups, members, strict=True):
+    for group, candidates in zip(groups, taken(members, groups), strict=True):
         tensors = group["params"]
-        if len(tensors) != len(candidates):
-            candidates = [m for m in candidates if is_optimized(m.parameter)]
         shapes = [tuple(t.shape) for t in tensors]
         cut = next((m for m in candidates if m.parameter.shape != m.spec.shape), None)
         if cut is not None and hasattr(cut.parameter, "ds_shape") and any(t is cut.parameter for t in tensors):
@@ -178,6 +178,23 @@ def check_gradients(binding: Binding) -> None:
             check_plain(tensor.grad, f"the gradient of {member.spec.name}")
 
 
+def taken(members: Sequence[Sequence[Member]], groups: Groups) -> list[list[Member]]:
+    """Of each group the members that its tensors stand for, whatever has been frozen or unfrozen since.
+
+    The parameters themselves tell, where the groups hold them, and else who took them into partitions. Fp32 copies
+    (stage 0, 16-bit) tell nothing but their number: ask while DeepSpeed makes them.
+    """
+    held = {id(tensor) for group in groups for tensor in group["params"]}
+    for is_held in (lambda parameter: id(parameter) in held, *(took for _, took in _binders)):
+        found = [[m for m in group if is_held(m.parameter)] for group in members]
+        if any(found):
+            return found
+    return [
+        list(own) if len(own) == len(group["params"]) else [m for m in own if is_optimized(m.parameter)]
+        for own, group in zip(members, groups, strict=True)
+    ]
+
+
 def _check_steppable(tensor: Tensor, name: str) -> None:
     check_plain(tensor, name)
     if tensor.dtype not in (torch.float32, torch.float64):
@@ -190,7 +207,10 @@ def _check_steppable(tensor: Tensor, name: str) -> None:
 
 
 def is_optimized(parameter: torch.nn.Parameter) -> bool:
-    """Whether DeepSpeed gives a parameter to an optimizer: trainable, with at least one element."""
+    """Whether DeepSpeed gives a parameter to an optimizer: trainable, with at least one element.
+
+    So it is while an optimizer and an engine are built; what they took is asked of :func:`taken` afterwards.
+    """
     return parameter.requires_grad and full_numel(parameter) > 0
 
 

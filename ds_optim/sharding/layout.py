@@ -17,6 +17,8 @@ from functools import cached_property
 from typing import Literal
 
 Cut = Literal["none", "flat", "each"]
+MOST_RANKS = 1 << 17
+"""More are a mistake where a number of ranks is written: each costs time, memory or files."""
 
 
 @dataclass(frozen=True, kw_only=True)

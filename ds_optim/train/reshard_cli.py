@@ -37,6 +37,7 @@ def reshard(
     ds-optim reshard out/checkpoints resharded --ranks 4 --stage 3
     """
     from ds_optim.train.reshard_seal import seal_like, sealed_notes
+    from ds_optim.zero.checkpoints.module import of_one_rank
     from ds_optim.zero.checkpoints.reshard import reshard as run
 
     loaded = _config(config)
@@ -54,6 +55,9 @@ def reshard(
     )
     typer.echo(f"found:   {summary(done.source, done.source.stage, done.source.ranks)}")
     typer.echo(f"written: {summary(done.written, done.target.stage, done.target.ranks)}")
+    alone = of_one_rank(done.source, done.target.stage, done.target.ranks)
+    if alone:
+        typer.echo(f"of the first rank alone, where each had its own: {', '.join(alone)}")
     typer.echo(f"verified: {_verified(done.written)}")
     typer.echo(f"{done.folder}")
     return 0
@@ -62,7 +66,7 @@ def reshard(
 def summary(portable: Portable, stage: int, ranks: int) -> str:
     """One line on a checkpoint: optimizer, stage, ranks, parameters, dtypes, step."""
     specs = portable.specs
-    weights = {str(portable.models[0]["module"][spec.name].dtype).removeprefix("torch.") for spec in specs}
+    weights = {str(portable.weights_dtype(spec.name)).removeprefix("torch.") for spec in specs}
     count = sum(spec.numel for spec in specs)
     return (
         f"{portable.optimizer}, stage {stage}, {ranks} rank{'s' if ranks > 1 else ''}, "
@@ -85,7 +89,7 @@ def _momentum(portable: Portable) -> str:
 def _verified(portable: Portable) -> str:
     inexact = "int8" in _momentum(portable)
     state = "momentum within a step of its quantization" if inexact else "state bit for bit"
-    return f"weights bit for bit, {state if portable.has_state else 'no optimizer state'}, counts and schedule"
+    return f"weights bit for bit, {state if portable.has_state else 'no optimizer state'}, all that a load asks for"
 
 
 def _config(path: Path | None) -> dict[str, Any] | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ds_optim.sharding.binding import register_binder
-from ds_optim.zero.bind import bind_zero
+from ds_optim.zero.bind import bind_zero, took
 from ds_optim.zero.config import from_config
 from ds_optim.zero.initialize import initialize
 
-register_binder(bind_zero)
+register_binder(bind_zero, took)
 
 __all__ = ["from_config", "initialize"]

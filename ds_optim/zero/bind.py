@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized
+from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized, taken
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
 from ds_optim.zero.agree import raise_everywhere
@@ -51,12 +51,12 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     caller = find_caller(optimizer)
     if caller is not None and caller.method == "initialize_optimizer_states":
         raise NotYet
-    trained = [[m for m in group if is_optimized(m.parameter)] for group in members]
+    trained = taken(members, groups) if len(groups) == len(members) else [list(group) for group in members]
     stage = _stage_of(trained, groups, caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
-    problem = _settings_problem(caller, trained) or _frozen_problem(stage, members)
-    raise_everywhere(problem or _groups_problem(stage, trained, groups), comm)
+    problem = _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
+    raise_everywhere(problem or (_left_out(members, trained) if stage else None), comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
         announce_routes(optimizer, groups)
@@ -71,17 +71,25 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     return binding
 
 
+def took(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO steps a parameter, by what it left on it, and on all of the model's at stage 3."""
+    zero: Any = getattr(parameter, "_z3_optimizer", None)
+    if zero is not None:
+        return zero.get_param_id(parameter) in _attribute(zero, "grad_position")
+    return hasattr(parameter, "_hp_mapping")
+
+
 def _stage_of(trained: Sequence[Sequence[Member]], groups: Groups, caller: Caller | None) -> int:
     """The stage by what the groups hold, and then by what DeepSpeed left on the parameters.
 
     Marks stay on parameters after their engine is gone: whole tensors in the groups are nobody's partitions, and stage
-    3 is that of the engine whose partitions they are.
+    3 is that of the engine whose partitions they are (whose groups are empty between steps).
     """
     parameters = [m.parameter for group in trained for m in group]
     held = [t for group in groups for t in group["params"]]
     for zero in {id(z): z for z in (getattr(p, "_z3_optimizer", None) for p in parameters) if z is not None}.values():
         own = {id(flat) for flat in _attribute(zero, "fp32_partitioned_groups_flat")}
-        if any(id(t) in own for t in held):
+        if not held or any(id(t) in own for t in held):
             return 3
     if not any(hasattr(p, "_hp_mapping") for p in parameters) or _are_whole(trained, groups, caller):
         return 0
@@ -92,9 +100,10 @@ def _are_whole(trained: Sequence[Sequence[Member]], groups: Groups, caller: Call
     """Whether the groups hold the parameters, or copies of them that are no partitions of the wrapper's."""
     partitions = caller is not None and any(hasattr(caller.wrapper, name) for name in _PARTITIONS)
     for group, members in zip(groups, trained, strict=False):
-        tensors = [t for t in group["params"] if t.requires_grad and t.numel()]
-        copies = not partitions and [tuple(t.shape) for t in tensors] == [m.spec.shape for m in members]
-        if not copies and any(t is not m.parameter for t, m in zip(tensors, members, strict=False)):
+        tensors = [t for t in group["params"] if t.numel()]
+        stepped = [m for m in members if m.spec.numel]
+        copies = not partitions and [tuple(t.shape) for t in tensors] == [m.spec.shape for m in stepped]
+        if not copies and any(t is not m.parameter for t, m in zip(tensors, stepped, strict=False)):
             return False
     return True
 
@@ -123,22 +132,6 @@ def _settings_problem(caller: Caller | None, trained: Sequence[Sequence[Member]]
     return None
 
 
-def _frozen_problem(stage: int, members: Sequence[Sequence[Member]]) -> RuntimeError | None:
-    """Where ZeRO made its partitions of other parameters than are trainable now."""
-    for member in (m for group in members for m in group if stage and m.spec.numel):
-        p: Any = member.parameter
-        made = hasattr(p, "_hp_mapping")
-        if stage == 3:
-            zero = getattr(p, "_z3_optimizer", None)
-            made = zero is not None and zero.get_param_id(p) in _attribute(zero, "grad_position")
-        if made != p.requires_grad:
-            return RuntimeError(
-                f"{member.spec.name} was {'trainable' if made else 'frozen'} at deepspeed.initialize and is not now: "
-                f"{_FREEZE_HINT}. A parameter that gets no gradient in some steps needs no freezing"
-            )
-    return None
-
-
 def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:
     if len(groups) != len(trained):
         return RuntimeError(
@@ -150,14 +143,27 @@ def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Gro
     return None
 
 
+def _left_out(members: Sequence[Sequence[Member]], trained: Sequence[Sequence[Member]]) -> UserError | None:
+    """DeepSpeed trains nothing that was frozen when the engine was built, and says nothing of it."""
+    there = {id(m.parameter) for group in trained for m in group}
+    for member in (m for group in members for m in group):
+        if id(member.parameter) not in there and is_optimized(member.parameter):
+            return UserError(
+                f"{member.spec.name} was frozen when deepspeed.initialize was called and is trainable now, and would "
+                f"not be trained: {_FREEZE_HINT}. A parameter that gets no gradient in some steps needs no freezing"
+            )
+    return None
+
+
 def _copies_problem(trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:
     """Where nothing is sharded, a tensor that is not the parameter must be a copy of it.
 
     Shapes are compared by ``bind_unsharded``.
     """
     for group, members in zip(groups, trained, strict=True):
-        tensors = [t for t in group["params"] if t.requires_grad and t.numel()]
-        for tensor, member in zip(tensors, members, strict=False):
+        if len(group["params"]) != len(members):
+            return RuntimeError(f"the parameter group {group.get('name')!r} holds tensors that are not the model's")
+        for tensor, member in zip(group["params"], members, strict=True):
             own = member.parameter.detach()
             same = tensor is member.parameter or tensor.shape != own.shape or _same(tensor, own)
             if not same:

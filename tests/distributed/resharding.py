@@ -106,14 +106,14 @@ def held(engine: Any, cell: Cell, rank: int, world_size: int) -> list[tuple[str,
             found.append((name, "master", s.start, tensor.detach().reshape(-1)[run].clone()))
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state[tensor]:
-                    values = state[tensor][key].reshape(-1)[run].clone()
-                    if values.dtype == torch.int8:
-                        first, count = blocks_of(unit, rank)[s.param]
-                        scales = state[tensor]["exp_avg_scale"][first : first + count]
-                        rounding = Rounding(seed=0, stream=0, step=0, start=s.start)
-                        codes, values = values, torch.empty(s.numel)
-                        Int8(codes=codes, scales=scales, rounding=rounding).load(0, values)
-                    found.append((name, key, s.start, values))
+                    found.append((name, key, s.start, state[tensor][key].reshape(-1)[run].clone()))
+            if "exp_avg_codes" in state[tensor]:
+                first, count = blocks_of(unit, rank)[s.param]
+                scales = state[tensor]["exp_avg_scale"][first : first + count]
+                codes, values = state[tensor]["exp_avg_codes"].reshape(-1)[run], torch.empty(s.numel)
+                rounding = Rounding(seed=0, stream=0, step=0, start=s.start)
+                Int8(codes=codes, scales=scales, rounding=rounding).load(0, values)
+                found.append((name, "exp_avg", s.start, values))
     return found
 
 
@@ -153,7 +153,7 @@ def look(engine: Any, cell: Cell, rank: int, world_size: int, client: Any = None
         "steps": sorted({s["step"] for s in states}),
         "scalars": {k: v for s in states for k, v in s.get("scalars", {}).items()},
         "keys": sorted({key for s in states for key, value in s.items() if torch.is_tensor(value)}),
-        "dtypes": sorted({str(s["exp_avg"].dtype) for s in states if "exp_avg" in s}),
+        "dtypes": sorted({str(s[k].dtype) for s in states for k in ("exp_avg", "exp_avg_codes") if k in s}),
         "engine": [engine.global_steps, engine.global_samples, engine.skipped_steps],
         "schedule": engine.lr_scheduler.state_dict(),
     }

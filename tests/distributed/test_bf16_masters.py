@@ -184,7 +184,7 @@ def test_stage_3_with_int8_momentum_holds_seven_bytes_a_parameter() -> None:
         assert held.weights == 2 * mine
         assert held.gradients == pytest.approx(2 * mine, abs=16), "but for a gradient norm"
         assert held.master in (0, 2 * mine)
-        assert held.state == {"exp_avg": mine, "exp_avg_scale": mine // 64}
+        assert held.state == {"exp_avg_codes": mine, "exp_avg_scale": mine // 64}
         expected += mine * (2 + 2 + 1 + 1 / 64) + held.master
         total += held.model_state_bytes
     assert total == pytest.approx(expected, abs=32)

@@ -82,7 +82,10 @@ def saved_and_loaded(rank: int, world_size: int, folder: Path) -> dict[str, dict
             "loaded": loaded,
             "resumed": differences(uninterrupted, snapshot(resumed)),
             "rates": rates == [group["lr"] for group in own_optimizer(resumed).param_groups],
-            "dtypes": sorted({str(s["exp_avg"].dtype) for s in held} - {_momentum_dtype(optimizer)}),
+            "dtypes": sorted(
+                {str(s[k].dtype) for s in held for k in ("exp_avg", "exp_avg_codes") if k in s}
+                ^ {_momentum_dtype(optimizer)}
+            ),
             "counts": sorted(
                 {(type(s["step"]).__name__, s["step"]) for s in [state[t] for t in local_tensors(resumed)]}
             ),

@@ -129,7 +129,8 @@ def go_on(rank: int, world_size: int, folder: Path, cells: list[tuple[str, Where
         resumed.load_checkpoint(place)
         loaded = differences(at_save, snapshot(resumed))
         state = own_optimizer(resumed).state
-        momenta = [state[t]["exp_avg"] for t in local_tensors(resumed) if "exp_avg" in state[t]]
+        names = ("exp_avg", "exp_avg_codes")
+        momenta = [state[t][key] for t in local_tensors(resumed) for key in names if key in state[t]]
         kinds = {str(momentum.dtype).removeprefix("torch.") for momentum in momenta}
         for step in range(BEFORE, BEFORE + AFTER):
             step_of(resumed, step, rank, world_size, where.accumulation)

@@ -260,7 +260,8 @@ def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_si
     if on_matrices == elsewhere and not name.endswith("int8"):
         assert sum(rank.state for rank in seen) - on_matrices * padding == on_matrices * parameters
     kept: dict[int, set[str]] = {0: set(), 8: {"exp_avg", "exp_avg_sq"}}
-    buffers = kept.get(elsewhere, {"exp_avg"}) | ({"exp_avg_scale"} if name.endswith("int8") else set())
+    int8 = {"exp_avg_codes", "exp_avg_scale"}
+    buffers = int8 | kept.get(elsewhere, set()) if name.endswith("int8") else kept.get(elsewhere, {"exp_avg"})
     assert {key for rank in seen for key in rank.keys} == buffers
     assert [rank.strangers for rank in seen] == [[]] * world_size
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ds_optim import cli
 from ds_optim.elementwise.momentum import decode
+from ds_optim.elementwise.quantized import largest_step, quantize, recut
 from ds_optim.errors import UserError
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import ParamSpec, build_layout
@@ -25,7 +26,6 @@ from ds_optim.zero.checkpoints import open_checkpoint, reshard
 from ds_optim.zero.checkpoints import verify as verify_module
 from ds_optim.zero.checkpoints.pieces import flat_state
 from ds_optim.zero.checkpoints.portable import MASTER, Portable, SavedGroup, Shards
-from ds_optim.zero.checkpoints.quantized import largest_step, quantize, recut
 
 from .checkpoint_files import Tangle, content, own, same_bits, save_unsharded, trained
 

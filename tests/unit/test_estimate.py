@@ -61,7 +61,12 @@ def test_int8_is_at_most_1_05_bytes(stage: int, ranks: int) -> None:
     found = run(tiny(), "lion", "int8", stage=stage, ranks=ranks)
     each = found.total("state") / tiny().numel / (1 if stage else ranks)
     assert 1 + 4 / 256 <= each <= 1.05
-    assert set(found.largest.state) == {"exp_avg", "exp_avg_scale"}
+    assert set(found.largest.state) == {"exp_avg_codes", "exp_avg_scale"}
+
+
+def test_more_ranks_than_there_can_be_are_refused() -> None:
+    with pytest.raises(UserError, match="ranks is 100000000000: write at most 131,072"):
+        ZeroSettings(stage=3, ranks=10**11)
 
 
 @pytest.mark.parametrize(("stage", "published"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])

@@ -19,6 +19,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer
 from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT, STEP, Rule
 from ds_optim.optimizers.saved import PARAMETERS, describe
+from ds_optim.zero.checkpoints.module import Module
 from ds_optim.zero.checkpoints.portable import Portable, SavedGroup
 from ds_optim.zero.checkpoints.skeleton import check_routable, skeleton
 from ds_optim.zero.config import build_optimizer, canonical_type
@@ -152,7 +153,7 @@ def _to_adamw(portable: Portable, params: Mapping[str, Any], reset: bool) -> Por
     hyper |= {key: tuple(v) if key == "betas" else v for key, v in params.items() if key in hyper and key != "lr"}
     if "initial_lr" in portable.groups[0].hyper:
         hyper["initial_lr"] = lr
-    order = {name: place for place, name in enumerate(portable.models[0]["module"])}
+    order = {name: place for place, name in enumerate(Module(portable).names)}
     specs = tuple(sorted(portable.specs, key=lambda spec: order[spec.name]))
     made = replace(portable, groups=(SavedGroup(hyper=hyper, params=specs),), description=None)
     return reset_optimizer(replace(made, models=_with_schedule(portable, [lr], _fraction_of_peak(portable))))

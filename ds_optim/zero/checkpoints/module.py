@@ -11,13 +11,30 @@ import torch
 from torch import Tensor
 
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.same import same
 
-_PER_MODEL = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
+_PER_CUT = (
+    *("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"),
+    *("dp_world_size", "ds_config"),
+)
 
 
-def common_entries(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model file holds that no cut changes: schedule, counts, the client's state."""
-    return {key: value for key, value in model.items() if key not in _PER_MODEL}
+def common_entries(portable: Portable, stage: int, ranks: int, rank: int) -> dict[str, Any]:
+    """What of a model file no cut changes, as a rank of a run of this shape gets it: schedule, counts, client state.
+
+    Where each rank has a file of its own, there and here, each keeps its own.
+    """
+    own = portable.stage == stage == 3 and portable.ranks == ranks
+    model = portable.models[rank if own else 0]
+    return {key: value for key, value in model.items() if key not in _PER_CUT}
+
+
+def of_one_rank(portable: Portable, stage: int, ranks: int) -> list[str]:
+    """What each rank saved of its own, and of which a run of this shape gets the first rank's alone."""
+    kept = [common_entries(portable, 3, portable.ranks, rank) for rank in range(len(portable.models))]
+    if len(kept) == 1 or (stage == 3 and ranks == portable.ranks):
+        return []
+    return [key for key in kept[0] if any(key not in own or not same(own[key], kept[0][key]) for own in kept)]
 
 
 class Module:
@@ -29,38 +46,50 @@ class Module:
         self._saved: Mapping[str, Tensor] = self._model["module"]
         self._shapes = {spec.name: spec.shape for spec in portable.specs}
         self.shared: dict[str, str] = self._find_shared()
-        buffers = set(self._model.get("buffer_names") or ())
-        named = [n for n in self._saved if n not in buffers and n not in self._shapes and n not in self.shared]
-        self._frozen = self._frozen_shapes(named)
+        self._frozen = self._frozen_shapes()
+
+    @property
+    def names(self) -> list[str]:
+        """What the model's state is to hold: the optimizer's parameters too that were left out as frozen."""
+        return [*self._saved, *(name for name in self._shapes if name not in self._saved)]
 
     def whole(self) -> OrderedDict[str, Tensor]:
-        """Stages 0 to 2: every tensor in full, in the model's own dtypes."""
-        if self._portable.stage < 3:
-            return OrderedDict(self._saved)
+        """Stages 0 to 2: every tensor in full, in the model's own dtypes.
+
+        Absent is what was left out of the checkpoint (``exclude_frozen_parameters``) and has no master weights.
+        """
+        cut = self._portable.stage == 3
         filled: OrderedDict[str, Tensor] = OrderedDict()
-        for name, tensor in self._saved.items():
-            source = self.shared.get(name, name)
-            if source in self._shapes:
-                filled[name] = filled[source] if source in filled else self._weights(source, tensor.dtype)
+        for name in self.names:
+            source, tensor = self.shared.get(name, name), self._saved.get(name)
+            if tensor is not None and not cut:
+                filled[name] = tensor
+            elif source in filled:
+                filled[name] = filled[source]
+            elif source in self._shapes:
+                filled[name] = self._weights(source)
             elif source in self._frozen:
                 filled[name] = self.frozen(source)
-            else:
+            elif name not in self.shared and tensor is not None:
                 filled[name] = tensor
         return filled
 
     def buffers_alone(self) -> OrderedDict[str, Tensor]:
         """Stage 3: parameters are empty, their weights are in the optimizer files."""
         parameters = {*self._shapes, *self.shared, *self._frozen}
-        return OrderedDict(
-            (name, tensor.new_empty(0) if name in parameters else tensor) for name, tensor in self._saved.items()
-        )
+        filled: OrderedDict[str, Tensor] = OrderedDict()
+        for name in self.names:
+            tensor = self._saved[name] if name in self._saved else self._weights(name)
+            filled[name] = tensor.new_empty(0) if name in parameters else tensor
+        return filled
 
     @property
     def frozen_shapes(self) -> OrderedDict[str, torch.Size]:
+        """What DeepSpeed keeps apart as frozen: parameters of the optimizer too, if they were so at the save."""
         return OrderedDict((name, torch.Size(shape)) for name, shape in self._frozen.items())
 
     def frozen(self, name: str) -> Tensor:
-        """A parameter that the optimizer does not have, in full."""
+        """A parameter of ``frozen_shapes`` in full."""
         if self._portable.stage < 3:
             return self._saved[name]
         shape = self._frozen[name]
@@ -76,8 +105,8 @@ class Module:
         held[: part.numel()] = part
         return held
 
-    def _weights(self, name: str, dtype: torch.dtype) -> Tensor:
-        shape = self._shapes[name]
+    def _weights(self, name: str) -> Tensor:
+        shape, dtype = self._shapes[name], self._portable.weights_dtype(name)
         return self._portable.shards.read(name, MASTER, 0, math.prod(shape)).to(dtype, copy=True).view(shape)
 
     def _find_shared(self) -> dict[str, str]:
@@ -89,14 +118,17 @@ class Module:
         return {
             name: places[_place(tensor)]
             for name, tensor in self._saved.items()
-            if tensor.numel() and places.get(_place(tensor), name) != name
+            if isinstance(tensor, Tensor) and tensor.numel() and places.get(_place(tensor), name) != name
         }
 
-    def _frozen_shapes(self, named: list[str]) -> dict[str, tuple[int, ...]]:
+    def _frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Stages 2 and 3 list them, unless they were left out; stages 0 and 1 have them among the weights."""
         listed = self._model.get("frozen_param_shapes")
-        if listed is not None:
-            return {name: tuple(shape) for name, shape in listed.items()}
-        return {name: tuple(self._saved[name].shape) for name in named if self._portable.stage < 3}
+        if listed is not None or self._portable.stage >= 2:
+            return {name: tuple(shape) for name, shape in (listed or {}).items()}
+        others = {*(self._model.get("buffer_names") or ()), *self._shapes, *self.shared}
+        held = ((name, tensor) for name, tensor in self._saved.items() if isinstance(tensor, Tensor))
+        return {name: tuple(tensor.shape) for name, tensor in held if name not in others}
 
 
 def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:

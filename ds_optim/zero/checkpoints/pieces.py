@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import decode, scales_numel
+from ds_optim.elementwise.quantized import quantize, recut
 from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import MOMENTUM, SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Unit
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
-from ds_optim.zero.checkpoints.quantized import quantize, recut
 
 
 def dtype_of(portable: Portable, name: str, key: str) -> torch.dtype:

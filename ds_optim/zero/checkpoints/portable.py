@@ -153,6 +153,20 @@ class Portable:
     def step(self) -> int:
         return int(self.models[0]["global_steps"])
 
+    def weights_dtype(self, name: str) -> torch.dtype:
+        """What the model computes with; a parameter whose weights were left out has what the others have."""
+        module = self.models[0]["module"]
+        first = next((module[spec.name] for spec in self.specs if spec.name in module), None)
+        own = module.get(name, first)
+        return own.dtype if own is not None else self._configured_dtype()
+
+    def _configured_dtype(self) -> torch.dtype:
+        for section, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+            asked = self.config.get(section)
+            if isinstance(asked, Mapping) and asked.get("enabled") is True:
+                return dtype
+        return torch.float32
+
     def momentum_dtype(self, name: str) -> torch.dtype | None:
         flats = self.shards.first(name)
         return flats[MOMENTUM].dtype if MOMENTUM in flats else None

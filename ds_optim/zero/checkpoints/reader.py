@@ -17,13 +17,16 @@ from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import SCALARS, SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import without_description
 from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout
+from ds_optim.zero.checkpoints.described import described
 from ds_optim.zero.checkpoints.folder import Files, find_files, find_folder
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
-from ds_optim.zero.checkpoints.safe import load
+from ds_optim.zero.checkpoints.safe import laid_out, load
 from ds_optim.zero.checkpoints.stage0 import Names, read_stage0
-from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, plain_values, saved_groups
+from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, plain_values, saved_groups
 
 _OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
+_COUNTS = ("dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
+"""What a load takes from a model file besides the model and the optimizer."""
 _WRAPPER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 
 
@@ -37,20 +40,18 @@ def open_checkpoint(source: Path, names: Names | None = None, *, state: bool = T
         UserError: it is damaged, not whole, or of a kind that cannot be taken apart.
     """
     files = find_files(find_folder(source))
-    try:
-        return _open(files, names, state)
-    except UserError:
-        raise
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as problem:
-        what = f"{type(problem).__name__}: {problem}"
-        raise UserError(f"{files.folder} is not laid out as DeepSpeed 0.19 lays it out ({what})") from problem
+    with laid_out(files.folder):
+        return described(_open(files, names, state), files.folder)
 
 
 def _open(files: Files, names: Names | None, state: bool) -> Portable:
     models = [load(path) for path in files.models]
     for path, model in zip(files.models, models, strict=True):
-        if not isinstance(model, Mapping) or "dp_world_size" not in model or not isinstance(model.get("module"), dict):
+        if not isinstance(model, Mapping) or not isinstance(model.get("module"), dict):
             raise UserError(f"{path} is no file of a DeepSpeed checkpoint with its model in it")
+        missing = [key for key in _COUNTS if type(model.get(key)) is not int or model[key] < 0]
+        if missing:
+            raise UserError(f"{path} is damaged: {missing[0]} in it is {model.get(missing[0])!r}")
     ranks = int(models[0]["dp_world_size"])
     if not files.optimizers:
         return read_stage0(files, models[0], names, state=state)
@@ -179,7 +180,7 @@ def _same_addresses(layout: Layout, mappings: Sequence[Mapping[str, Any]], rank:
 def _flats(master: Tensor, state: Mapping[str, Any], unit: Unit, rank: int, path: Path) -> Flats:
     """Masters, buffers and scales of one flat partition; other entries of its state are left out."""
     found: dict[str, Tensor] = {MASTER: master}
-    for key, value in state.items():
+    for key, value in numbered(state).items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue
         blocks = sum(count for _, count in blocks_of(unit, rank).values()) if key == SCALES_OF_MOMENTUM else None

@@ -12,6 +12,7 @@ from ds_optim.errors import UserError
 from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.reader import open_checkpoint
+from ds_optim.zero.checkpoints.safe import laid_out
 from ds_optim.zero.checkpoints.target import Target, choose_target
 from ds_optim.zero.checkpoints.verify import check_masters, differences
 from ds_optim.zero.checkpoints.writer import write_checkpoint
@@ -57,16 +58,22 @@ def reshard(
     """
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there already: give the name of a new folder")
-    tag = find_folder(source).resolve().name
+    folder = find_folder(source)
+    tag = folder.resolve().name
     found = open_checkpoint(source, state=state)
-    check_masters(found)
-    wanted = found if change is None else change(found)
-    target = choose_target(wanted, ranks, stage, config)
+    with laid_out(folder):
+        check_masters(found)
+        wanted = found if change is None else change(found)
+        target = choose_target(wanted, ranks, stage, config)
     partial = place.with_name(f"{place.name}.partial")
     if partial.exists():
         raise UserError(f"{partial} is left of a run that did not end: remove it")
     try:
-        _write_and_verify(wanted, target, partial, tag)
+        with laid_out(folder):
+            wrong = _write(wanted, target, partial, tag)
+        if wrong:
+            shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")
         if finish is not None:
             finish(partial / tag, target)
         if place.exists():
@@ -79,10 +86,8 @@ def reshard(
     return Resharded(source=found, written=wanted, target=target, folder=place / tag)
 
 
-def _write_and_verify(wanted: Portable, target: Target, partial: Path, tag: str) -> None:
+def _write(wanted: Portable, target: Target, partial: Path, tag: str) -> list[str]:
+    """Write it; what a load would miss."""
     write_checkpoint(wanted, target, partial, tag)
     names = [group.params for group in wanted.groups]
-    wrong = differences(open_checkpoint(partial / tag, names), wanted)
-    if wrong:
-        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")
+    return differences(open_checkpoint(partial / tag, names), wanted, target)

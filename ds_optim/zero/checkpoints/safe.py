@@ -7,6 +7,8 @@ anything else is refused before it is done.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,22 @@ def load(path: Path) -> Any:
         raise UserError(f"{path} is refused, and nothing in it was run: {_reason(problem)}") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
+
+
+@contextmanager
+def laid_out(folder: Path) -> Iterator[None]:
+    """Where a checkpoint's content is used: what is not as DeepSpeed lays it out is refused in one line.
+
+    Raises:
+        UserError: with what went wrong.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as problem:
+        what = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+        raise UserError(f"{folder} is not laid out as DeepSpeed 0.19 lays it out ({what})") from problem
 
 
 def _reason(problem: Exception) -> str:

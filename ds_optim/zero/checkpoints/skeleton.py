@@ -26,9 +26,10 @@ def skeleton(portable: Portable) -> nn.Module:
         name: nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")) for name, shape in shapes.items()
     }
     for name, shape in module.frozen_shapes.items():
-        parameters[name] = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
+        if name not in shapes:
+            parameters[name] = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
     root = nn.Module()
-    for name in portable.models[0]["module"]:
+    for name in module.names:
         held = parameters.get(module.shared.get(name, name))
         if held is not None:
             *path, last = name.split(".")

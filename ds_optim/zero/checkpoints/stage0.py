@@ -16,7 +16,7 @@ from ds_optim.optimizers.saved import PARAMETERS, without_description
 from ds_optim.sharding.layout import ParamSpec, build_layout
 from ds_optim.zero.checkpoints.folder import Files
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
-from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, saved_groups
+from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, saved_groups
 
 Shape = tuple[int, ...]
 Names = Sequence[Sequence[ParamSpec]]
@@ -51,6 +51,10 @@ def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = No
         tensors: list[Flats] = []
         for param, (spec, number) in enumerate(zip(unit.params, groups[unit.group]["params"], strict=True)):
             own = states.get(number, {})
+            if masters is None and spec.name not in model["module"]:
+                raise UserError(
+                    f"the weights of {spec.name} are not in {files.models[0]}: it was frozen at the save, and left out"
+                )
             master = masters[unit.group][param] if masters is not None else model["module"][spec.name]
             tensors.append(_flats(spec, master.detach(), own, files))
             scalars |= own.get(SCALARS, {})
@@ -75,7 +79,7 @@ def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = No
 
 def _flats(spec: ParamSpec, master: Tensor, state: Mapping[str, Any], files: Files) -> Flats:
     found: dict[str, Tensor] = {MASTER: master.reshape(-1)}
-    for key, value in state.items():
+    for key, value in numbered(state).items():
         if isinstance(value, Tensor) and value.dim():
             if key != SCALES_OF_MOMENTUM and value.shape != spec.shape:
                 raise UserError(f"{files.models[0]}: {key} of {spec.name} is no value for each element")

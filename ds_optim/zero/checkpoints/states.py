@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.optimizers.rules import RULES, SCALARS, SCALES_OF_MOMENTUM
+from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, RULES, SCALARS, SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import PARAMETERS, SAVED
 from ds_optim.sharding.layout import Layout, ParamSpec
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, SavedGroup
@@ -36,6 +36,17 @@ def buffers_by_name(layout: Layout, flats: Sequence[Sequence[Sequence[Flats]]]) 
             keys = flats[u][0][param if unit.cut == "none" else 0]
             found[spec.name] = tuple(key for key in keys if key not in (MASTER, SCALES_OF_MOMENTUM))
     return found
+
+
+def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with its int8 codes as momentum: in here, scales beside it tell what it is."""
+    return {MOMENTUM if key == CODES_OF_MOMENTUM else key: value for key, value in state.items()}
+
+
+def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse."""
+    coded = SCALES_OF_MOMENTUM in state
+    return {CODES_OF_MOMENTUM if coded and key == MOMENTUM else key: value for key, value in state.items()}
 
 
 def plain_values(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
-from ds_optim.sharding.layout import Layout, build_layout
+from ds_optim.sharding.layout import MOST_RANKS, Layout, build_layout
 from ds_optim.zero.checkpoints.portable import Portable
 
-_SUB_GROUP = 1_000_000_000  # DeepSpeed's default
+_SETTINGS = ("stage", "sub_group_size", "parameter_alignment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,21 @@ class Target:
 
     ranks: int
     stage: int
-    sub_group_size: int = _SUB_GROUP
-    parameter_alignment: bool = False
+    sub_group_size: int
+    parameter_alignment: bool
+
+    def settings(self) -> dict[str, Any]:
+        """The same under zero_optimization."""
+        return {key: getattr(self, key) for key in _SETTINGS}
 
     def layout(self, portable: Portable) -> Layout:
         groups = [group.params for group in portable.groups]
-        first = portable.models[0]["module"][portable.specs[0].name]
+        dtype = portable.weights_dtype(portable.specs[0].name)
         return build_layout(
             groups,
             stage=self.stage,
             world_size=self.ranks,
-            param_alignment=element_alignment(first.dtype) if self.parameter_alignment else 1,
+            param_alignment=element_alignment(dtype) if self.parameter_alignment else 1,
             sub_group_size=self.sub_group_size,
         )
 
@@ -46,33 +50,59 @@ def element_alignment(dtype: torch.dtype) -> int:
 def choose_target(
     portable: Portable, ranks: int | None, stage: int | None, config: Mapping[str, Any] | None = None
 ) -> Target:
-    """What flags say, then what the new run's DeepSpeed JSON says, then what the checkpoint's says.
+    """What flags say, then the new run's DeepSpeed JSON; without one, what the checkpoint's says.
+
+    What a JSON leaves out is DeepSpeed's default, as it is for the run.
 
     Raises:
-        UserError: a number that is none.
+        UserError: a number that is none, or a shape that this checkpoint cannot have.
     """
-    zero: dict[str, Any] = {}
-    for given in (portable.config, {"zero_optimization": {"stage": portable.stage}}, config or {}):
-        section = given.get("zero_optimization")
-        if isinstance(section, Mapping):
-            zero |= {key: value for key, value in section.items() if value is not None and value != "auto"}
-    stage = zero["stage"] if stage is None else stage
-    ranks = portable.ranks if ranks is None else ranks
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"--stage is {stage}: write 0, 1, 2 or 3")
-    if ranks < 1:
-        raise UserError(f"--ranks is {ranks}: write a number of ranks from 1")
-    if stage == 0 and portable.wrapper.get("dynamic_loss_scale"):
-        raise UserError("a run in fp16 with a dynamic loss scale does not go to stage 0: write --stage 1")
-    if stage == 0 and portable.description is None and len(portable.groups) > 1:
+    given = {**_section(portable.config), "stage": portable.stage} if config is None else _section(config)
+    if stage is not None or given.get("stage") == "auto":
+        given["stage"] = portable.stage if stage is None else stage
+    if given.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"--stage is {given['stage']}: write 0, 1, 2 or 3")
+    zero = _parsed(given)
+    target = Target(
+        ranks=portable.ranks if ranks is None else ranks,
+        stage=int(zero.stage),
+        sub_group_size=zero.sub_group_size,
+        parameter_alignment=zero.parameter_alignment,
+    )
+    if not 1 <= target.ranks <= MOST_RANKS:
+        raise UserError(f"--ranks is {target.ranks}: write a number of ranks from 1 to {MOST_RANKS:,}")
+    if target.stage == 0:
+        _check_unsharded(portable)
+    return target
+
+
+def _section(config: Mapping[str, Any]) -> dict[str, Any]:
+    section = config.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        raise UserError(f'zero_optimization is {section!r}: write {{"stage": 1}}')
+    return dict(section)
+
+
+def _parsed(section: Mapping[str, Any]) -> Any:
+    """DeepSpeed's own reading of the settings that decide a layout."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        return DeepSpeedZeroConfig(**{key: section[key] for key in _SETTINGS if key in section})
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"zero_optimization.{name} is {first['input']!r}: {first['msg']}") from None
+
+
+def _check_unsharded(portable: Portable) -> None:
+    """Refuse what a run without ZeRO cannot have."""
+    scaler = portable.wrapper.get("loss_scaler")
+    if portable.wrapper.get("dynamic_loss_scale") or getattr(scaler, "cur_scale", 1.0) != 1.0:
+        raise UserError("a run in fp16 with a loss scale does not go to stage 0: write --stage 1")
+    if portable.description is None and len(portable.groups) > 1:
         raise UserError(
             "a release of ds_optim wrote this checkpoint that does not name the parameters of its groups, which stage "
             "0 asks for: write --stage 1, or save it once more with this release"
         )
-    size = zero.get("sub_group_size", _SUB_GROUP)
-    return Target(
-        ranks=ranks,
-        stage=stage,
-        sub_group_size=int(float(size)),
-        parameter_alignment=bool(zero.get("parameter_alignment", False)),
-    )

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
+from ds_optim.elementwise.quantized import largest_step
 from ds_optim.errors import UserError
 from ds_optim.optimizers.rules import MOMENTUM
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import dtype_of, values
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
-from ds_optim.zero.checkpoints.quantized import largest_step
+from ds_optim.zero.checkpoints.same import identical, same
+from ds_optim.zero.checkpoints.target import Target
+from ds_optim.zero.checkpoints.writer import config_of, wrapper_of
 
 _CHUNK = 1 << 24
 
@@ -28,6 +30,8 @@ def check_masters(portable: Portable) -> None:
         return
     module = portable.models[0]["module"]
     for spec in portable.specs:
+        if spec.name not in module:  # left out as frozen
+            continue
         own = module[spec.name].reshape(-1)
         for start, numel in _chunks(spec.numel):
             master = portable.shards.read(spec.name, MASTER, start, numel).to(own.dtype)
@@ -38,32 +42,55 @@ def check_masters(portable: Portable) -> None:
                 )
 
 
-def differences(made: Portable, original: Portable) -> list[str]:
-    """What of ``original`` is not in ``made``, by name; empty where all of it is.
+def differences(made: Portable, original: Portable, target: Target) -> list[str]:
+    """What a load of ``made`` would not get as one of ``original`` does, by name; empty where it gets everything.
 
     fp32 and bfloat16 are compared bit for bit, int8 momentum within a step of its quantization.
     """
-    found = []
-    for what, one, other in (
-        ("groups", made.groups, original.groups),
-        ("scalars", made.scalars, original.scalars),
-        ("steps", _entries(made), _entries(original)),
-        ("state", made.has_state, original.has_state),
-        ("schedule and counts", _counts(made), _counts(original)),
-    ):
-        if _text(one) != _text(other):
-            found.append(what)
+    found = [
+        what
+        for what, one, other in (
+            ("groups", made.groups, original.groups),
+            ("description", made.description, original.description),
+            ("scalars", made.scalars, original.scalars),
+            ("steps", _entries(made), _entries(original)),
+            ("state", made.has_state, original.has_state),
+            ("settings", made.config, config_of(original, target)),
+            ("loss scale", made.wrapper, {key: wrapper_of(original).get(key) for key in made.wrapper}),
+        )
+        if not same(one, other)
+    ]
     for spec in original.specs:
         keys = (MASTER, *original.buffers[spec.name])
         found += [f"{key} of {spec.name}" for key in keys if not _same(made, original, spec.name, key, spec.numel)]
-    mine, theirs = Module(made).whole(), Module(original).whole()
-    found += [f"weights of {n}" for n in theirs if n not in mine or not _identical(mine[n], theirs[n])]
+    module = Module(original)
+    for rank in range(len(made.models)):
+        found += _missing(made, module, original, target, rank)
     return found
 
 
-def _text(content: object) -> str:
-    """For comparing what may hold tensors, which do not compare to one answer."""
-    return repr(sorted(content.items())) if isinstance(content, dict) else repr(content)
+def _missing(made: Portable, module: Module, original: Portable, target: Target, rank: int) -> Iterator[str]:
+    """What is not in one model file as ``engine.load_checkpoint`` asks for it.
+
+    It puts all of "module" into the model, and then, unless there are none, a frozen fragment into every parameter
+    that is frozen; the rest goes to the schedule, the engine's counts and the client.
+    """
+    model = made.models[rank]
+    wanted = module.buffers_alone() if target.stage == 3 else module.whole()
+    for name in dict.fromkeys([*wanted, *model["module"]]):
+        if name not in wanted or name not in model["module"] or not same(model["module"][name], wanted[name]):
+            yield f"weights of {name}"
+    fragments = model.get("frozen_param_fragments")
+    frozen = module.frozen_shapes if target.stage >= 2 else {}
+    listed = {} if fragments is None else fragments
+    if listed.keys() != frozen.keys() or (fragments is None) != (not frozen):
+        yield "the list of frozen parameters"
+    for name in listed.keys() & frozen.keys():
+        part = module.frozen_slice(name, rank, target.ranks) if target.stage == 3 else module.frozen(name)
+        if not same(listed[name], part):
+            yield f"frozen {name}"
+    one, other = (common_entries(own, target.stage, target.ranks, rank) for own in (made, original))
+    yield from (key for key in {**one, **other} if key not in one or key not in other or not same(one[key], other[key]))
 
 
 def _same(made: Portable, original: Portable, name: str, key: str, numel: int) -> bool:
@@ -74,19 +101,13 @@ def _same(made: Portable, original: Portable, name: str, key: str, numel: int) -
             step = largest_step(made.shards.read_scales(name, start, count))
             if not torch.all((one - other).abs() <= step):
                 return False
-        elif not _identical(one, other.to(dtype)):
+        elif not identical(one, other.to(dtype)):
             return False
     return True
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
     return ((start, min(_CHUNK, numel - start)) for start in range(0, numel, _CHUNK))
-
-
-def _identical(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
 def _entries(portable: Portable) -> dict[str, dict[str, float]]:
@@ -96,8 +117,3 @@ def _entries(portable: Portable) -> dict[str, dict[str, float]]:
         for key, value in entry.items():
             highest[key] = max(highest.get(key, -math.inf), float(value))
     return {name: highest for name in portable.entries}
-
-
-def _counts(portable: Portable) -> dict[str, object]:
-    model = common_entries(portable.models[0])
-    return {key: model.get(key) for key in ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")}

@@ -20,6 +20,7 @@ from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimi
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import flat_state, whole_state
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.states import as_saved
 from ds_optim.zero.checkpoints.target import Target
 
 State = dict[int, dict[str, Any]]
@@ -57,11 +58,11 @@ def _copy_scripts(place: Path) -> None:
             shutil.copy(script, place / name)
 
 
-def _config(portable: Portable, target: Target) -> dict[str, Any]:
-    """The JSON of the run that saved it, with the new stage."""
+def config_of(portable: Portable, target: Target) -> dict[str, Any]:
+    """The JSON of the run that saved it, with the new shape."""
     config = copy.deepcopy(portable.config)
     zero = config.get("zero_optimization")
-    config["zero_optimization"] = {**(zero if isinstance(zero, dict) else {}), "stage": target.stage}
+    config["zero_optimization"] = {**(zero if isinstance(zero, dict) else {}), **target.settings()}
     return config
 
 
@@ -82,7 +83,7 @@ def _optimizer_states(portable: Portable, target: Target, layout: Layout, rank: 
     states = build(portable, layout, rank, [own[MASTER] for own in flats], base)
     return {
         "optimizer_state_dict": states,
-        "ds_config": _config(portable, target),
+        "ds_config": config_of(portable, target),
         "ds_version": portable.version,
     }
 
@@ -98,7 +99,7 @@ def _packed(portable: Portable, numbers: Sequence[Sequence[int]]) -> list[dict[s
 def _tensor_state(portable: Portable, unit: Unit, params: Sequence[int], flats: Mapping[str, Tensor]) -> dict[str, Any]:
     """The state of one tensor, which holds (slices of) these parameters of its unit."""
     names = [unit.params[param].name for param in params]
-    state: dict[str, Any] = {key: value for key, value in flats.items() if key != MASTER}
+    state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER})
     if any(name in portable.scalars for name in names):
         state[SCALARS] = {name: portable.scalars[name] for name in names}
     state |= _joined([portable.entries[name] for name in names])
@@ -140,7 +141,7 @@ def _stages_1_2(
             )
         )
     return {
-        **_wrapper(portable),
+        **wrapper_of(portable),
         "base_optimizer_state": base,
         "single_partition_of_fp32_groups": lean,
         "zero_stage": ZeroStageEnum(layout.stage),
@@ -157,7 +158,7 @@ def _stage3(
 ) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    wrapper = _wrapper(portable)
+    wrapper = wrapper_of(portable)
     del wrapper["clip_grad"]
     return {
         "zero_stage": ZeroStageEnum(3),
@@ -168,7 +169,7 @@ def _stage3(
     }
 
 
-def _wrapper(portable: Portable) -> dict[str, Any]:
+def wrapper_of(portable: Portable) -> dict[str, Any]:
     """Loss scale and such; a wrapper that keeps none of it saves the same as one whose scale is 1."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
@@ -185,8 +186,6 @@ def _wrapper(portable: Portable) -> dict[str, Any]:
 
 
 def _model_states(portable: Portable, target: Target, layout: Layout, module: Module, rank: int) -> dict[str, Any]:
-    kept = portable.models[rank if portable.stage == 3 and portable.ranks == target.ranks else 0]
-    common = common_entries(kept)
     states: dict[str, Any] = {
         "module": module.buffers_alone() if target.stage == 3 else module.whole(),
         "optimizer": None if target.stage else _stage0(portable, layout),
@@ -200,14 +199,15 @@ def _model_states(portable: Portable, target: Target, layout: Layout, module: Mo
             OrderedDict((spec.name, torch.Size(spec.shape)) for spec in unit.params) for unit in layout.units
         ]
         states["shared_params"] = dict(module.shared) if rank == 0 else {}
-    if target.stage >= 2:
-        shapes = module.frozen_shapes
+    shapes = module.frozen_shapes
+    if target.stage >= 2 and shapes:  # an empty list would say that none is frozen, where they were left out
         states["frozen_param_shapes"] = shapes
         states["frozen_param_fragments"] = OrderedDict(
             (name, module.frozen_slice(name, rank, target.ranks) if target.stage == 3 else module.frozen(name))
             for name in shapes
         )
-    return {**states, **common, "dp_world_size": target.ranks, "ds_config": _config(portable, target)}
+    common = common_entries(portable, target.stage, target.ranks, rank)
+    return {**states, **common, "dp_world_size": target.ranks, "ds_config": config_of(portable, target)}
 
 
 def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
             if portable.has_state and (portable.entries[spec.name] or portable.buffers[spec.name]):
                 state[number] = _unsharded_state(portable, unit, param, flats)
     base = {"state": state, "param_groups": _packed(portable, numbers)}
-    if portable.models[0]["module"][portable.specs[0].name].dtype == torch.float32:
+    if portable.weights_dtype(portable.specs[0].name) == torch.float32:
         return base
     return {
         "dynamic_loss_scale": False,
@@ -237,7 +237,7 @@ def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
 
 def _unsharded_state(portable: Portable, unit: Unit, param: int, flats: Mapping[str, Tensor]) -> dict[str, Any]:
     name = unit.params[param].name
-    state: dict[str, Any] = {key: value for key, value in flats.items() if key != MASTER}
+    state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER})
     if name in portable.scalars:
         state[SCALARS] = {name: portable.scalars[name]}
     return {**state, **portable.entries[name]}
