@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
@@ -23,6 +24,11 @@ MATRIX, AUX, VECTOR = "matrix", "aux", "vector"
 ROLES = (MATRIX, AUX, VECTOR)
 MEMBERS = "members"
 """The key under which a group hands its members to an optimizer; no optimizer keeps it in its groups."""
+
+FOREIGN = "parameter groups must come from ds_optim.param_groups(model), which names their members"
+
+_routed = WeakTensorKeyDictionary()
+"""What ``param_groups`` last said of each parameter that is still alive: users split and rewrite its groups."""
 
 DEFAULT_EXCLUDE = ("embed", "lm_head", r"\bwte\b", r"\bwpe\b")
 
@@ -47,12 +53,15 @@ def param_groups(
         parameters: keep to these parameters of the model.
 
     Returns:
-        Up to three groups, named "matrix", "aux" and "vector", in this order.
+        Up to three groups, named "matrix", "aux" and "vector", in this order. Split them, or write a hyperparameter
+        of the rule into one ("lr", "weight_decay", "betas"): it wins over the optimizer's argument.
 
     Raises:
         UserError: a pattern that is no regular expression or matches no parameter (for a view: none with two
             dimensions); parameters that the model does not have.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"param_groups got a {type(model).__name__}: pass the model itself")
     aliases = _aliases(model)
     kept = None if parameters is None else {id(p) for p in parameters}
     if kept is not None and not kept <= {id(p) for _, p in aliases}:
@@ -63,6 +72,7 @@ def param_groups(
         if is_optimized(parameter) and (kept is None or id(parameter) in kept):
             role, member = router.route(names, parameter)
             by_role[role].append(member)
+            _routed[parameter] = member.spec, member.view
         else:
             router.pass_by(names, parameter)
     router.check_all_matched()
@@ -81,6 +91,8 @@ class _Router:
     ) -> None:
         self._by_default = matrix_exclude is None
         self._exclude = _Patterns("matrix_exclude", DEFAULT_EXCLUDE if matrix_exclude is None else matrix_exclude)
+        if isinstance(views, (str, Mapping)) or not isinstance(views, Sequence):
+            raise UserError(f'views is {views!r}: write a list of views, such as [{{"match": "qkv", "heads": 12}}]')
         self._viewed = _Patterns("views", [_match_of(view) for view in views])
         self._options = [{k: v for k, v in view.items() if k != "match"} for view in views]
         self._transposed, self._embeddings, self._convolutions = _module_kinds(model)
@@ -122,13 +134,19 @@ def _stacks_vectors(options: Mapping[str, Any], shape: Sequence[int]) -> bool:
     return isinstance(batch_dims, int) and len(shape) - batch_dims == 1
 
 
+def routed(parameter: torch.Tensor) -> Member | None:
+    """The member that ``param_groups`` made of a parameter; None where it has not seen it."""
+    found = _routed.get(parameter)
+    return None if found is None else Member(found[0], parameter, found[1])  # type: ignore[arg-type]
+
+
 def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     """Groups for bare parameters or (name, parameter) pairs: enough for rules that ask for no matrix."""
     by_role: dict[str, list[Member]] = {AUX: [], VECTOR: []}
     for number, item in enumerate(parameters):
         name, parameter = item if isinstance(item, tuple) else (f"parameter {number}", item)
         if not isinstance(parameter, torch.Tensor):
-            raise UserError("parameter groups must come from ds_optim.param_groups(model), which names their members")
+            raise UserError(FOREIGN)
         if not is_optimized(parameter):  # type: ignore[arg-type]  # DeepSpeed refuses groups without any other
             continue
         spec = ParamSpec(name=name, shape=full_shape(parameter))  # type: ignore[arg-type]
@@ -168,6 +186,8 @@ def _module_kinds(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
 
 
 def _match_of(view: Mapping[str, Any]) -> str:
+    if not isinstance(view, Mapping):
+        raise UserError(f'the view {view!r} is no object: write e.g. {{"match": "qkv", "heads": 12}}')
     if "match" not in view:
         raise UserError(f'the view {dict(view)!r} has no "match": write the pattern of the names that it is for')
     return str(view["match"])
@@ -177,14 +197,14 @@ class _Patterns:
     """Regular expressions of one option, and which of them have matched something."""
 
     def __init__(self, option: str, patterns: Sequence[str]) -> None:
-        if isinstance(patterns, str):
+        if isinstance(patterns, (str, Mapping)) or not isinstance(patterns, Sequence):
             raise UserError(f"{option} is {patterns!r}: write a list of patterns")
         self.option = option
         self.patterns = []
         for text in patterns:
             try:
                 self.patterns.append(re.compile(text))
-            except re.error as problem:
+            except (re.error, TypeError) as problem:
                 raise UserError(f"{option}: {text!r} is no regular expression ({problem})") from None
         self.matched = [False] * len(self.patterns)
 

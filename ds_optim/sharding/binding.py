@@ -69,7 +69,10 @@ class Binding:
 Groups = Sequence[dict[str, Any]]
 Binder = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], "Binding | None"]
 
+Meeting = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], bool]
+
 _binders: list[Binder] = []
+_meetings: list[Meeting] = []
 
 
 class NotYet(Exception):
@@ -83,6 +86,17 @@ def register_binder(binder: Binder) -> None:
     must move nothing.
     """
     _binders.append(binder)
+
+
+def register_meeting(meeting: Meeting) -> None:
+    """Ask ``meeting`` whenever somebody reads the groups of an optimizer that has not been bound, until it says that
+    this was the engine that is going to step it."""
+    _meetings.append(meeting)
+
+
+def has_met(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
+    """Whether who reads the groups is the engine that is going to step the optimizer."""
+    return any([meeting(optimizer, members, groups) for meeting in _meetings])
 
 
 def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
