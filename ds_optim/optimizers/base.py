@@ -21,20 +21,15 @@ from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
+from ds_optim.optimizers.grouped import GroupedOptimizer
+from ds_optim.optimizers.groups import build_groups, hyper_of
 from ds_optim.optimizers.loading import unwrap, wrapped
 from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
-from ds_optim.optimizers.options import (
-    CommonOptions,
-    MatrixOptions,
-    build_groups,
-    check_exchange,
-    check_options,
-)
+from ds_optim.optimizers.options import CommonOptions, MatrixOptions, check_exchange, check_options
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.planning import check_alike, plan_workers
-from ds_optim.optimizers.routing import MEMBERS
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     RULES,
@@ -52,18 +47,19 @@ from ds_optim.optimizers.saved import (
     Identity,
     check_saved,
     check_stored_dtype,
+    has_shares,
     restore_groups,
     settle_state,
     with_description,
     without_description,
 )
 from ds_optim.optimizers.unstepped import warn_if_idle, watch
-from ds_optim.sharding.binding import Binding, Member, NotYet, bind, check_gradients, taken
+from ds_optim.sharding.binding import Binding, NotYet, bind, check_gradients, taken
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
 
-class ZeroOptimizer(torch.optim.Optimizer):
+class ZeroOptimizer(GroupedOptimizer):
     """The optimizer that every class of this package is.
 
     Args:
@@ -95,7 +91,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         check_options(type(self), options)
         self._polar = PolarSpec.from_json(options.get("polar", {}))
         self._exchange = check_exchange(options.get("exchange", {}))
-        groups = build_groups(
+        built = build_groups(
             params,
             rule=rule,
             lr=lr,
@@ -105,9 +101,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             has_aux=self.has_aux,
             by_name=self.by_name,
         )
-        # Members hold the model's own parameters and never enter the groups, which are pickled.
-        self._members: list[list[Member]] = [group.pop(MEMBERS) for group in groups]
-        self._binding: Binding | None = None
         self._workers: dict[int, MatrixWorker] = {}
         self._costs: Costs | None = None
         self._planned = False
@@ -119,25 +112,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 'keep one: write momentum_dtype "float32" or leave it out'
             )
         # As built: a universal load at stage 3 writes the first group's into all.
-        self._names, self._rules = (tuple(group[key] for group in groups) for key in ("name", "rule"))
+        self._names, self._rules = (tuple(group[key] for group in built.groups) for key in ("name", "rule"))
         self._universal = False
         self.skipped_steps = 0
-        self._sealed = False
-        super().__init__(groups, {})
-        self._sealed = True
+        super().__init__(built, lr, weight_decay)
         watch(self)
-        # DeepSpeed hides groups by swapping the list; this one keeps seeing them all.
-        self._all_groups = self.param_groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Groups are fixed once the optimizer is built: their layout and exchange are.
-
-        Raises:
-            UserError: for every call by a user.
-        """
-        if getattr(self, "_sealed", False):
-            raise UserError("parameter groups cannot be added later: build a new optimizer from ds_optim.param_groups")
-        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with a description in each group; flat tensors lead a placeholder for each buffer that
@@ -154,6 +133,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             UserError: it was saved in another one than this optimizer's, or by another optimizer, or for other
                 parameters; nothing was loaded.
         """
+        self.loaded_shares = has_shares(state_dict["param_groups"])
         plain, description = without_description(state_dict)
         check_saved(plain["param_groups"], description, self.identity())
         for entry in plain["state"].values():
@@ -161,6 +141,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().load_state_dict(wrapped(plain))
         unwrap(self)
         self._keep_costs(description)
+        if self.loaded_shares:  # whoever knows the scheduler is to look at it again
+            self._binding = None
 
     def _keep_costs(self, description: Mapping[str, Any] | None) -> None:
         """Make the plan of the saved run again, where a checkpoint brings what it was made from."""
@@ -188,15 +170,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._keep_costs(description)
         self._universal = True
         return True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._all_groups = self.param_groups  # loading a checkpoint makes new ones
-
-    @property
-    def members(self) -> list[list[Member]]:
-        """For each parameter group the parameters that it was built with (and that DeepSpeed's copies stand for)."""
-        return self._members
 
     @property
     def matrix_workers(self) -> Mapping[int, MatrixWorker]:
@@ -233,6 +206,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if not _finite(self.param_groups):
                 self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
                 return loss
+        self.settle_rates()
         scratch = Scratch()  # for this call only: nothing but state outlives a step
         units = [self._step_unit(binding, group, scratch) for group in self.param_groups if group["params"]]
         if self._diagnostics is not None and len(binding.layout.units) - 1 in units:
@@ -267,7 +241,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         seeds = tuple(group.get("seed") for group in self._all_groups)
         alike = {"layout or the exchange of matrices": meant, "optimizer's seed": seeds}
         check_alike(binding.peers.gather_objects(alike))
-        self._binding, self._planned = binding, False
+        self._binding, self._planned, self._waits_for_engine = binding, False, False
         self._init_states(binding)
         return binding
 
@@ -311,7 +285,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if binding.sharded and local.absent:
             raise RuntimeError("ZeRO called step() without a gradient in the flat partition: nothing was changed")
         rule = RULES[group["rule"]]
-        update = rule.update({**group, "diagnostics": self._diagnostics is not None}, local.step)
+        update = rule.update({**hyper_of(group), "diagnostics": self._diagnostics is not None}, local.step)
         old = self._diagnostics.before(local) if self._diagnostics else None
         done: Outcome = {}
         if isinstance(update, MatrixUpdate):

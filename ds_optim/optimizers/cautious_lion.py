@@ -10,20 +10,20 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.sign_rules import agreement, cautious_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
-from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rate, rule
+from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
 from ds_optim.sharding.layout import ParamSpec
 
 MOST_BOOST = 1000
 """The few weights of a sparse gradient take at most so many times the step of a dense one's."""
 
 
-@rule("cautious_lion")
+@rule("cautious_lion", hyper={"betas": check_betas})
 def cautious_lion(group: Group, step: int) -> ParameterUpdate:
     blend = lion_blend(group["betas"])
 
     def decide(spec: ParamSpec, counts: Sequence[float], _: float) -> Decision:
         boost = spec.numel / max(counts[0], spec.numel / MOST_BOOST)
-        return Decision(lr=rate(group), value=boost, shown={"agreeing gradients": counts[0] / spec.numel})
+        return Decision(lr=group["lr"], value=boost, shown={"agreeing gradients": counts[0] / spec.numel})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         cautious_step(
@@ -67,7 +67,11 @@ class CautiousLion(ZeroOptimizer):
         weight_decay: float = 1.0,
         **options: Unpack[CommonOptions],
     ) -> None:
-        hyper = {"betas": check_betas("betas", betas)}
         super().__init__(
-            params, rule="cautious_lion", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options)
+            params,
+            rule="cautious_lion",
+            lr=lr,
+            weight_decay=weight_decay,
+            hyper={"betas": betas},
+            options=dict(options),
         )

@@ -11,17 +11,19 @@ from ds_optim.elementwise.sign_rules import count_from, gated_step, raw_step, sm
 from ds_optim.elementwise.steps import sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_at_least_zero, check_betas, check_choice
-from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rate, rule
+from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
 from ds_optim.sharding.layout import ParamSpec
 
+_HYPER = {"betas": check_betas, "nu": check_at_least_zero}
 
-@rule("clion_tensor")
+
+@rule("clion_tensor", hyper=_HYPER)
 def clion_tensor(group: Group, step: int) -> ParameterUpdate:
     blend, decay = lion_blend(group["betas"]), group["weight_decay"]
 
     def decide(spec: ParamSpec, least: Sequence[float], _: float) -> Decision:
         is_open = float(least[0] >= group["nu"])
-        return Decision(lr=rate(group), value=is_open, shown={"open gates": is_open})
+        return Decision(lr=group["lr"], value=is_open, shown={"open gates": is_open})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         step_with = sign_step if chosen.value else raw_step
@@ -31,12 +33,12 @@ def clion_tensor(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=least, decide=decide, apply=apply, decay=decay)
 
 
-@rule("clion_coordinate")
+@rule("clion_coordinate", hyper=_HYPER)
 def clion_coordinate(group: Group, step: int) -> ParameterUpdate:
     blend, decay, nu = lion_blend(group["betas"]), group["weight_decay"], group["nu"]
 
     def decide(spec: ParamSpec, counts: Sequence[float], _: float) -> Decision:
-        return Decision(lr=rate(group), shown={"open gates": counts[0] / spec.numel} if counts else {})
+        return Decision(lr=group["lr"], shown={"open gates": counts[0] / spec.numel} if counts else {})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         gated_step(piece.p, piece.m, piece.g, blend=blend, lr=chosen.lr, decay=decay, nu=nu, scratch=piece.scratch)
@@ -79,7 +81,7 @@ class CLion(ZeroOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         kind = check_choice("gate", gate, ["tensor", "coordinate"])
-        hyper = {"betas": check_betas("betas", betas), "nu": check_at_least_zero("nu", nu)}
+        hyper = {"betas": betas, "nu": nu}
         super().__init__(
             params, rule=f"clion_{kind}", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options)
         )

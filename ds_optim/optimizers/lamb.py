@@ -20,7 +20,6 @@ from ds_optim.optimizers.rules import (
     Measure,
     ParameterUpdate,
     Piece,
-    rate,
     rule,
 )
 from ds_optim.sharding.layout import ParamSpec
@@ -28,7 +27,7 @@ from ds_optim.sharding.layout import ParamSpec
 LARGEST_NORM = 10.0
 
 
-@rule("lamb", buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("lamb", hyper={"betas": check_betas, "eps": check_positive}, buffers=(MOMENTUM, SECOND_MOMENT))
 def lamb(group: Group, step: int) -> ParameterUpdate:
     moments = Moments(betas=group["betas"], eps=group["eps"], step=step + 1)
     decay = group["weight_decay"]
@@ -39,7 +38,7 @@ def lamb(group: Group, step: int) -> ParameterUpdate:
     def decide(spec: ParamSpec, squares: Sequence[float], _: float) -> Decision:
         theta, r = (math.sqrt(square) for square in squares)
         ratio = min(theta, LARGEST_NORM) / r if theta > 0 and r > 0 else 1.0
-        return Decision(lr=rate(group), value=ratio, shown={"mean trust ratio": ratio})
+        return Decision(lr=group["lr"], value=ratio, shown={"mean trust ratio": ratio})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         lamb_step(
@@ -82,5 +81,5 @@ class Lamb(ZeroOptimizer):
         weight_decay: float = 0.1,
         **options: Unpack[CommonOptions],
     ) -> None:
-        hyper = {"betas": check_betas("betas", betas), "eps": check_positive("eps", eps)}
+        hyper = {"betas": betas, "eps": eps}
         super().__init__(params, rule="lamb", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))

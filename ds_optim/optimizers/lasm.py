@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from typing_extensions import Unpack
@@ -13,7 +14,7 @@ from ds_optim.elementwise.moments import lasm_difference, lasm_element_step
 from ds_optim.elementwise.steps import sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_choice
-from ds_optim.optimizers.layer_scales import check_layer_scales, layer_scale
+from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales, layer_scale
 from ds_optim.optimizers.rules import (
     MOMENTUM,
     SECOND_MOMENT,
@@ -22,7 +23,6 @@ from ds_optim.optimizers.rules import (
     Measure,
     ParameterUpdate,
     Piece,
-    rate,
     rule,
 )
 from ds_optim.sharding.layout import ParamSpec
@@ -36,15 +36,17 @@ LAYER_SCALES = (
 )
 """For the names of Llama, Qwen and GPT-2; 1.0 for all others."""
 
+_HYPER = {"betas": check_betas, "layer_scales": check_layer_scales}
 
-@rule("lasm", scalar=True)
+
+@rule("lasm", hyper=_HYPER, scalar=True)
 def lasm(group: Group, step: int) -> ParameterUpdate:
     b1, b2 = group["betas"]
 
     def decide(spec: ParamSpec, sums: Sequence[float], v: float) -> Decision:
         v = b2 * v + (1 - b2) * sums[0] / spec.numel
         sigma = 1 / (1 + math.sqrt(v))
-        return Decision(lr=rate(group), value=sigma, scalar=v, shown={"min sigma": sigma})
+        return Decision(lr=group["lr"], value=sigma, scalar=v, shown={"min sigma": sigma})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         weights = (b1, (1 - b1) * chosen.value)
@@ -63,7 +65,7 @@ def lasm(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=surprise, decide=decide, apply=apply, decay=group["weight_decay"])
 
 
-@rule("lasm_element", buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("lasm_element", hyper=_HYPER, buffers=(MOMENTUM, SECOND_MOMENT))
 def lasm_element(group: Group, step: int) -> ParameterUpdate:
     def apply(piece: Piece, chosen: Decision) -> None:
         lasm_element_step(
@@ -79,7 +81,7 @@ def lasm_element(group: Group, step: int) -> ParameterUpdate:
         )
 
     return ParameterUpdate(
-        decide=lambda spec, _, __: Decision(lr=rate(group)), apply=apply, decay=group["weight_decay"]
+        decide=lambda spec, _, __: Decision(lr=group["lr"]), apply=apply, decay=group["weight_decay"]
     )
 
 
@@ -118,13 +120,14 @@ class LASM(ZeroOptimizer):
         layer_scales: Mapping[str, float] | Sequence[Sequence[Any]] | None = None,
         **options: Unpack[CommonOptions],
     ) -> None:
-        scales = LAYER_SCALES if layer_scales is None else check_layer_scales(layer_scales)
         element = check_choice("variance", variance, ["tensor", "element"]) == "element"
         super().__init__(
             params,
             rule="lasm_element" if element else "lasm",
             lr=lr,
             weight_decay=weight_decay,
-            hyper={"betas": check_betas("betas", betas), "layer_scales": scales},
+            hyper={"betas": betas, "layer_scales": LAYER_SCALES if layer_scales is None else layer_scales},
             options=dict(options),
         )
+        if layer_scales is not None:
+            check_all_match(check_layer_scales("layer_scales", layer_scales), chain(*self.members))

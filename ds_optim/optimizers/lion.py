@@ -8,12 +8,12 @@ from typing_extensions import Unpack
 
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
-from ds_optim.optimizers.rules import Group, SignUpdate, lion_blend, rate, rule
+from ds_optim.optimizers.rules import Group, SignUpdate, lion_blend, rule
 
 
-@rule("lion")
+@rule("lion", hyper={"betas": check_betas})
 def lion(group: Group, step: int) -> SignUpdate:
-    return SignUpdate(blend=lion_blend(group["betas"]), lr=rate(group), decay=group["weight_decay"])
+    return SignUpdate(blend=lion_blend(group["betas"]), lr=group["lr"], decay=group["weight_decay"])
 
 
 class Lion(ZeroOptimizer):
@@ -46,6 +46,6 @@ class Lion(ZeroOptimizer):
             rule="lion",
             lr=lr,
             weight_decay=weight_decay,
-            hyper={"betas": check_betas("betas", betas)},
+            hyper={"betas": betas},
             options=dict(options),
         )

@@ -10,24 +10,27 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.noise import stream_of, uniform
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import (
-    check_at_least_zero,
-    check_betas,
-    check_choice,
-    check_period,
-    check_positive,
-)
-from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, lion_blend, rate, rule
+from ds_optim.optimizers.checks import check_betas, check_period, check_positive, one_of
+from ds_optim.optimizers.options import check_options
+from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, lion_blend, rule
 
 _PERIOD_STREAM = stream_of("LionMuon.period")
 
 
-@rule("lion_muon", shape=POLAR)
+_HYPER = {
+    "betas": check_betas,
+    "period": check_period,
+    "period_mode": one_of(["fixed", "random"]),
+    "sign_lr_ratio": check_positive,
+}
+
+
+@rule("lion_muon", hyper=_HYPER, shape=POLAR)
 def lion_muon(group: Group, step: int) -> MatrixUpdate | SignUpdate:
     blend = lion_blend(group["betas"])
     if is_spectral(step, group["period"], group["period_mode"], group["seed"]):
-        return MatrixUpdate(blend=blend, lr=rate(group), decay=group["weight_decay"], scale="match_rms_adamw")
-    return SignUpdate(blend=blend, lr=rate(group) / group["sign_lr_ratio"], decay=group["weight_decay"])
+        return MatrixUpdate(blend=blend, lr=group["lr"], decay=group["weight_decay"], scale="match_rms_adamw")
+    return SignUpdate(blend=blend, lr=group["lr"] / group["sign_lr_ratio"], decay=group["weight_decay"])
 
 
 def is_spectral(step: int, period: float, mode: str, seed: int) -> bool:
@@ -77,14 +80,12 @@ class LionMuon(ZeroOptimizer):
         period_mode: str = "fixed",
         **options: Unpack[MatrixOptions],
     ) -> None:
-        ratio = check_positive("sign_lr_ratio", sign_lr_ratio)
         hyper = {
-            "betas": check_betas("betas", betas),
-            "period": check_period(period),
-            "period_mode": check_choice("period_mode", period_mode, ["fixed", "random"]),
-            "sign_lr_ratio": ratio,
+            "betas": betas,
+            "period": period,
+            "period_mode": period_mode,
+            "sign_lr_ratio": sign_lr_ratio,
         }
-        options.setdefault("aux_lr", check_at_least_zero("lr", lr) / ratio)
         super().__init__(params, rule="lion_muon", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))
 
 
@@ -108,4 +109,5 @@ class SignMuon(LionMuon):
         period_mode: str = "fixed",
         **options: Unpack[MatrixOptions],
     ) -> None:
+        check_options(type(self), options)  # LionMuon would take its betas
         super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, **options)

@@ -10,19 +10,27 @@ from ds_optim.elementwise.blend import Blend
 from ds_optim.errors import UserError
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_at_least_zero, check_choice, check_new_weight
-from ds_optim.optimizers.rules import SCALES, Gate, Group, MatrixUpdate, rate, rule
+from ds_optim.optimizers.checks import check_at_least_zero, check_new_weight, one_of
+from ds_optim.optimizers.rules import SCALES, Gate, Group, MatrixUpdate, rule
+
+_HYPER = {
+    "beta": check_new_weight,
+    "gate": one_of(["frobenius", "singular_gap"]),
+    "tau": check_at_least_zero,
+    "raw_scale": check_at_least_zero,
+    "scale": one_of(SCALES),
+}
 
 
-@rule("mimuon", shape=POLAR)
+@rule("mimuon", hyper=_HYPER, shape=POLAR)
 def mimuon(group: Group, step: int) -> MatrixUpdate:
     weights = (1 - group["beta"], group["beta"])
     return MatrixUpdate(
         blend=Blend(weights, weights),
-        lr=rate(group),
+        lr=group["lr"],
         decay=group["weight_decay"],
         scale=group["scale"],
-        gate=Gate(figure=group["gate"], threshold=group["tau"], lr=rate(group) * group["raw_scale"]),
+        gate=Gate(figure=group["gate"], threshold=group["tau"], lr=group["lr"] * group["raw_scale"]),
     )
 
 
@@ -71,10 +79,10 @@ class MiMuon(ZeroOptimizer):
         if raw and not lr:
             raise UserError("lr is 0 and raw_lr is not: write the peak lr and let a scheduler start it at 0")
         hyper = {
-            "beta": check_new_weight("beta", beta),
-            "gate": check_choice("gate", gate, ["frobenius", "singular_gap"]),
-            "tau": check_at_least_zero("tau", tau),
+            "beta": beta,
+            "gate": gate,
+            "tau": tau,
             "raw_scale": raw / lr if lr else 1.0,
-            "scale": check_choice("scale", scale, SCALES),
+            "scale": scale,
         }
         super().__init__(params, rule="mimuon", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))

@@ -12,18 +12,22 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.blend import Blend
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_beta, check_bool, check_choice
-from ds_optim.optimizers.rules import SCALES, Group, MatrixUpdate, average, rate, rule
+from ds_optim.optimizers.checks import check_beta, check_bool, one_of
+from ds_optim.optimizers.rules import SCALES, Group, MatrixUpdate, average, rule
 
 
-@rule("muon", shape=POLAR)
+@rule(
+    "muon",
+    hyper={"momentum": check_beta, "nesterov": check_bool, "scale": one_of(SCALES)},
+    shape=POLAR,
+)
 def muon(group: Group, step: int) -> MatrixUpdate:
     mu = group["momentum"]
     blend = average(mu)
     if group["nesterov"]:
         # U = mu M' + (1 - mu) G with M' = mu M + (1 - mu) G, written out in the old M.
         blend = Blend((mu * mu, 1 - mu * mu), blend.momentum)
-    return MatrixUpdate(blend=blend, lr=rate(group), decay=group["weight_decay"], scale=group["scale"])
+    return MatrixUpdate(blend=blend, lr=group["lr"], decay=group["weight_decay"], scale=group["scale"])
 
 
 class Muon(ZeroOptimizer):
@@ -58,11 +62,7 @@ class Muon(ZeroOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[MatrixOptions],
     ) -> None:
-        hyper = {
-            "momentum": check_beta("momentum", momentum),
-            "nesterov": check_bool("nesterov", nesterov),
-            "scale": check_choice("scale", scale, SCALES),
-        }
+        hyper = {"momentum": momentum, "nesterov": nesterov, "scale": scale}
         super().__init__(params, rule="muon", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))
 
 

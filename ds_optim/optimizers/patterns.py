@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_optim.errors import UserError
 
@@ -16,14 +16,14 @@ class Patterns:
     """
 
     def __init__(self, option: str, patterns: Sequence[str]) -> None:
-        if isinstance(patterns, str):
+        if isinstance(patterns, (str, Mapping)) or not isinstance(patterns, Sequence):
             raise UserError(f"{option} is {patterns!r}: write a list of patterns")
         self.option = option
         self.patterns = []
         for text in patterns:
             try:
                 self.patterns.append(re.compile(text))
-            except re.error as problem:
+            except (re.error, TypeError) as problem:
                 raise UserError(f"{option}: {text!r} is no regular expression ({problem})") from None
         self.matched = [False] * len(self.patterns)
 

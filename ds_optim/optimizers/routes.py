@@ -20,21 +20,35 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def print_routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None) -> None:
+def print_routes(
+    optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None, peaks: Sequence[float] | None = None
+) -> None:
     """Print the routes on rank 0 of the job; ``groups`` where DeepSpeed hides some of the optimizer's own."""
+    say("\n".join(routes(optimizer, groups, peaks)))
+
+
+def say(text: str) -> None:
+    """Print on rank 0 of the job."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print("\n".join(routes(optimizer, groups)), flush=True)
+        print(text, flush=True)
 
 
-def routes(optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None) -> Iterator[str]:
+def routes(
+    optimizer: ZeroOptimizer, groups: Sequence[Group] | None = None, peaks: Sequence[float] | None = None
+) -> Iterator[str]:
     """One line for each kind of parameter: rule, rate, decay, names (layers folded into one), view or shape and why it
-    is no matrix; then what deserves a warning."""
+    is no matrix; then what deserves a warning.
+
+    peaks: of each group's rate, where a schedule is known to lead there; else what its rate started from.
+    """
     yield f"ds_optim: {type(optimizer).__name__}"
-    for group, members in zip(groups or optimizer.param_groups, optimizer.members, strict=True):
-        lr = group["lr"] * group["lr_scale"]
+    groups = groups or optimizer.param_groups
+    starts = [peak_of(group, rate) for group, rate in zip(groups, optimizer.built_rates, strict=True)]
+    for group, members, lr in zip(groups, optimizer.members, peaks or starts, strict=True):
         total = sum(m.spec.numel for m in members)
-        yield f"  {group['name']}: {group['rule']}, lr {lr:g}, decay {group['weight_decay']:g}, {total:,} parameters"
+        decay = float(group["weight_decay"])
+        yield f"  {group['name']}: {group['rule']}, lr {lr:g}, decay {decay:g}, {total:,} parameters"
         kinds: dict[tuple[str, str], list[str]] = {}
         for member in members:
             kinds.setdefault((_NUMBER.sub("*", member.spec.name), _seen(member)), []).append(member.spec.name)
@@ -83,3 +97,12 @@ def _views_of(stacks: Sequence[Member], others: Sequence[Member]) -> list[dict[s
         )
         views[pattern] = {"match": pattern, "batch_dims": 1}
     return list(views.values())
+
+
+def peak_of(group: Group, built: float) -> float:
+    """The rate that a group's schedule leads to, as far as the group tells: a warmup has written a first one.
+
+    built: the rate that the group was built with.
+    """
+    written = (group.get(key) for key in ("max_lr", "initial_lr", "lr"))  # the first two are torch's schedulers'
+    return float(next(rate for rate in written if rate is not None)) or built

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,6 +29,12 @@ MEMBERS = "members"
 
 ROUTING_OPTIONS = ("matrix_exclude", "matrix_exclude_defaults", "views")
 """The options of a config that are ``param_groups``' and not the optimizer's."""
+
+FOREIGN = "parameter groups must come from ds_optim.param_groups(model), which names their members"
+
+_routed: WeakKeyDictionary[nn.Module, dict[int, tuple[ParamSpec, MatrixView | None, str]]] = WeakKeyDictionary()
+"""What ``param_groups`` last said of a model's parameters, by identity: users split and rewrite its groups. Parameters
+themselves get no weak references, which torch's swapping of tensors refuses."""
 
 
 def param_groups(
@@ -54,23 +61,28 @@ def param_groups(
         parameters: keep to these parameters of the model.
 
     Returns:
-        Up to three groups, named "matrix", "aux" and "vector", in this order.
+        Up to three groups, named "matrix", "aux" and "vector", in this order. Split them, or write a hyperparameter
+        of the rule into one ("lr", "weight_decay", "betas"): it wins over the optimizer's argument.
 
     Raises:
         UserError: a pattern that is no regular expression or matches no parameter (for a view: none with two
             dimensions); parameters that the model does not have.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"param_groups got a {type(model).__name__}: pass the model itself")
     aliases = _aliases(model)
     kept = None if parameters is None else {id(p) for p in parameters}
     if kept is not None and not kept <= {id(p) for _, p in aliases}:
         raise UserError("some of the parameters given are not the model's: pass only parameters of the model")
     check_bool("matrix_exclude_defaults", matrix_exclude_defaults)
-    router = _Router(model, matrix_exclude or (), views, defaults=matrix_exclude_defaults)
+    router = _Router(model, () if matrix_exclude is None else matrix_exclude, views, defaults=matrix_exclude_defaults)
     by_role: dict[str, list[Member]] = {role: [] for role in ROLES}
+    said = _routed.setdefault(model, {})
     for names, parameter in aliases:
         if is_optimized(parameter) and (kept is None or id(parameter) in kept):
             role, member = router.route(names, parameter)
             by_role[role].append(member)
+            said[id(parameter)] = member.spec, member.view, member.reason
         else:
             router.pass_by(names, parameter)
     router.check_all_matched()
@@ -87,6 +99,8 @@ class _Router:
     def __init__(
         self, model: nn.Module, exclude: Sequence[str], views: Sequence[Mapping[str, Any]], *, defaults: bool
     ) -> None:
+        if isinstance(views, (str, Mapping)) or not isinstance(views, Sequence):
+            raise UserError(f'views is {views!r}: write a list of views, such as [{{"match": "qkv", "heads": 12}}]')
         self._exclude = Patterns("matrix_exclude", exclude)
         self._viewed = Patterns("views", [_match_of(view) for view in views])
         self._options = [{k: v for k, v in view.items() if k != "match"} for view in views]
@@ -139,13 +153,30 @@ def _dimensions(options: Mapping[str, Any], shape: Sequence[int]) -> int:
     return len(shape) - batch_dims if isinstance(batch_dims, int) else len(shape)
 
 
+def routed(parameter: torch.Tensor) -> Member | None:
+    """The member that ``param_groups`` made of a parameter; None where it has not seen it."""
+    for model, said in _routed.items():
+        spec, view, reason = said.get(id(parameter), (None, None, ""))
+        if spec is not None and _has(model, spec.name, parameter):
+            return Member(spec, parameter, view, reason)  # type: ignore[arg-type]
+    return None
+
+
+def _has(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
+    """Whether ``name`` still is that parameter: an identity may be another's by now."""
+    try:
+        return model.get_parameter(name) is parameter
+    except AttributeError:
+        return False
+
+
 def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     """Groups for bare parameters or (name, parameter) pairs: enough for rules that ask for no matrix."""
     by_role: dict[str, list[Member]] = {AUX: [], VECTOR: []}
     for number, item in enumerate(parameters):
         name, parameter = item if isinstance(item, tuple) else (f"parameter {number}", item)
         if not isinstance(parameter, torch.Tensor):
-            raise UserError("parameter groups must come from ds_optim.param_groups(model), which names their members")
+            raise UserError(FOREIGN)
         if not is_optimized(parameter):  # type: ignore[arg-type]  # DeepSpeed refuses groups without any other
             continue
         spec = ParamSpec(name=name, shape=full_shape(parameter))  # type: ignore[arg-type]
@@ -169,6 +200,8 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
 
 
 def _match_of(view: Mapping[str, Any]) -> str:
+    if not isinstance(view, Mapping):
+        raise UserError(f'the view {view!r} is no object: write e.g. {{"match": "qkv", "heads": 12}}')
     if "match" not in view:
         raise UserError(f'the view {dict(view)!r} has no "match": write the pattern of the names that it is for')
     return str(view["match"])

@@ -19,6 +19,7 @@ from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.matrix.shapes import Shape
+from ds_optim.optimizers.checks import Check
 from ds_optim.sharding.layout import ParamSpec
 
 Group = dict[str, Any]
@@ -170,13 +171,14 @@ Update = SignUpdate | MatrixUpdate | MatrixSignUpdate | AdamWUpdate | ParameterU
 class Rule:
     """A named rule: the buffers it keeps (one fp32 value a parameter each) and its update at step t.
 
-    shape: the function of whole matrices that some step of it asks for. scalar: it keeps one number for
-    each parameter tensor.
+    hyper: what it reads of a group besides "lr" and "weight_decay", with the check of each. shape: the function of
+    whole matrices that some step of it asks for. scalar: it keeps one number for each parameter tensor.
     """
 
     name: str
     buffers: tuple[str, ...]
     update: Callable[[Group, int], Update]
+    hyper: Mapping[str, Check] = field(default_factory=dict)
     shape: Shape | None = None
     scalar: bool = False
 
@@ -194,24 +196,20 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(
-    name: str, *, buffers: tuple[str, ...] = (MOMENTUM,), shape: Shape | None = None, scalar: bool = False
+    name: str,
+    *,
+    hyper: Mapping[str, Check] | None = None,
+    buffers: tuple[str, ...] = (MOMENTUM,),
+    shape: Shape | None = None,
+    scalar: bool = False,
 ) -> Callable[[Callable[[Group, int], Update]], Callable[[Group, int], Update]]:
     """Register a function (group, steps done so far) -> update under ``name``."""
 
     def register(function: Callable[[Group, int], Update]) -> Callable[[Group, int], Update]:
-        RULES[name] = Rule(name, buffers, function, shape, scalar)
+        RULES[name] = Rule(name, buffers, function, hyper or {}, shape, scalar)
         return function
 
     return register
-
-
-def rate(group: Group) -> float:
-    """The group's own learning rate.
-
-    "lr" is the same in all groups of an optimizer, so that any scheduler may set or scale it for all of
-    them alike; what a group takes of it stands in "lr_scale".
-    """
-    return float(group["lr"]) * float(group["lr_scale"])
 
 
 def average(beta: float) -> Blend:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers.costs import Costs, is_costs
+from ds_optim.optimizers.groups import hyper_of
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     MOMENTUM,
@@ -27,6 +28,7 @@ from ds_optim.optimizers.rules import (
     Group,
     Rule,
 )
+from ds_optim.optimizers.shares import RATES
 from ds_optim.sharding.layout import ParamSpec
 
 SAVED = "saved"
@@ -34,10 +36,12 @@ SAVED = "saved"
 PARAMETERS = "parameters"
 COSTS = "costs"
 """The key, in the description, of what the owners of matrices were chosen by (see ``optimizers.costs``)."""
-FORMAT = 1
+FORMAT = 2
 UNIVERSAL_BUFFERS = (MOMENTUM, SECOND_MOMENT)
 """What ``ds_to_universal`` asks of every flat partition."""
-_SHARED = ("lr", "initial_lr", "params", PARAMETERS)  # the same in all groups, or not a hyperparameter
+_NO_HYPER = ("params", PARAMETERS)
+_SHARE = "lr_scale"
+"""The first release kept one rate in all groups and here, of each, what it took of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Identity:
 
 def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
     """The description of ``groups``: plain numbers, strings, lists and tuples."""
-    hyper = [{key: value for key, value in group.items() if key not in ("params", SAVED)} for group in groups]
+    hyper = [{key: value for key, value in hyper_of(group).items() if key != SAVED} for group in groups]
     listed = [[(spec.name, spec.shape) for spec in specs] for specs in identity.parameters]
     return {
         "format": FORMAT,
@@ -83,7 +87,7 @@ def with_description(
             if number in state_dict["state"]:
                 own = state_dict["state"][number]
                 states[number] = own if id(tensor) in unsharded else with_placeholders(own, rule, tensor)
-        packed.append({**saved, SAVED: description})
+        packed.append({**hyper_of(saved), "params": saved["params"], SAVED: description})
     # In the order of the tensors, as torch numbers them.
     return {**state_dict, "state": {number: states[number] for number in sorted(states)}, "param_groups": packed}
 
@@ -108,15 +112,36 @@ def own_state(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
 
 def without_description(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What is to be loaded of a saved ``state_dict``, and its description; None where an older release wrote it."""
-    description = next((group[SAVED] for group in state_dict["param_groups"] if SAVED in group), None)
+    description = _description(state_dict["param_groups"])
     states = dict(state_dict["state"])
     for group in state_dict["param_groups"]:
         rule = RULES.get(group.get("rule"))
         for number in group["params"]:
             if rule is not None and number in states:
                 states[number] = own_state(states[number], rule)
-    groups = [{key: value for key, value in group.items() if key != SAVED} for group in state_dict["param_groups"]]
-    return {**state_dict, "state": states, "param_groups": groups}, description
+    groups = [of_this_release(group) for group in state_dict["param_groups"]]
+    plain = [{key: value for key, value in group.items() if key != SAVED} for group in groups]
+    return {**state_dict, "state": states, "param_groups": plain}, description
+
+
+def _description(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    found = next((group[SAVED] for group in groups if SAVED in group), None)
+    if found is None:
+        return None
+    described = [of_this_release(group) for group in found["groups"]]
+    return {**found, "format": max(FORMAT, found["format"]), "groups": described}
+
+
+def of_this_release(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group in which "lr" is its own rate, and layer scales are plain data, whichever release saved it."""
+    share = group.get(_SHARE, 1.0)
+    found = {key: value * share if key in RATES else value for key, value in group.items() if key != _SHARE}
+    return {key: tuple(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
+
+def has_shares(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the first release saved these groups."""
+    return any(_SHARE in group for group in groups)
 
 
 def check_description(description: Any) -> None:
@@ -214,16 +239,19 @@ def restore_groups(groups: Sequence[Group], own: Identity) -> None:
     Raises:
         UserError: the checkpoint holds what DeepSpeed's tool leaves behind, or is of another optimizer.
     """
-    description = next(group[SAVED] for group in groups if SAVED in group)
+    description = _description(groups)
+    assert description is not None
     check_universal(description, own)
     saved = description["groups"]
     for group, values in zip(groups, saved, strict=True):
         group.pop(SAVED, None)
+        group.update(of_this_release(group))
+        group.pop(_SHARE, None)
         for key, first in saved[0].items():
-            if key not in _SHARED and key not in values and group.get(key) == first:
+            if key not in _NO_HYPER and key not in values and group.get(key) == first:
                 group.pop(key, None)
         for key, value in values.items():
-            if key not in _SHARED and (key not in saved[0] or group.get(key, saved[0][key]) == saved[0][key]):
+            if key not in _NO_HYPER and (key not in saved[0] or group.get(key, saved[0][key]) == saved[0][key]):
                 group[key] = value
 
 

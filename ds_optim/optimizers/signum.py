@@ -9,17 +9,17 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.blend import Blend
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta
-from ds_optim.optimizers.rules import Group, SignUpdate, average, rate, rule
+from ds_optim.optimizers.rules import Group, SignUpdate, average, rule
 
 
-@rule("signum")
+@rule("signum", hyper={"beta": check_beta})
 def signum(group: Group, step: int) -> SignUpdate:
-    return SignUpdate(blend=average(group["beta"]), lr=rate(group), decay=group["weight_decay"])
+    return SignUpdate(blend=average(group["beta"]), lr=group["lr"], decay=group["weight_decay"])
 
 
 @rule("sign_sgd", buffers=())
 def sign_sgd(group: Group, step: int) -> SignUpdate:
-    return SignUpdate(blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=rate(group), decay=group["weight_decay"])
+    return SignUpdate(blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=group["lr"], decay=group["weight_decay"])
 
 
 class Signum(ZeroOptimizer):
@@ -49,7 +49,7 @@ class Signum(ZeroOptimizer):
             rule="signum",
             lr=lr,
             weight_decay=weight_decay,
-            hyper={"beta": check_beta("beta", beta)},
+            hyper={"beta": beta},
             options=dict(options),
         )
 

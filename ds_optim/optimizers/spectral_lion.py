@@ -10,18 +10,18 @@ from typing_extensions import Unpack
 from ds_optim.matrix.shapes import POLAR, SIGN_POLAR, WEIGHT_BASIS
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_choice
-from ds_optim.optimizers.rules import Group, MatrixSignUpdate, MatrixUpdate, lion_blend, rate, rule
+from ds_optim.optimizers.rules import Group, MatrixSignUpdate, MatrixUpdate, lion_blend, rule
 
 
-@rule("spectral_lion_momentum", shape=SIGN_POLAR)
-@rule("spectral_lion_weight", shape=WEIGHT_BASIS)
+@rule("spectral_lion_momentum", hyper={"betas": check_betas}, shape=SIGN_POLAR)
+@rule("spectral_lion_weight", hyper={"betas": check_betas}, shape=WEIGHT_BASIS)
 def spectral_lion(group: Group, step: int) -> MatrixUpdate:
-    return MatrixUpdate(blend=lion_blend(group["betas"]), lr=rate(group), decay=group["weight_decay"], scale=None)
+    return MatrixUpdate(blend=lion_blend(group["betas"]), lr=group["lr"], decay=group["weight_decay"], scale=None)
 
 
-@rule("spectral_lion_gradient", shape=POLAR)
+@rule("spectral_lion_gradient", hyper={"betas": check_betas}, shape=POLAR)
 def spectral_lion_of_gradients(group: Group, step: int) -> MatrixSignUpdate:
-    return MatrixSignUpdate(blend=lion_blend(group["betas"]), lr=rate(group), decay=group["weight_decay"])
+    return MatrixSignUpdate(blend=lion_blend(group["betas"]), lr=group["lr"], decay=group["weight_decay"])
 
 
 class SpectralLion(ZeroOptimizer):
@@ -75,6 +75,6 @@ class SpectralLion(ZeroOptimizer):
             rule=f"spectral_lion_{kind}",
             lr=lr,
             weight_decay=weight_decay,
-            hyper={"betas": check_betas("betas", betas)},
+            hyper={"betas": betas},
             options=dict(options),
         )

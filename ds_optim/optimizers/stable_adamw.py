@@ -20,13 +20,12 @@ from ds_optim.optimizers.rules import (
     Measure,
     ParameterUpdate,
     Piece,
-    rate,
     rule,
 )
 from ds_optim.sharding.layout import ParamSpec
 
 
-@rule("stable_adamw", buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("stable_adamw", hyper={"betas": check_betas, "eps": check_positive}, buffers=(MOMENTUM, SECOND_MOMENT))
 def stable_adamw(group: Group, step: int) -> ParameterUpdate:
     moments = Moments(betas=group["betas"], eps=group["eps"], step=step + 1)
     decay = group["weight_decay"]
@@ -36,7 +35,7 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
 
     def decide(spec: ParamSpec, sums: Sequence[float], _: float) -> Decision:
         rms = math.sqrt(sums[0] / spec.numel)
-        return Decision(lr=rate(group) / max(1.0, rms), shown={"slowed parameters": float(rms > 1), "mean rms": rms})
+        return Decision(lr=group["lr"] / max(1.0, rms), shown={"slowed parameters": float(rms > 1), "mean rms": rms})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         stable_step(piece.p, piece.wide_m, piece.v, moments=moments, lr=chosen.lr, decay=decay, scratch=piece.scratch)
@@ -71,7 +70,7 @@ class StableAdamW(ZeroOptimizer):
         weight_decay: float = 0.1,
         **options: Unpack[CommonOptions],
     ) -> None:
-        hyper = {"betas": check_betas("betas", betas), "eps": check_positive("eps", eps)}
+        hyper = {"betas": betas, "eps": eps}
         super().__init__(
             params, rule="stable_adamw", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options)
         )

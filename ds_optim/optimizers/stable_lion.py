@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from typing_extensions import Unpack
@@ -11,13 +12,16 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.steps import sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
-from ds_optim.optimizers.layer_scales import check_layer_scales, layer_scale
-from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rate, rule
+from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales, layer_scale
+from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
 from ds_optim.sharding.layout import ParamSpec
 from ds_optim.sharding.sums import square_sum
 
 
-@rule("stable_lion")
+@rule(
+    "stable_lion",
+    hyper={"betas": check_betas, "trust_ratio_max": check_positive, "layer_scales": check_layer_scales},
+)
 def stable_lion(group: Group, step: int) -> ParameterUpdate:
     blend, most = lion_blend(group["betas"]), group["trust_ratio_max"]
 
@@ -26,7 +30,7 @@ def stable_lion(group: Group, step: int) -> ParameterUpdate:
         ratio = theta / g if theta > 0 and g > 0 else 1.0
         shown = {"saturated trust ratios": float(ratio >= most), "mean trust ratio": min(ratio, most)}
         return Decision(
-            lr=rate(group) * layer_scale(group["layer_scales"], spec.name), value=min(ratio, most), shown=shown
+            lr=group["lr"] * layer_scale(group["layer_scales"], spec.name), value=min(ratio, most), shown=shown
         )
 
     def apply(piece: Piece, chosen: Decision) -> None:
@@ -79,11 +83,8 @@ class StableLion(ZeroOptimizer):
         layer_scales: Mapping[str, float] | Sequence[Sequence[Any]] = (),
         **options: Unpack[CommonOptions],
     ) -> None:
-        hyper = {
-            "betas": check_betas("betas", betas),
-            "trust_ratio_max": check_positive("trust_ratio_max", trust_ratio_max),
-            "layer_scales": check_layer_scales(layer_scales),
-        }
+        hyper = {"betas": betas, "trust_ratio_max": trust_ratio_max, "layer_scales": layer_scales}
         super().__init__(
             params, rule="stable_lion", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options)
         )
+        check_all_match(check_layer_scales("layer_scales", layer_scales), chain(*self.members))

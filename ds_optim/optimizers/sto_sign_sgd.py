@@ -20,19 +20,20 @@ from ds_optim.optimizers.rules import (
     ParameterUpdate,
     Piece,
     average,
-    rate,
     rule,
 )
 from ds_optim.sharding.layout import ParamSpec
 
+_HYPER = {"beta": check_beta}
 
-@rule("sto_sign_sgd", scalar=True)
+
+@rule("sto_sign_sgd", hyper=_HYPER, scalar=True)
 def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
     blend = average(group["beta"])
 
     def decide(spec: ParamSpec, largest: Sequence[float], bound: float) -> Decision:
         bound = max(bound, largest[0])
-        return Decision(lr=rate(group), scalar=bound, value=bound)
+        return Decision(lr=group["lr"], scalar=bound, value=bound)
 
     def apply(piece: Piece, chosen: Decision) -> None:
         stochastic_sign_step(piece.p, piece.m, chosen.value, **_common(group, step, piece, chosen))
@@ -41,7 +42,7 @@ def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=peak, decide=decide, apply=apply, decay=group["weight_decay"])
 
 
-@rule("sto_sign_sgd_element", buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("sto_sign_sgd_element", hyper=_HYPER, buffers=(MOMENTUM, SECOND_MOMENT))
 def sto_sign_sgd_element(group: Group, step: int) -> ParameterUpdate:
     blend = average(group["beta"])
 
@@ -50,7 +51,7 @@ def sto_sign_sgd_element(group: Group, step: int) -> ParameterUpdate:
         stochastic_element_step(piece.p, piece.m, piece.v, piece.g, blend=blend, **common)
 
     return ParameterUpdate(
-        decide=lambda spec, _, __: Decision(lr=rate(group)), apply=apply, decay=group["weight_decay"]
+        decide=lambda spec, _, __: Decision(lr=group["lr"]), apply=apply, decay=group["weight_decay"]
     )
 
 
@@ -104,6 +105,6 @@ class StoSignSGD(ZeroOptimizer):
             rule="sto_sign_sgd_element" if element else "sto_sign_sgd",
             lr=lr,
             weight_decay=weight_decay,
-            hyper={"beta": check_beta("beta", beta)},
+            hyper={"beta": beta},
             options=dict(options),
         )

@@ -74,8 +74,10 @@ Groups = Sequence[dict[str, Any]]
 Binder = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], "Binding | None"]
 
 Took = Callable[[torch.nn.Parameter], bool]
+Meeting = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], bool]
 
 _binders: list[tuple[Binder, Took]] = []
+_meetings: list[Meeting] = []
 
 
 class NotYet(Exception):
@@ -89,6 +91,17 @@ def register_binder(binder: Binder, took: Took) -> None:
     must move nothing. ``took`` tells of a parameter whether whoever shards took it into its partitions.
     """
     _binders.append((binder, took))
+
+
+def register_meeting(meeting: Meeting) -> None:
+    """Ask ``meeting`` whenever somebody reads the groups of an optimizer that has not been bound, until it says that
+    this was the engine that is going to step it."""
+    _meetings.append(meeting)
+
+
+def has_met(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
+    """Whether who reads the groups is the engine that is going to step the optimizer."""
+    return any([meeting(optimizer, members, groups) for meeting in _meetings])
 
 
 def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from ds_optim.sharding.binding import Groups
 _announced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
-def announce_routes(optimizer: torch.optim.Optimizer, stepped: Groups | None = None) -> None:
-    """Print the routes of ``optimizer`` once.
+def announce_routes(
+    optimizer: torch.optim.Optimizer, stepped: Groups | None = None, peaks: Sequence[float] | None = None
+) -> None:
+    """Print the routes of ``optimizer`` once; ``peaks``: of each group's rate, where a schedule is known.
 
     Not where this process has no rank yet: its first step, which passes all its groups as ``stepped``
     (DeepSpeed hides some of them then), makes up for that.
@@ -24,7 +27,7 @@ def announce_routes(optimizer: torch.optim.Optimizer, stepped: Groups | None = N
     known = stepped is not None or _rank() is not None
     if known and isinstance(optimizer, ZeroOptimizer) and optimizer not in _announced:
         _announced.add(optimizer)
-        print_routes(optimizer, stepped)
+        print_routes(optimizer, stepped, peaks)
 
 
 def announce_choice(name: str, *, ours: bool) -> None:

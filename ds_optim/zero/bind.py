@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized, taken
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
 from ds_optim.zero.agree import raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller
+from ds_optim.zero.schedulers import meet_scheduler
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 
 _SYNC_HINT = (
@@ -57,9 +59,10 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     comm = _comm(stage, first, caller)
     problem = _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
     raise_everywhere(problem or (_left_out(members, trained) if stage else None), comm)
+    peaks = _meet_scheduler(optimizer, groups, caller, comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
-        announce_routes(optimizer, groups)
+        announce_routes(optimizer, groups, peaks)
         return replace(bind_unsharded(members, groups), replicas=comm)
     if stage == 3:
         binding = _bind_stage3(trained, first, comm)
@@ -67,7 +70,7 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
         binding = _bind_stages_1_2(trained, first, comm, groups, stage)
     strangers = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
     raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
-    announce_routes(optimizer, groups)
+    announce_routes(optimizer, groups, peaks)
     return binding
 
 
@@ -77,6 +80,38 @@ def took(parameter: torch.nn.Parameter) -> bool:
     if zero is not None:
         return zero.get_param_id(parameter) in _attribute(zero, "grad_position")
     return hasattr(parameter, "_hp_mapping")
+
+
+def meet_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
+    """At the end of ``deepspeed.initialize``: refuse what is not supported, and give the scheduler its lists.
+
+    Returns:
+        Whether it was that call; any other moves nothing, and takes no part in a collective.
+
+    Raises:
+        UserError: a setting that is not supported, with what to write instead, on every rank.
+    """
+    caller = find_caller(optimizer)
+    if caller is None or not caller.building:
+        return False
+    comm = Comm.of_group(getattr(caller.engine, "seq_data_parallel_group", None))
+    raise_everywhere(_settings_problem(caller, taken(members, groups)), comm)
+    announce_routes(optimizer, groups, _meet_scheduler(optimizer, groups, caller, comm))
+    return True
+
+
+def _meet_scheduler(
+    optimizer: torch.optim.Optimizer, groups: Groups, caller: Caller | None, comm: Comm
+) -> list[float] | None:
+    """The peaks of the groups' rates, where the engine's scheduler tells them; a problem is raised on every rank."""
+    peaks, problem = None, None
+    try:
+        if caller is not None and caller.engine is not None and isinstance(optimizer, ZeroOptimizer):
+            peaks = meet_scheduler(caller.engine, optimizer, groups)
+    except UserError as error:
+        problem = error
+    raise_everywhere(problem, comm)
+    return peaks
 
 
 def _stage_of(trained: Sequence[Sequence[Member]], groups: Groups, caller: Caller | None) -> int:

@@ -1,8 +1,9 @@
-"""Who calls ``optimizer.step()``: the DeepSpeed objects that hold it, found on the call stack.
+"""Who calls an optimizer: the DeepSpeed objects that hold it, found on the call stack.
 
 A client optimizer is handed no engine and no config. The wrapper that steps it, and the engine that steps
 the wrapper, are what knows whether the settings are ones that this package supports, and whether the call
-belongs to set-up.
+belongs to set-up. The first that is heard of an engine is the end of its constructor, where it reads the rates of
+the groups to print them.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ _DEPTH = 24  # hooks of torch and of schedulers stand between the engine, the wr
 
 @dataclass(frozen=True)
 class Caller:
-    """The object whose ``optimizer`` is being stepped, and the name of its method that does so.
+    """The object whose ``optimizer`` is being stepped or read, and the name of its method that does so.
 
     ``engine`` is the DeepSpeed engine above it (the object itself where no wrapper stands between); None
-    during set-up, or where the user's code steps the wrapper.
+    while its wrapper or scheduler is set up, or where the user's code steps the wrapper. ``building``: the engine's
+    own constructor is what runs.
     """
 
     wrapper: Any
     method: str
     engine: Any = None
+    building: bool = False
 
 
 def find_caller(optimizer: object) -> Caller | None:
@@ -44,10 +47,21 @@ def find_caller(optimizer: object) -> Caller | None:
             if wrapper is None:
                 wrapper, method = owner, frame.f_code.co_name
             if _is_engine(owner):
-                return Caller(wrapper, method, owner)
+                return Caller(wrapper, method, owner, building=_constructs(frame, owner))
             held = owner
         frame = frame.f_back
     return None if wrapper is None else Caller(wrapper, method)
+
+
+def _constructs(frame: FrameType | None, owner: object) -> bool:
+    """Whether the constructor of ``owner`` is among the callers of ``frame``."""
+    for _ in range(_DEPTH):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "__init__" and _owner(frame) is owner:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _owner(frame: FrameType) -> object:

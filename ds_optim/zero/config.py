@@ -16,6 +16,7 @@ from ds_optim.optimizers.routing import ROUTING_OPTIONS
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.reading import load_config
+from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.support import check_config, check_model, check_parameters
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
@@ -97,8 +98,9 @@ def from_config(
         problem = error
     agree_on_start(problem, model, loaded)
     assert optimizer is not None
-    announce_routes(optimizer)
-    return optimizer, prepare_config(loaded)
+    loaded, peaks = prepare_config(loaded), share_config(loaded, optimizer)
+    announce_routes(optimizer, peaks=peaks)
+    return optimizer, loaded
 
 
 def type_of(section: Any) -> str:

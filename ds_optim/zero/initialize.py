@@ -20,6 +20,7 @@ from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
 from ds_optim.zero.complaints import as_user_errors
 from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
 from ds_optim.zero.reading import load_config
+from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.support import check_config, check_model
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
@@ -66,7 +67,7 @@ def initialize(
         section["type"] = name.removeprefix(DEEPSPEED_PREFIX)
     parameters = model_parameters
     if isinstance(built, ZeroOptimizer):
-        announce_routes(built)
+        announce_routes(built, peaks=None if lr_scheduler is not None else share_config(loaded, built))
         prepare_config(loaded)
         parameters = None
     elif parameters is None and built is None:

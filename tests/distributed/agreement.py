@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.optimizers.rules import RULES, MatrixUpdate, ParameterUpdate, SignUpdate, rate
+from ds_optim.optimizers.rules import RULES, MatrixUpdate, ParameterUpdate, SignUpdate
 
 from .training import Run, Trained, Weights, initial_weights, replay, total_norm
 
@@ -145,7 +145,7 @@ def _sign_rates(optimizer: Any) -> tuple[dict[str, float], float]:
         elif sign:
             on_matrices = sign[0]
         elif any(isinstance(update, ParameterUpdate) for update in updates):
-            on_matrices = LARGEST_FACTOR * rate(group)
+            on_matrices = LARGEST_FACTOR * group["lr"]
     return rates, on_matrices
 
 

@@ -56,7 +56,7 @@ KINDS = {
     "LionMuon": Kind(optimizer={**LION_MUON, "params": {**LION_MUON["params"], "weight_decay": 0.3}}),  # type: ignore[dict-item]
     "bf16 momentum": Kind(optimizer=chosen("Lion", momentum_dtype="bfloat16")),
     "int8 momentum": Kind(optimizer=chosen("LionMuon", momentum_dtype="int8", **FP32)),
-    "scalars": Kind(optimizer=chosen("LASM")),
+    "scalars": Kind(optimizer=chosen("LASM", layer_scales={"square": 1.5})),
     "aux adamw": Kind(optimizer=chosen("Muon", aux="adamw", **FP32)),
     "bf16 weights": Kind(optimizer=chosen("Muon", **FP32), dtype="bf16"),
     "sub-groups": Kind(optimizer=chosen("Signum"), zero3={"sub_group_size": 300}),
@@ -67,6 +67,7 @@ KINDS = {
         config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
         sharded=True,
     ),
+    "layer scales": Kind(optimizer=chosen("StableLion", layer_scales=[["square", 1.5], ["tall", 0.5]])),
 }
 
 Shape = tuple[int, int]

@@ -77,7 +77,7 @@ def load_all(rank: int, world_size: int, runs: list[tuple[str, int, Path]]) -> l
                 "groups": [
                     {k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups
                 ],
-                "lr": {group["lr"] for group in optimizer.param_groups},
+                "shares": [group["lr"] / optimizer.param_groups[0]["lr"] for group in optimizer.param_groups],
                 "steps": {state["step"] for state in states},
                 "keys": sorted({key for s in states for key, value in s.items() if torch.is_tensor(value)}),
                 "dtypes": sorted({str(s["exp_avg"].dtype) for s in states if "exp_avg" in s}),
@@ -128,7 +128,7 @@ def test_universal_checkpoints_carry_everything(
         assert torch.equal(arrived[key].float(), values.float()), key
     for rank in after:
         assert rank["groups"] == [{k: v for k, v in g.items() if k != "lr"} for g in before[0].groups]
-        assert len(rank["lr"]) == 1
+        assert rank["shares"] == pytest.approx([g["lr"] / before[0].groups[0]["lr"] for g in before[0].groups])
         assert rank["steps"] == {BEFORE + 1}
         assert rank["keys"] == before[0].counts["keys"]
         assert rank["dtypes"] == before[0].counts["dtypes"]

@@ -310,7 +310,7 @@ def test_from_config_returns_what_deepspeed_needs_and_leaves_the_callers_config_
 def test_a_parameter_in_two_groups() -> None:
     model = Small()
     groups = [*ds_optim.param_groups(model), *ds_optim.param_groups(model)]
-    with pytest.raises(UserError, match=r"body\.weight is in the parameter groups 'matrix' and 'matrix'"):
+    with pytest.raises(UserError, match=r"body\.weight is in the parameter groups 'matrix' and 'matrix 2'"):
         ds_optim.Muon(groups)
 
 

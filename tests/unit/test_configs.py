@@ -110,7 +110,10 @@ def test_from_config_builds_what_the_file_says(name: str) -> None:
     assert type(optimizer) is OURS[name]
     assert "optimizer" not in rest
     params = config["optimizer"]["params"]
-    assert [group["lr"] for group in optimizer.param_groups] == [params["lr"]] * len(optimizer.param_groups)
+    share = params["lr"] / params["sign_lr_ratio"] if "sign_lr_ratio" in params else 1e-4
+    aux = params.get("aux_lr", share) if optimizer.has_aux else params["lr"]
+    rates = [params["lr"] if group["role"] == "matrix" else aux for group in optimizer.param_groups]
+    assert [group["lr"] for group in optimizer.param_groups] == rates
     assert params["weight_decay"] in [group["weight_decay"] for group in optimizer.param_groups]
 
 

@@ -170,6 +170,7 @@ def _fraction_of_peak(portable: Portable) -> float:
     if peak is None and isinstance(section, Mapping):
         given = section.get("params", {})
         peak = given.get("warmup_max_lr", given.get("cycle_max_lr"))
+        peak = peak[0] if isinstance(peak, (list, tuple)) and peak else peak
     return float(hyper["lr"]) / float(peak) if isinstance(peak, (int, float)) and peak else 1.0
 
 

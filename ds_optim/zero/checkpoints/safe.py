@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.layer_scales import LayerScales
 
 
 @cache
 def allowed_classes() -> tuple[Any, ...]:
-    """The classes that DeepSpeed 0.19 pickles into its files, and numpy's arrays, which client states hold."""
+    """The classes that DeepSpeed 0.19 pickles into its files, numpy's arrays, which client states hold, and the tuple
+    that the first release of this package kept layer scales in."""
     import numpy as np
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -29,7 +31,7 @@ def allowed_classes() -> tuple[Any, ...]:
     # numpy pickles an array through a function of its own, which builds an empty one and fills it with bytes.
     rebuild = np.empty(0).__reduce__()[0]
     dtypes = {type(np.dtype(name)) for name in ("bool", "uint8", "uint32", "uint64", "int32", "int64", "f4", "f8")}
-    classes = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, np.ndarray, np.dtype)
+    classes = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, LayerScales, np.ndarray, np.dtype)
     return (*classes, rebuild, *sorted(dtypes, key=str))
 
 
