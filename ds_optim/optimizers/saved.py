@@ -128,6 +128,7 @@ def _description(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     found = next((group[SAVED] for group in groups if SAVED in group), None)
     if found is None:
         return None
+    check_description(found)
     described = [of_this_release(group) for group in found["groups"]]
     return {**found, "format": max(FORMAT, found["format"]), "groups": described}
 
@@ -184,8 +185,6 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
     Raises:
         UserError: nothing was loaded.
     """
-    if description is not None:
-        check_description(description)
     rules = tuple(group.get("rule") for group in groups)
     name = description["optimizer"] if description is not None else None
     if None in rules or name not in (None, own.optimizer) or (name is None and rules != own.rules):

@@ -442,7 +442,7 @@ def test_what_is_damaged_or_of_another_kind_is_named_in_one_line(
         (["--stage", "4"], "--stage is 4"),
         (["--optimizer", "nothing"], "--optimizer 'nothing'"),
         (["--optimizer-params", "{}"], "--optimizer-params goes with --optimizer"),
-        (["--optimizer", "lion", "--optimizer-params", "{"], "no JSON"),
+        (["--optimizer", "lion", "--optimizer-params", "{"], "is not JSON"),
         (["--optimizer", "lion", "--optimizer-params", '{"period": 2}'], "period"),
         (["--optimizer", "adamw"], "--reset-optimizer"),
     ],

@@ -270,7 +270,7 @@ def test_command_prints_a_table_and_draws_curves(capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         ("--model qwen3-tiny --optimizers lionn", "unknown optimizer type 'lionn'"),
-        ("--model qwen3-tiny --stages 4", "there is no ZeRO stage 4"),
+        ("--model qwen3-tiny --stages 4", "'4' is no whole number from 0 to 3"),
         ("--model qwen3-tiny --stages one", "--stages: 'one' is no whole number"),
         ("--model qwen3-tiny --ranks -8", "--ranks: '-8' is no whole number from 1"),
         ("--model qwen3-tiny --ranks 8 --nodes 1", "give --ranks or --nodes"),
