@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ds_optim.train.chaos_disk import NoFileSystem, fill_disk
+from ds_optim.train.chaos_disk import FULL_FROM, NoFileSystem, fill_disk
 from ds_optim.train.chaos_lane import Lane, Lives, Outcome
 from ds_optim.train.chaos_ranks import Nursery
 
@@ -59,7 +59,8 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
             runs.append(Lane(nursery, folder / f"lane{number}", chosen, kills, random).run(note))
         side_by_side(runs)
         try:
-            side_by_side([fill_disk(nursery, folder / "disk", {**_SMALL, **LANES[0], "model": str(model)}, note)])
+            chosen = {**_SMALL, **LANES[0], "model": str(model)}
+            side_by_side([fill_disk(nursery, folder / f"disk{step}", chosen, step, note) for step in FULL_FROM])
         except NoFileSystem as reason:
             tell(f"disk full: skipped, {reason}")
     return outcomes

@@ -17,27 +17,31 @@ from ds_optim.train.exits import SAVE_FAILED
 
 _SIZE_MIB = 8
 _STEPS = 8
-_FULL_FROM = 3
+#: The step from which on the disk is full, and what the table calls the save that finds it so.
+FULL_FROM = {1: "the first save", 3: "the save"}
 
 
 class NoFileSystem(Exception):
     """Why there is no small file system here; one line."""
 
 
-def fill_disk(nursery: Nursery, folder: Path, settings: dict[str, Any], tell: Callable[[Outcome], None]) -> Lives:
-    """Fill the disk between two saves; the run must go on, keep what it had, and resume when there is room.
+def fill_disk(
+    nursery: Nursery, folder: Path, settings: dict[str, Any], full_from: int, tell: Callable[[Outcome], None]
+) -> Lives:
+    """Fill the disk before a save; the run must go on, keep what it had, and resume when there is room.
 
     Raises ``NoFileSystem`` where there is no small disk to fill.
     """
     plan = {**settings, "steps": _STEPS, "save_every": SAVE_EVERY}
     reference = yield nursery.start(folder / "uninterrupted", {**plan, "save_every": 0}, None)
-    kept = _FULL_FROM // SAVE_EVERY * SAVE_EVERY
+    kept = full_from // SAVE_EVERY * SAVE_EVERY
     with small_file_system(folder / "disk") as disk:
         out = disk / "out"
-        fault = Fault(kind="disk full", place="forward", rank=0, step=_FULL_FROM)
+        fault = Fault(kind="disk full", place="forward", rank=0, step=full_from)
         full = yield nursery.start(folder / "full", {**plan, "out": out}, fault, KILL_BOUND_S)
         (out / BALLAST).unlink(missing_ok=True)
-        room = yield nursery.start(folder / "room", {**plan, "out": out, "resume": True}, None)
+        again = {"resume": True} if kept else {"force": True}
+        room = yield nursery.start(folder / "room", {**plan, "out": out, **again}, None)
     wrong = None
     if full.hung or full.statuses != [SAVE_FAILED] * RANKS:
         wrong = f"the ranks ended with {full.statuses}, not {SAVE_FAILED}"
@@ -52,7 +56,7 @@ def fill_disk(nursery: Nursery, folder: Path, settings: dict[str, Any], tell: Ca
     tell(
         Outcome(
             fault="disk full",
-            where="the save",
+            where=FULL_FROM[full_from],
             lost=full.reached - (room.resumed or 0),
             allowed=full.reached - kept,
             end_s=full.end_s,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.survival.writing import write_reason
 from ds_optim.train import manifest, ranks
-from ds_optim.train.checkpoint_files import guarded, write_reason
+from ds_optim.train.checkpoint_files import guarded, write
 from ds_optim.train.results import Moment
 from ds_optim.train.resume import FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.train.settings import TrainSettings
@@ -36,12 +37,11 @@ def save(engine: Any, settings: TrainSettings, step: int, place: dict[str, int],
     """
     assert settings.out is not None
     folder = settings.out / FOLDER / f"step-{step}"
+    note: str | None = None
     failure = _first_problem(lambda: _make_room(folder) if ranks.rank() == 0 else None, folder.parent)
     if failure is None:
-        with guarded(engine, lambda: at("file written")) as files:
-            state = {"step": step, "position": place}
-            engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
-        failure = _first(files.problem)
+        files = write(engine, folder, {"step": step, "position": place}, lambda: at("file written"))
+        failure, note = _first(files.problem), _first(files.note)
     if failure is None:
         notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
         failure = _seal(folder, notes, at)
@@ -49,7 +49,7 @@ def save(engine: Any, settings: TrainSettings, step: int, place: dict[str, int],
         _first_problem(lambda: manifest.remove(folder) if ranks.rank() == 0 else None, folder)
         return Saved(failure=f"the checkpoint of step {step} was not saved: {failure}; earlier ones are as they were")
     # From here on the checkpoint counts; what fails now is told and does not undo it.
-    told = [_first_problem(lambda: point_latest(folder) if ranks.rank() == 0 else None, folder)]
+    told = [note, _first_problem(lambda: point_latest(folder) if ranks.rank() == 0 else None, folder)]
     at("latest moved")
     told.append(_first_problem(lambda: _forget_old(folder, settings.keep) if ranks.rank() == 0 else None, folder))
     return Saved(failure=None, notes=tuple(f"after the checkpoint of step {step}: {line}" for line in told if line))

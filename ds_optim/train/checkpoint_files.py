@@ -2,11 +2,12 @@
 
 DeepSpeed's ``save_checkpoint`` ends in a barrier: a rank whose disk is full would raise before it and leave the others
 there. Its checkpoint engine is an interface of its own; this one notes the failure and lets every rank come through.
+What DeepSpeed writes beside it, a copy of its recovery script and of files offloaded to NVMe, raises on the rank where
+it fails, which then takes the part in the end of the save that the others wait for.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ds_optim.survival.writing import write_reason
+from ds_optim.zero.checkpoints.folder import SCRIPTS
 from ds_optim.zero.checkpoints.safe import allowed_classes
-
-_FULL_BYTES = 1 << 20
 
 
 class CheckpointFiles:
@@ -24,15 +25,24 @@ class CheckpointFiles:
 
     Attributes:
         problem: why the first file that failed on this rank did, in one line; None while none has.
+        note: why a script that no checkpoint needs was not written; None where it was.
     """
 
     def __init__(self, engine: Any, written: Callable[[], None]) -> None:
         self._engine = engine
         self._written = written
         self.problem: str | None = None
+        self.note: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder of the checkpoint."""
+        try:
+            self._engine.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self._fail(error, Path(path))
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, unless one before it failed."""
@@ -41,10 +51,21 @@ class CheckpointFiles:
         try:
             self._engine.save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-            self.problem = f"{write_reason(error, Path(path).parent)} ({Path(path).name})"
+            self._fail(error, Path(path))
             with suppress(OSError):  # what was half written fills the disk for the others too
                 Path(path).unlink()
         self._written()
+
+    def fail_beside(self, error: OSError, folder: Path) -> None:
+        """Note what DeepSpeed could not write by itself: a script costs no checkpoint."""
+        path = Path(str(error.filename2 or error.filename or folder))
+        if path.name not in SCRIPTS:
+            self._fail(error, path)
+            return
+        self.note = f"{path.name} could not be written: {write_reason(error, folder)}"
+        if error.filename2 is not None:  # torn in the middle: better none than one that ends anywhere
+            with suppress(OSError):
+                path.unlink()
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file as data: no code that a checkpoint brings along runs.
@@ -53,6 +74,30 @@ class CheckpointFiles:
         """
         with torch.serialization.safe_globals(list(allowed_classes())):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+    def _fail(self, error: BaseException, path: Path) -> None:
+        if self.problem is None:
+            self.problem = f"{write_reason(error, path.parent)} ({path.name})"
+
+
+def write(engine: Any, folder: Path, state: dict[str, Any], written: Callable[[], None]) -> CheckpointFiles:
+    """Let DeepSpeed write the files of the checkpoint ``folder``; what failed on this rank is noted. Collective."""
+    with guarded(engine, written) as files:
+        try:
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        except OSError as error:
+            files.fail_beside(error, folder)
+            _end_save(engine)
+    return files
+
+
+def _end_save(engine: Any) -> None:
+    """What all ranks do together once their files are written, for one that was thrown out before it."""
+    import deepspeed
+
+    if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
+        engine.optimizer.checkpoint_event_epilogue()
+    deepspeed.comm.barrier()
 
 
 @contextmanager
@@ -64,13 +109,3 @@ def guarded(engine: Any, written: Callable[[], None] = lambda: None) -> Iterator
         yield files
     finally:
         engine.checkpoint_engine = files._engine
-
-
-def write_reason(error: BaseException, folder: Path) -> str:
-    """Why a write failed, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    with suppress(OSError):
-        if shutil.disk_usage(folder).free < _FULL_BYTES:
-            return "No space left on device"
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.train import manifest
+from ds_optim.train.chaos_disk import NoFileSystem, small_file_system
 from ds_optim.train.checkpoint_files import CheckpointFiles
 from ds_optim.train.exits import SAVE_FAILED
 from ds_optim.train.loop import train
@@ -157,6 +161,77 @@ def test_a_full_disk_on_one_rank_costs_that_checkpoint_alone(
     assert len(warnings) == len(full)
     for step, line in zip(full, warnings, strict=True):
         assert f"the checkpoint of step {step} was not saved: rank 1: No space left on device (zero_pp" in line
+
+
+def spoiled(rank: int, world_size: int, folder: Path, how: str, stage: int) -> TrainResult:
+    """A run with checkpoints of steps 2, 4 and 6, before the first of which something happens to their folder."""
+    os.chdir(folder)
+    checkpoints = Path("disk/out/checkpoints")
+
+    def spoil(engine: Any, step: int) -> None:
+        if rank == 0 and step == 1:
+            if how == "full":
+                with contextlib.suppress(OSError), Path("disk/ballast").open("wb", buffering=0) as file:
+                    while file.write(bytes(512)):
+                        pass
+            elif how == "immutable":
+                checkpoints.mkdir()
+                subprocess.run(["chattr", "+i", str(checkpoints)], check=True)
+            else:
+                (checkpoints / "zero_to_fp32.py").mkdir(parents=True)
+
+    return train(make_settings(**tiny(out="disk/out", save_every=2, stage=stage)), Watcher(spoil))
+
+
+@pytest.fixture
+def changed_attributes(place: Path) -> Iterator[Callable[[], None]]:
+    """Skips where no folder can be made immutable; makes what was mutable again."""
+
+    def change(sign: str, folder: Path) -> bool:
+        return subprocess.run(["chattr", f"{sign}i", str(folder)], capture_output=True, check=False).returncode == 0
+
+    def needed() -> None:
+        probe = place / "probe"
+        probe.mkdir()
+        if not (shutil.which("chattr") and change("+", probe) and change("-", probe)):
+            pytest.skip("no folder can be made immutable here")
+
+    yield needed
+    if (place / "disk/out/checkpoints").exists() and shutil.which("chattr"):
+        change("-", place / "disk/out/checkpoints")
+
+
+@pytest.mark.parametrize(("how", "stage"), [("full", 3), ("immutable", 1)])
+def test_a_first_save_that_finds_no_place_costs_checkpoints_and_not_the_run(
+    place: Path, how: str, stage: int, changed_attributes: Callable[[], None]
+) -> None:
+    """DeepSpeed's copy of its recovery script fails too, on rank 0 alone, and not in a file that is guarded."""
+    if how == "immutable":
+        changed_attributes()
+    try:
+        with small_file_system(place / "disk") if how == "full" else contextlib.nullcontext():
+            results = run_ranks(2, spoiled, place, how, stage, timeout=60)
+    except NoFileSystem as reason:
+        pytest.skip(str(reason))
+    assert [(result.status, result.steps) for result in results] == [(SAVE_FAILED, STEPS)] * 2
+    assert not list(place.glob("disk/out/checkpoints/*"))
+    if how == "immutable":  # on a full disk there is no log either
+        warnings = [line["warning"] for line in log_of(place / "disk/out") if "warning" in line]
+        assert warnings == [
+            f"the checkpoint of step {step} was not saved: rank 0: Operation not permitted (step-{step});"
+            " earlier ones are as they were"
+            for step in (2, 4, 6)
+        ]
+
+
+def test_a_recovery_script_that_cannot_be_copied_costs_nothing(place: Path) -> None:
+    results = run_ranks(2, spoiled, place, "script", 3, timeout=60)
+    assert [(result.status, result.steps) for result in results] == [(0, STEPS)] * 2
+    assert (place / "disk/out/checkpoints/latest").read_text() == "step-6"
+    warnings = [line["warning"] for line in log_of(place / "disk/out") if "warning" in line]
+    assert len(warnings) == 3
+    line = "after the checkpoint of step 2: rank 0: zero_to_fp32.py could not be written: Is a directory"
+    assert warnings[0] == line
 
 
 class Payload:

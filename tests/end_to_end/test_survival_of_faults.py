@@ -199,6 +199,7 @@ def test_chaos_finds_nothing_lost(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert sum("as promised" in line for line in lines) >= 9
     assert any("newest checkpoint" in line for line in lines)
+    assert any("disk full in the first save" in line or "disk full: skipped" in line for line in lines)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.rules import RULES, SCALARS, STEP
 from ds_optim.optimizers.saved import SAVED, with_placeholders
 from ds_optim.sharding.layout import Layout, Unit
+from ds_optim.survival.writing import write_reason
 from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimizer_file
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import flat_state, whole_state
@@ -31,6 +33,7 @@ def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str) 
 
     Raises:
         UserError: the checkpoint has what a run of this shape cannot have.
+        OSError: it cannot be written.
     """
     folder = place / tag
     folder.mkdir(parents=True)
@@ -46,7 +49,10 @@ def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str) 
 
 
 def _save(content: Mapping[str, Any], path: Path) -> None:
-    torch.save(dict(content), path)
+    try:
+        torch.save(dict(content), path)
+    except RuntimeError as error:  # torch's own word for a disk that is full
+        raise OSError(errno.EIO, write_reason(error, path.parent)) from error
 
 
 def _copy_scripts(place: Path) -> None:
