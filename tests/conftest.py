@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from ds_optim.cache import private_folder
 from ds_optim.survival.extensions import use_own_folder
 from tests.distributed import harness
 
@@ -30,8 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
     # DeepSpeed's ops are built once a machine, not once a session.
     use_own_folder()
-    # What somebody has measured on this machine must not decide how the suite orthogonalizes.
-    os.environ["DS_OPTIM_CACHE"] = tempfile.mkdtemp(prefix="ds_optim-tests-")
+    # What somebody has measured on this machine must not decide how the suite orthogonalizes; the kernels are compiled
+    # once a machine: each is kept under the digests of its source and of its content.
+    fresh = tempfile.mkdtemp(prefix="ds_optim-tests-")
+    with suppress(OSError):
+        (Path(fresh) / "kernels").symlink_to(private_folder("kernels"))
+    os.environ["DS_OPTIM_CACHE"] = fresh
     harness.configure(gpus)
 
 

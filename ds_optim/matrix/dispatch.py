@@ -109,8 +109,7 @@ def _measured(device: torch.device, dtype: str) -> tuple[float | None, Strips | 
         entry = read_table(path, VERSION)["devices"].get(device_name(device), {}).get(dtype)
         if entry is None:
             return None, None
-        aspect = math.inf if entry["gram_from"] is None else float(entry["gram_from"])
-        return aspect, _strips_of(entry["strips"]) if "strips" in entry else None
+        return _aspect_of(entry["gram_from"]), _strips_of(entry["strips"]) if "strips" in entry else None
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
@@ -118,11 +117,20 @@ def _measured(device: torch.device, dtype: str) -> tuple[float | None, Strips | 
         return None, None
 
 
+def _aspect_of(stored: Any) -> float:
+    """A table's ``gram_from``; ValueError where it is none."""
+    if stored is None:
+        return math.inf
+    if type(stored) not in (int, float) or not 0 <= stored < math.inf:
+        raise ValueError(f"gram_from {stored!r:.40} is no aspect")
+    return float(stored)
+
+
 def _strips_of(stored: Mapping[str, Any]) -> Strips:
-    """The pairs of a table's ``strips``; ValueError where they are none."""
+    """The pairs of a table's ``strips``; ValueError where they are none: a side has no more strips than rows."""
     pairs = tuple(sorted((int(side), count) for side, count in stored.items()))
-    if any(type(count) is not int or count < 1 for _, count in pairs):
-        raise ValueError(f"strips {dict(stored)} are not whole numbers from 1 on")
+    if any(type(count) is not int or not 1 <= count <= side for side, count in pairs):
+        raise ValueError(f"strips {dict(stored)!s:.80} are not whole numbers from 1 to the side")
     return pairs
 
 
@@ -136,6 +144,8 @@ def store(device: torch.device, measured: Mapping[str, Mapping[str, Any]]) -> Pa
         table = read_table(path, VERSION)
     except (OSError, ValueError):
         table = {"version": VERSION, "devices": {}}
-    table["devices"].setdefault(device_name(device), {}).update({dtype: dict(e) for dtype, e in measured.items()})
+    own = table["devices"].get(device_name(device))
+    own = own if isinstance(own, dict) else {}
+    table["devices"][device_name(device)] = {**own, **{dtype: dict(e) for dtype, e in measured.items()}}
     write_table(path, table)
     return path

@@ -1,15 +1,17 @@
-"""What a matrix costs on this machine: each shape is timed once, so that owners get equal time and not equal counts.
+"""What a matrix costs on this machine: each shape is timed, so that owners get equal time and not equal counts.
 
-One rank measures, all plan with its numbers. They are kept in the user's cache folder, so that the next run on the
-machine deals the matrices out alike, and in checkpoints, so that a resumed one does:
+One rank measures, all plan with its numbers. They are kept in checkpoints, so that a resumed run deals the matrices out
+alike, and in the user's cache folder, so that the next one on the machine does:
 
     {"device": NAME, "jobs": {WHAT: {"768x2304": milliseconds of one matrix, ...}}}
+
+A machine may be busy when it is asked: what is in the cache is timed again at the next two starts, and the smallest of
+the three is what stays. Its file says for each shape [milliseconds, starts at which it was timed].
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,10 +25,14 @@ from ds_optim.optimizers.matrix_work import MatrixWork
 
 logger = logging.getLogger("ds_optim")
 
-VERSION = 2  # 1: times of another Gram form
+VERSION = 3  # 1: times of another Gram form; 2: of one start
 Costs = dict[str, Any]
 """As above; plain, so that it can be saved."""
+_Kept = tuple[float, int]
 _SAMPLES = 3
+_STARTS = 3
+#: No matrix is done sooner; one that takes hours was never timed.
+_LEAST_MS, _MOST_MS = 1e-6, 1e7
 #: A first call that takes longer is the measurement.
 _LONG_S = 0.5
 #: All ranks wait: shapes that are left after so long are not timed.
@@ -57,7 +63,7 @@ def measured(
     name = device_name(device)
     jobs: dict[str, dict[str, float]] = {}
     kept = _cached(name)
-    fresh: dict[str, dict[str, float]] = {}
+    fresh: dict[str, dict[str, _Kept]] = {}
     deadline = time.monotonic() + _PATIENCE_S
     for work, shapes in works:
         job = job_of(work, device)
@@ -66,14 +72,17 @@ def measured(
         warm = False
         for shape in sorted(shapes):
             key = _key(shape)
-            found = own.get(key) or from_checkpoint.get(key) or kept.get(job, {}).get(key)
-            if found is None and time.monotonic() < deadline:
-                if not warm:  # libraries start up in their first call
-                    _timed(work, _WARM_UP, device)
-                    warm = True
-                found = _timed(work, shape, device)
-                if found is not None:
-                    fresh.setdefault(job, {})[key] = found
+            found = own.get(key) or from_checkpoint.get(key)
+            if found is None:
+                found, starts = kept.get(job, {}).get(key, (None, 0))
+                if starts < _STARTS and time.monotonic() < deadline:
+                    if not warm:  # libraries start up in their first call
+                        _timed(work, _WARM_UP, device)
+                        warm = True
+                    timed = _timed(work, shape, device)
+                    if timed is not None:
+                        found = timed if found is None else min(timed, found)
+                        fresh.setdefault(job, {})[key] = found, starts + 1
             if found is not None:
                 own[key] = found
             else:
@@ -94,7 +103,12 @@ def is_costs(value: Any) -> bool:
 
 
 def _is_cost(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < math.inf
+    """NaN and infinity are neither."""
+    return type(value) in (int, float) and _LEAST_MS <= value <= _MOST_MS
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_cost(value[0]) and type(value[1]) is int
 
 
 def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> float | None:
@@ -119,15 +133,16 @@ def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> fl
     except RuntimeError as problem:  # out of memory, or a library's own
         logger.warning("ds_optim: a %s matrix could not be timed (%s)", _key(shape), _line(problem))
         return None
-    return float(f"{max(seconds * 1e3, 1e-6):.3g}")
+    return float(f"{max(seconds * 1e3, _LEAST_MS):.3g}")
 
 
-def _cached(name: str) -> Mapping[str, Mapping[str, float]]:
+def _cached(name: str) -> Mapping[str, Mapping[str, _Kept]]:
+    """What is known of a device; what is no cost is not."""
     path = cache_folder() / _FILE
     try:
-        found: Mapping[str, Mapping[str, float]] = read_table(path, VERSION)["devices"].get(name, {})
+        found: Mapping[str, Mapping[str, Any]] = read_table(path, VERSION)["devices"].get(name, {})
         return {
-            job: {key: float(cost) for key, cost in costs.items() if 0 < float(cost) < math.inf}
+            job: {key: (float(kept[0]), kept[1]) for key, kept in costs.items() if _is_kept(kept)}
             for job, costs in found.items()
         }
     except FileNotFoundError:
@@ -137,7 +152,7 @@ def _cached(name: str) -> Mapping[str, Mapping[str, float]]:
         return {}
 
 
-def _keep(name: str, jobs: Mapping[str, Mapping[str, float]]) -> None:
+def _keep(name: str, jobs: Mapping[str, Mapping[str, _Kept]]) -> None:
     """Add to the cache; a run goes on where that is not possible."""
     path = cache_folder() / _FILE
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_optim.cache import cache_folder
+from ds_optim.cache import cache_folder, private_folder
 from ds_optim.errors import UserError
 from ds_optim.survival.locks import FileLock, LockWaitedFor
 
@@ -38,14 +38,14 @@ def say(line: str) -> None:
 
 def use_own_folder() -> None:
     """Unless the user says where extensions are built, let it be a folder of ours for these versions and this machine's
-    kind; where none can be made, torch's own."""
+    kind; where none can be made that others cannot write to, torch's own."""
     if os.environ.get(VARIABLE):
         return
-    folder = cache_folder() / "torch_extensions" / _kind()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-        os.environ[VARIABLE] = str(folder)
+    try:
+        os.environ[VARIABLE] = str(private_folder(f"torch_extensions/{_kind()}"))
+    except OSError as problem:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"DeepSpeed's ops are built where torch builds: {problem.strerror or problem}")
 
 
 def load_op(builder: str, limit_s: float = BUILD_S) -> None:

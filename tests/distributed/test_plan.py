@@ -53,9 +53,10 @@ def planned(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
         return found
 
     found = {"modelled": run("modelled", {"costs": "modelled"})}
-    with mock.patch.object(costs, "_timed", polished(rank)):
+    with mock.patch.object(costs, "_timed", polished(rank)), mock.patch.object(costs, "_STARTS", 1):
         found["measured"] = run("measured")
-    found["again, from the cache"] = run("again", cache="measured")
+    with mock.patch.object(costs, "_STARTS", 1):
+        found["again, from the cache"] = run("again", cache="measured")
     found["resumed, with an empty cache"] = run("resumed", load=folder / "measured-saved")
     found["resumed, modelled"] = run("unmeasured", {"costs": "modelled"}, load=folder / "measured-saved")
     return found

@@ -101,7 +101,9 @@ def test_all_locks_that_are_left_go_at_the_next_start(tmp_path: Path, monkeypatc
     assert (tmp_path / "fused_adam" / "lock").exists()
 
 
-def test_the_place_of_ops_is_the_users_own_by_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_of_ops_is_the_users_own_by_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     extensions.use_own_folder()
@@ -109,6 +111,12 @@ def test_the_place_of_ops_is_the_users_own_by_version(tmp_path: Path, monkeypatc
     assert folder.parent == tmp_path / "torch_extensions"
     assert "deepspeed0." in folder.name
     assert folder.stat().st_mode & 0o777 == 0o700
+    # What others can write to holds no code.
+    tmp_path.chmod(0o777)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    extensions.use_own_folder()
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ
+    assert f"built where torch builds: others can write to {tmp_path}" in capsys.readouterr().err
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "mine")
     extensions.use_own_folder()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "mine"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -108,49 +106,3 @@ def test_what_the_kernels_do_not_know_is_left_to_the_eager_path() -> None:
     assert not native.blend_into(out, None, out, (0, 1, 0, 0)), "in place is not for arrays that must not overlap"
     sign_step(p, None, g, blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=0.1, decay=0.0)
     assert p.tolist() == [-0.1] * 8
-
-
-@pytest.fixture
-def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """As on a machine that has never compiled the kernels."""
-    monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path))
-    loading.library.cache_clear()
-    yield tmp_path
-    loading.library.cache_clear()
-
-
-def test_they_are_compiled_once_and_kept(fresh_library: Path) -> None:
-    assert loading.library() is not None
-    (made,) = fresh_library.iterdir()
-    stamp = made.stat().st_mtime_ns
-    loading.library.cache_clear()
-    assert loading.library() is not None
-    assert made.stat().st_mtime_ns == stamp
-
-
-def test_without_a_compiler_one_line_says_so(
-    fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
-    with caplog.at_level(logging.WARNING):
-        assert loading.library() is None
-        assert loading.library() is None
-    assert len(caplog.records) == 1
-    assert "no-such-compiler" in caplog.text
-    p = torch.zeros(4)
-    sign_step(p, None, torch.ones(4), blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=0.5, decay=0.0)
-    assert p.tolist() == [-0.5] * 4
-
-
-def test_a_compiler_that_fails_is_no_error(
-    fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CC", "false")
-    assert loading.library() is None
-    assert "eager" in caplog.text
-
-
-def test_the_eager_path_can_be_asked_for(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_OPTIM_NATIVE", "0")
-    assert loading.library() is None
-    assert not list(fresh_library.iterdir())

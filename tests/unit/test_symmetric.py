@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,7 +198,18 @@ def test_a_table_of_another_gram_form_counts_as_none(
     assert PolarSpec(dtype="bfloat16").resolve(CPU).gram_from == 1.01
 
 
-@pytest.mark.parametrize("strips", [{"64": 0}, {"64": 1.5}, {"x": 2}, [64, 2], {"64": True}])
+@pytest.mark.parametrize("aspect", [-2.0, float("nan"), float("inf"), True, "1.5", [1.5]])
+def test_an_aspect_that_is_none_counts_as_not_measured(
+    aspect: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path))
+    table = {"version": dispatch.VERSION, "devices": {dispatch.device_name(CPU): {"float32": {"gram_from": aspect}}}}
+    dispatch.table_path().write_text(json.dumps(table))
+    assert dispatch.gram_from(CPU, "float32") is None
+    assert "is no aspect" in caplog.text
+
+
+@pytest.mark.parametrize("strips", [{"64": 0}, {"64": 1.5}, {"x": 2}, [64, 2], {"64": True}, {"64": 65}])
 def test_damaged_strips_count_as_none(strips: object, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_OPTIM_CACHE", str(tmp_path))
     dispatch.store(CPU, {"float32": {"gram_from": 3.0, "strips": strips}})
