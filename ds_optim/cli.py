@@ -6,6 +6,7 @@ stderr and exit status 2.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -84,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), error.status)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
+    except MemoryError:
+        fail("there is not enough memory for this (ulimit -v limits it too): raise the limit, or run a smaller one", 1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            fail(f"{error.strerror}: raise the limit (ulimit -n) and start again", 1)
         # Typer's own complaints (an unknown flag, a missing value) are a base class that it keeps private;
         # they alone format themselves.
         message = getattr(error, "format_message", None)

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ds_optim.zero.checkpoints.safe import allowed_classes
+from ds_optim.zero.checkpoints.safe import load
+from ds_optim.zero.checkpoints.stamp import Stamps, stamped
 
 _FULL_BYTES = 1 << 20
 
@@ -26,9 +25,10 @@ class CheckpointFiles:
         problem: why the first file that failed on this rank did, in one line; None while none has.
     """
 
-    def __init__(self, engine: Any, written: Callable[[], None]) -> None:
+    def __init__(self, engine: Any, written: Callable[[], None], stamps: Stamps | None = None) -> None:
         self._engine = engine
         self._written = written
+        self._stamps = stamps
         self.problem: str | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +39,7 @@ class CheckpointFiles:
         if self.problem is not None:
             return
         try:
-            self._engine.save(state_dict, path)
+            self._engine.save(stamped(state_dict, Path(path).name, self._stamps), path)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
             self.problem = f"{write_reason(error, Path(path).parent)} ({Path(path).name})"
             with suppress(OSError):  # what was half written fills the disk for the others too
@@ -49,16 +49,17 @@ class CheckpointFiles:
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file as data: no code that a checkpoint brings along runs.
 
-        Raises ``pickle.UnpicklingError`` where it holds more than tensors, plain values and DeepSpeed's own records.
+        Raises ``UserError`` where it holds more than tensors, plain values and DeepSpeed's own records.
         """
-        with torch.serialization.safe_globals(list(allowed_classes())):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return load(Path(path), map_location=map_location, mmap=False)
 
 
 @contextmanager
-def guarded(engine: Any, written: Callable[[], None] = lambda: None) -> Iterator[CheckpointFiles]:
-    """DeepSpeed's ``engine`` with its files guarded for a while; ``written`` is called after each."""
-    files = CheckpointFiles(engine.checkpoint_engine, written)
+def guarded(
+    engine: Any, written: Callable[[], None] = lambda: None, stamps: Stamps | None = None
+) -> Iterator[CheckpointFiles]:
+    """DeepSpeed's ``engine`` with its files guarded for a while, and stamped; ``written`` is called after each."""
+    files = CheckpointFiles(engine.checkpoint_engine, written, stamps)
     engine.checkpoint_engine = files
     try:
         yield files

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ds_optim.errors import UserError
+from ds_optim.train.models import reason_of
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -58,9 +59,9 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._backend = AutoTokenizer.from_pretrained(name)
+            self._backend = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # transformers raises many types for a wrong name
-            raise UserError(f"cannot load the tokenizer {name!r}: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"cannot load the tokenizer {name!r}: {reason_of(error)}") from None
         if self._backend.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {name!r} has no end-of-text token, which ends documents; use bytes or bpe:N"
