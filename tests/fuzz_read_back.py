@@ -46,7 +46,7 @@ from ds_optim.zero.checkpoints.folder import find_folder
 from .unit.checkpoint_files import Tangle, own, save_unsharded, trained
 
 HANG_S = 20
-LINE = 700
+LINE = 1100
 STEP = 3
 TEXT = ["some text to train a tokenizer on, " * 3]
 NOTES: dict[str, Any] = {"step": STEP, "world_size": 2, "trajectory": {"stage": 0, "seed": 1, "lr": 1e-3, "name": "ü"}}

@@ -104,7 +104,11 @@ def find_files(folder: Path) -> Files:
 
 
 def _check_inside(entry: Path, folder: Path) -> None:
-    if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+    try:
+        outside = entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        outside = True
+    if outside:
         raise UserError(f"{entry} is a link to a place outside of the checkpoint: put the file itself there")
 
 

@@ -22,6 +22,7 @@ from ds_optim.survival.files import Unreadable, open_regular, short
 
 PICKLE_LIMIT = 64 << 20
 """Bytes of a file's ``data.pkl``, which names the tensors and holds everything else; a large model's is 20 MB."""
+_LINE = 1000
 _ZIP = b"PK\x03\x04"
 
 
@@ -91,8 +92,8 @@ def laid_out(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as problem:  # it may quote what the file holds, of whatever length
+        raise UserError(short(problem, _LINE)) from None
     except (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as problem:
         what = f"{type(problem).__name__}: {short(problem, 200)}"
         raise UserError(f"{folder} is not laid out as DeepSpeed 0.19 lays it out ({what})") from problem
@@ -103,5 +104,5 @@ def _reason(problem: Exception) -> str:
     text = " ".join(str(problem).split())
     for sentence in text.split(". "):
         if "GLOBAL" in sentence or "Unsupported" in sentence:
-            return sentence.removeprefix("WeightsUnpickler error: ")[:200]
-    return text[:200]
+            return short(sentence.removeprefix("WeightsUnpickler error: "), 200)
+    return short(text, 200)
