@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from ds_optim.report.table import build_table, markdown_text, to_markdown, to_ri
 from ds_optim.survival import files
 from ds_optim.survival.files import Unreadable
 from ds_optim.survival.run_lock import LOCK_NAME, RunLock
-from ds_optim.train import models, tokens
+from ds_optim.train import models, ranks, tokens
 from ds_optim.train.run_log import RunLog, keep_until
 from ds_optim.train.settings import make_settings
 from ds_optim.zero.checkpoints import safe
@@ -40,7 +42,7 @@ class Pair(BaseModel):
 
 def test_no_flip_and_no_change_of_structure_gets_through(tmp_path: Path) -> None:
     """A few hundred, the same each time; with DS_OPTIM_ALL_CELLS all of ``python -m tests.fuzz_read_back``."""
-    flips, changes = (20_000, 1000) if ALL else (300, 150)
+    flips, changes = (20_000, 1000) if ALL else (220, 110)
     counts, wrong = fuzz_read_back.fuzz(tmp_path, flips=flips, changes=changes, seed=3)
     assert wrong == []
     assert sum(counts.values()) >= flips + changes
@@ -279,6 +281,44 @@ def test_markdown_and_terminal_show_a_label_as_it_is() -> None:
     shown = StringIO()
     Console(file=shown, width=200).print(to_rich(table))
     assert "[/red]" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files: raise the limit (ulimit -n)"),
+        (MemoryError(), "there is not enough memory for this (ulimit -v limits it too)"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "there is not enough memory for this"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory for this"),
+    ],
+)
+def test_a_limit_of_the_shell_is_one_line(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.typer.main, "get_command", lambda app: SimpleNamespace(main=run))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train"])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"ds-optim: error: {told}")
+
+
+@pytest.mark.parametrize(("limits", "enough"), [((24, 40), False), ((24, 4096), True), ((1024, 4096), True)])
+def test_a_rank_may_open_the_files_it_needs_or_says_so(
+    limits: tuple[int, int], enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(ranks.resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(ranks.resource, "setrlimit", lambda which, wanted: asked.append(wanted))
+    if enough:
+        ranks._allow_files()
+        assert asked == ([] if limits[0] >= 256 else [(256, limits[1])])
+    else:
+        with pytest.raises(UserError, match="may open 40 files here, and a rank opens up to 256: raise ulimit -n"):
+            ranks._allow_files()
 
 
 def test_settings_hold_text_alone() -> None:
