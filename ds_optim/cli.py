@@ -6,6 +6,7 @@ stderr and exit status 2.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     except Exception as error:
+        limit = limit_met(error)
+        if limit is not None:
+            fail(limit, 1)
         # Typer's own complaints (an unknown flag, a missing value) are a base class that it keeps private;
         # they alone format themselves.
         message = getattr(error, "format_message", None)
@@ -111,6 +115,16 @@ def fail(line: str, status: int = 2) -> NoReturn:
     if is_first_to_say(line):
         print(f"ds-optim: error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def limit_met(error: Exception) -> str | None:
+    """What to do where a limit of the shell or the machine stopped this process; None where it was something else."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.strerror}: raise the limit (ulimit -n) and start again"
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if allocator or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "there is not enough memory for this (ulimit -v limits it too): raise the limit, or run a smaller one"
+    return None
 
 
 def take_local_rank(arguments: list[str]) -> list[str]:

@@ -11,7 +11,8 @@ from ds_optim.errors import UserError
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.plots import Plot, colour_map, draw
 from ds_optim.report.schema import Row, append_row, write_rows
-from ds_optim.report.table import TableSpec, build_table, to_markdown, to_rich
+from ds_optim.report.table import TableSpec, build_table, markdown_text, to_markdown, to_rich
+from ds_optim.survival.files import write_atomic
 from ds_optim.survival.results import refuse
 
 ROWS, TABLE = "rows.jsonl", "table.md"
@@ -75,12 +76,12 @@ def write(title: str, rows: Sequence[Row], spec: TableSpec, plots: Sequence[Plot
         f"# {title}",
         date,
         to_markdown(build_table(rows, spec)),
-        "\n".join(f"- {line}" for line in remarks(rows)),
-        "\n".join(f"![{plot.title}]({plot.png})" for plot in drawn),
+        "\n".join(f"- {markdown_text(line)}" for line in remarks(rows)),
+        "\n".join(f"![{markdown_text(plot.title)}]({plot.png})" for plot in drawn),
         "## Machine",
-        "\n".join(f"- {name}: {value}" for name, value in machine.items()),
+        "\n".join(markdown_text(f"- {name}: {value}") for name, value in machine.items()),
     ]
-    (out / TABLE).write_text("\n\n".join(part.rstrip("\n") for part in parts if part) + "\n", encoding="utf-8")
+    write_atomic(out / TABLE, "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n")
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_optim.report.schema import Row
+from ds_optim.survival.files import write_atomic
+
+_FORMULA = ("=", "+", "-", "@")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write merged rows; what was not measured is left empty, ``reason`` says why a cell failed."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for row in rows:
-            writer.writerow(["" if (value := read(row)) is None else value for read in _COLUMNS.values()])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(_COLUMNS)
+    for row in rows:
+        writer.writerow([_cell(read(row)) for read in _COLUMNS.values()])
+    write_atomic(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """A number as it is; of text, none that a spreadsheet takes for a formula."""
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in _FORMULA and value.strip() else value
 
 
 def _extra(*keys: str) -> Callable[[Row], Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ds_optim.errors import UserError
 from ds_optim.report.compare import render_compare
 from ds_optim.report.memory import render_memory
 from ds_optim.report.render import Report
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows, write_rows
+from ds_optim.survival.files import Unreadable, read_json, short, write_atomic
 
 _RENDERERS = {"memory": render_memory, "compare": render_compare}
 
@@ -39,21 +38,26 @@ def merge_runs(folders: Sequence[Path], out: Path) -> Report:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_rows(out / RESULTS, merged)
-        (out / RUN_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_atomic(out / RUN_FILE, info.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
-    return _RENDERERS[kind](merged, info, out)
+    try:
+        return _RENDERERS[kind](merged, info, out)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        # What only one kind of run knows stands in the rows' ``extra``, which has no types.
+        what = short(f"{type(error).__name__}: {error}")
+        raise UserError(f"the rows are none that ds-optim {kind} wrote ({what}): give folders of its runs") from None
 
 
 def read_info(folder: Path) -> RunInfo:
     """What the run in ``folder`` was; raises ``UserError`` where that cannot be read."""
     try:
-        return RunInfo.model_validate_json((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {folder / RUN_FILE}: {error.strerror}; give a folder of a run") from None
-    except ValidationError:
+        return read_json(folder / RUN_FILE, RunInfo)
+    except Unreadable as reason:
         raise UserError(
-            f"{folder / RUN_FILE} does not describe a run: give a folder of ds-optim compare or memory"
+            f"{folder / RUN_FILE} {reason} and does not describe a run: give a folder of ds-optim compare or memory"
         ) from None
 
 

@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
+from ds_optim.survival.files import drop_link
+
 # Ink that no plot uses otherwise: in the SVG it is replaced by currentColor, so that axes and text follow the page.
 _INK = "#010203"
 _PAPER_INK = "#24292f"
@@ -90,6 +92,7 @@ def draw(plot: Plot, folder: Path, colours: Mapping[str, str]) -> DrawnPlot:
     settings = {"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": plot.name}
     with matplotlib.rc_context(settings):
         figure = plot.figure(colours, _PAPER_INK)
+        drop_link(folder / png)
         figure.savefig(folder / png, dpi=150, facecolor="white")
         figure = plot.figure(colours, _INK)
         buffer = io.StringIO()

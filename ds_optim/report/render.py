@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_optim.report.plots import DrawnPlot, Plot, colour_map, draw
 from ds_optim.report.schema import Row, RunInfo
-from ds_optim.report.table import Table, TableSpec, build_table, to_markdown
+from ds_optim.report.table import Table, TableSpec, build_table, markdown_text, to_markdown
+from ds_optim.survival.files import write_atomic
 
 MARKDOWN = "report.md"
 HTML = "report.html"
@@ -54,8 +56,8 @@ def render(
     footnotes = list(dict.fromkeys(note for line in table.lines for note in line.notes))
     marks = [", ".join(str(footnotes.index(note) + 1) for note in line.notes) for line in table.lines]
     report = Report(table=table, markdown=out_dir / MARKDOWN, html=out_dir / HTML)
-    report.markdown.write_text(_markdown(info, table, drawn, footnotes, summary, tables), encoding="utf-8")
-    report.html.write_text(_html(info, table, drawn, footnotes, marks, summary, tables), encoding="utf-8")
+    write_atomic(report.markdown, _markdown(info, table, drawn, footnotes, summary, tables))
+    write_atomic(report.html, _html(info, table, drawn, footnotes, marks, summary, tables))
     return report
 
 
@@ -91,19 +93,21 @@ def _markdown(
     summary: Sequence[str],
     tables: Mapping[str, Table],
 ) -> str:
-    parts = [f"# {info.title}", *([info.started] if info.started else []), *summary, "## Results", to_markdown(table)]
+    head = [f"# {markdown_text(info.title)}", markdown_text(info.started), *map(markdown_text, summary)]
+    parts = [*(line for line in head if line), "## Results", to_markdown(table)]
     notes = [*info.notes, *_marked_notes(table, footnotes)]
     if notes:
-        parts.append("\n".join(f"- {note}" for note in notes))
+        parts.append("\n".join(f"- {markdown_text(note)}" for note in notes))
     if plots:
-        parts += ["## Plots", *(f"![{plot.title}]({plot.png})" for plot in plots)]
+        parts += ["## Plots", *(f"![{markdown_text(plot.title)}]({plot.png})" for plot in plots)]
     for title, more in tables.items():
-        parts += [f"## {title}", to_markdown(more)]
+        parts += [f"## {markdown_text(title)}", to_markdown(more)]
     for title, facts in (("Settings", info.settings), ("Machine", info.machine)):
         if facts:
-            parts += [f"## {title}", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
+            parts += [f"## {title}", "\n".join(markdown_text(f"- {name}: {value}") for name, value in facts.items())]
     if info.command:
-        parts += ["## To reproduce", f"```\n{info.command}\n```"]
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", info.command)), default=0))
+        parts += ["## To reproduce", f"{fence}\n{info.command}\n{fence}"]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 

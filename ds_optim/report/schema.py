@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import Unreadable, open_append, parse_json, read_bytes, short, typed, write_atomic
 
 SCHEMA_VERSION = 1
 #: The files of a run: its rows, and what it was.
 RESULTS, RUN_FILE = "results.jsonl", "run.json"
+_LIMIT = 1 << 28
+_Name = Annotated[str, Field(max_length=1000)]
+_Count = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 
 class Row(BaseModel):
@@ -25,21 +29,21 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = SCHEMA_VERSION
-    kind: str = "compare"
-    run: str = Field(default="", description="which of several runs, nodes or machines, where a report merges them")
-    optimizer: str
-    momentum_dtype: str = Field(default="", description="what momentum is stored in; empty or float32 for fp32")
-    stage: int | None = None
-    ranks: int = 1
-    dtype: str = ""
-    seed: int = 0
-    repeat: int = 0
+    version: _Count = SCHEMA_VERSION
+    kind: _Name = "compare"
+    run: _Name = Field(default="", description="which of several runs, nodes or machines, where a report merges them")
+    optimizer: _Name
+    momentum_dtype: _Name = Field(default="", description="what momentum is stored in; empty or float32 for fp32")
+    stage: _Count | None = None
+    ranks: _Count = 1
+    dtype: _Name = ""
+    seed: _Count = 0
+    repeat: _Count = 0
     status: Literal["ok", "failed"] = "ok"
     reason: str | None = Field(default=None, description="why it failed: the last exception line and its rank")
     notes: list[str] = Field(default_factory=list)
 
-    steps: int | None = None
+    steps: _Count | None = None
     val_loss: float | None = None
     unigram_entropy: float | None = None
     train_loss: list[float] = Field(default_factory=list, description="one value a step")
@@ -52,12 +56,12 @@ class Row(BaseModel):
     state_bytes_per_param: float | None = Field(
         default=None, description="optimizer state summed over ranks, without padding, per trainable parameter"
     )
-    model_state_bytes: int | None = Field(
+    model_state_bytes: _Count | None = Field(
         default=None, description="weights, gradients, master and state; max over ranks"
     )
-    peak_bytes: int | None = Field(default=None, description="most memory at once; max over ranks")
-    peak_kind: str = Field(default="", description="what peak_bytes counts")
-    rss_peak_bytes: int | None = None
+    peak_bytes: _Count | None = Field(default=None, description="most memory at once; max over ranks")
+    peak_kind: _Name = Field(default="", description="what peak_bytes counts")
+    rss_peak_bytes: _Count | None = None
     wire_bytes_per_step: float | None = Field(default=None, description="sent by a rank, mean over ranks")
 
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -82,14 +86,17 @@ class RunInfo(BaseModel):
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add one row to a results file, flushed at once, so that a run cut short keeps what it has."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(row.model_dump_json() + "\n")
+    """Add one row to a results file, flushed at once, so that a run cut short keeps what it has. Raises ``OSError``."""
+    try:
+        with open_append(path) as file:
+            file.write(row.model_dump_json() + "\n")
+    except Unreadable as reason:
+        raise OSError(errno.EINVAL, f"{path.name} {reason}") from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write a results file anew."""
-    path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
+    """Write a results file anew. Raises ``OSError``."""
+    write_atomic(path, "".join(row.model_dump_json() + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -99,24 +106,22 @@ def read_rows(path: Path) -> list[Row]:
         UserError: the file is missing, or a line is no row of this schema version; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read results {path}: {error.strerror}; give a results.jsonl") from error
+        lines = read_bytes(path, _LIMIT).split(b"\n")
+    except Unreadable as reason:
+        raise UserError(f"results {path} {reason}; give a results.jsonl") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-            version = fields.get("version", SCHEMA_VERSION)
+            fields = parse_json(line)
+            version = fields.get("version", SCHEMA_VERSION) if isinstance(fields, dict) else SCHEMA_VERSION
             if version != SCHEMA_VERSION:
-                raise UserError(f"{path} line {number} has schema version {version}; this reads {SCHEMA_VERSION}")
-            rows.append(Row.model_validate(fields))
-        except (json.JSONDecodeError, AttributeError, ValidationError) as error:
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            else:
-                detail = str(error)
-            raise UserError(f"{path} line {number} is no results row ({detail})") from error
+                raise UserError(
+                    f"{path} line {number} has schema version {short(version, 40)}; this reads {SCHEMA_VERSION}"
+                )
+            rows.append(typed(fields, Row))
+        except Unreadable as reason:
+            why = str(reason).removeprefix("is damaged ")
+            raise UserError(f"{path} line {number} is no results row {why}") from None
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 Value = float | int | str | None
+_MARKDOWN = re.compile(r"[\\`*\[\]<|]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ def to_markdown(table: Table) -> str:
     for line in table.lines:
         cells = [_in_words(cell) for cell in line.cells]
         if line.failure:
-            failures.append(f"- **{', '.join(cells)}**: {line.failure}")
+            failures.append(f"- **{markdown_text(', '.join(cells))}**: {markdown_text(line.failure)}")
             cells += ["failed"] + [MISSING] * (width - len(cells) - 1)
         lines.append(_markdown_line(cells))
     if failures:
@@ -147,16 +149,22 @@ def _in_words(cell: Cell) -> str:
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, in one line: no cell, link, code or HTML begins or ends in it."""
+    return " ".join(_MARKDOWN.sub(r"\\\g<0>", text).split())
 
 
 def to_rich(table: Table, title: str = "") -> RichTable:
     """The table for a terminal; a failed row says only that it failed, ``failures`` has the reasons."""
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
     rich = RichTable(title=title or None, title_justify="left", header_style="bold")
     for index, name in enumerate(table.titles):
-        rich.add_column(name, justify="left" if index < table.key_columns else "right", no_wrap=index == 0)
+        rich.add_column(escape(name), justify="left" if index < table.key_columns else "right", no_wrap=index == 0)
     colours = {"better": "green", "worse": "red", "": "dim"}
     for line in table.lines:
         if line.starts_group:
@@ -164,8 +172,8 @@ def to_rich(table: Table, title: str = "") -> RichTable:
         texts = []
         for cell in line.cells:
             change = f"\n[{colours[cell.verdict]}]{cell.change}[/]" if cell.change else ""
-            detail = f"\n[dim]{cell.detail}[/]" if cell.detail else ""
-            texts.append(cell.text + change + detail)
+            detail = f"\n[dim]{escape(cell.detail)}[/]" if cell.detail else ""
+            texts.append(escape(cell.text) + change + detail)
         if line.failure:
             texts.append("[red]failed[/]")
         rich.add_row(*texts)

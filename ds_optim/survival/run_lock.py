@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import TEXT_LIMIT, Unreadable, read_json, short
 from ds_optim.survival.locks import FileLock, LockWaitedFor
 
 LOCK_NAME = "run.lock"
@@ -23,14 +23,15 @@ WATCH_S = 3 * BEAT_S
 _BUSY_S = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Holder:
+class Holder(BaseModel):
     """The process that writes to a folder: ``started`` is when it began, by its own machine's clock."""
 
-    host: str
-    place: str
-    pid: int
-    started: float
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    host: str = Field(max_length=255)
+    place: str = Field(max_length=1000)
+    pid: int = Field(gt=0, lt=2**31)
+    started: float = Field(ge=0, lt=2**36)
 
 
 class RunLock:
@@ -51,9 +52,9 @@ class RunLock:
                 if holder is not None and holder != own and _lives(holder, path):
                     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.started))
                     raise UserError(
-                        f"{out} is written to by process {holder.pid} on {holder.host}, since {since}: {instead}"
+                        f"{out} is written to by process {holder.pid} on {short(holder.host)}, since {since}: {instead}"
                     )
-                path.write_text(json.dumps(asdict(own)) + "\n", encoding="utf-8")
+                path.write_text(own.model_dump_json() + "\n", encoding="utf-8")
         except LockWaitedFor as waited:
             raise UserError(f"{waited}: another run starts in {out}; {instead}") from None
         self._path, self._own = path, own
@@ -93,11 +94,8 @@ def _place() -> str:
 def _read(path: Path) -> Holder | None:
     """Who is named in the file; None where that cannot be told."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        holder = Holder(**found)
-        sound = isinstance(holder.pid, int) and isinstance(holder.started, (int, float)) and holder.pid > 0
-        return holder if sound else None
-    except (OSError, ValueError, TypeError, RecursionError):
+        return read_json(path, Holder, TEXT_LIMIT)
+    except Unreadable:
         return None
 
 

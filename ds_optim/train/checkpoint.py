@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import Unreadable, drop_link, read_line, write_atomic
 from ds_optim.survival.writing import write_reason
 from ds_optim.train import manifest, ranks
 from ds_optim.train.checkpoint_files import guarded, write
+from ds_optim.train.identity import RUN, SAVE, new_id, stamps_of
 from ds_optim.train.results import Moment
 from ds_optim.train.resume import FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.train.settings import TrainSettings
+from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +32,25 @@ class Saved:
     notes: tuple[str, ...] = ()
 
 
-def save(engine: Any, settings: TrainSettings, step: int, place: dict[str, int], at: Callable[[Moment], None]) -> Saved:
+def save(
+    engine: Any, settings: TrainSettings, step: int, place: dict[str, int], at: Callable[[Moment], None], run: str
+) -> Saved:
     """Write the checkpoint of ``step``; where that fails on any rank, none counts and what was written is removed.
 
     Collective; the same ``Saved`` on every rank. ``place`` is the position of the text; ``at`` is told the moments
-    of the save.
+    of the save; ``run`` is the run's own name.
     """
     assert settings.out is not None
     folder = settings.out / FOLDER / f"step-{step}"
     note: str | None = None
     failure = _first_problem(lambda: _make_room(folder) if ranks.rank() == 0 else None, folder.parent)
     if failure is None:
-        files = write(engine, folder, {"step": step, "position": place}, lambda: at("file written"))
+        notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
+        notes |= {RUN: run, SAVE: ranks.from_first(new_id)}
+        state = {"step": step, "position": place}
+        files = write(engine, folder, state, lambda: at("file written"), stamps_of(notes))
         failure, note = _first(files.problem), _first(files.note)
     if failure is None:
-        notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
         failure = _seal(folder, notes, at)
     if failure is not None:
         _first_problem(lambda: manifest.remove(folder) if ranks.rank() == 0 else None, folder)
@@ -61,15 +68,28 @@ def load(engine: Any, checkpoint: Checkpoint) -> dict[str, int]:
         path, state = engine.load_checkpoint(
             str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
         )
-    _first_problem(lambda: _follow(checkpoint.folder) if ranks.rank() == 0 else None, checkpoint.folder)
     return position(path, state, checkpoint)
 
 
-def _follow(folder: Path) -> None:
-    """A kill between a seal and ``latest``, or a damaged checkpoint, left ``latest`` at another one."""
-    latest = folder.parent / "latest"
-    if not latest.exists() or latest.read_text(encoding="utf-8").strip() != folder.name:
-        point_latest(folder)
+def follow(checkpoint: Checkpoint) -> str | None:
+    """Let ``latest`` name this checkpoint: a kill between a seal and ``latest``, or a damaged one, left it at another.
+
+    What is to be said of it, in one line, or None. Collective.
+    """
+    return ranks.from_first(lambda: _follow(checkpoint.folder))
+
+
+def _follow(folder: Path) -> str | None:
+    try:
+        named, said = read_line(folder.parent / LATEST), None
+    except Unreadable as reason:
+        named, said = None, f"{LATEST} {reason}: it is written anew and names {folder.name}"
+    try:
+        if named != folder.name:
+            point_latest(folder)
+    except OSError as error:
+        return f"{LATEST} does not name {folder.name} and cannot be written: {error.strerror}"
+    return said
 
 
 def position(path: str | None, state: Any, checkpoint: Checkpoint) -> dict[str, int]:
@@ -88,7 +108,7 @@ def require_synchronous(engine: Any) -> None:
 
 def point_latest(folder: Path) -> None:
     """Let ``engine.load_checkpoint`` without a tag find this checkpoint. One process; raises ``OSError``."""
-    manifest.write_atomic(folder.parent / "latest", folder.name)
+    write_atomic(folder.parent / LATEST, folder.name)
 
 
 def _seal(folder: Path, notes: dict[str, Any], at: Callable[[Moment], None]) -> str | None:
@@ -115,6 +135,8 @@ def _make_room(folder: Path) -> None:
     """Remove what an earlier run left of this step: half written, or complete once and damaged since."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest.remove(folder, SEALS)
+    for name in SCRIPTS:  # DeepSpeed copies them over what is there, through a link too
+        drop_link(folder.parent / name)
 
 
 def _forget_old(newest: Path, keep: int) -> None:
@@ -136,7 +158,7 @@ def _first_problem(step: Callable[[], None], folder: Path) -> str | None:
     """Do a step that writes; why it failed on the first rank where it did, on every rank. Collective."""
     try:
         step()
-    except (OSError, manifest.ManifestError) as error:
+    except (OSError, Unreadable, manifest.ManifestError) as error:
         return _first(write_reason(error, folder))
     return _first(None)
 

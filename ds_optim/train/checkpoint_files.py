@@ -13,11 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ds_optim.survival.writing import write_reason
 from ds_optim.zero.checkpoints.folder import SCRIPTS
-from ds_optim.zero.checkpoints.safe import allowed_classes
+from ds_optim.zero.checkpoints.safe import load
+from ds_optim.zero.checkpoints.stamp import Stamps, stamped
 
 
 class CheckpointFiles:
@@ -28,9 +27,10 @@ class CheckpointFiles:
         note: why a script that no checkpoint needs was not written; None where it was.
     """
 
-    def __init__(self, engine: Any, written: Callable[[], None]) -> None:
+    def __init__(self, engine: Any, written: Callable[[], None], stamps: Stamps | None = None) -> None:
         self._engine = engine
         self._written = written
+        self._stamps = stamps
         self.problem: str | None = None
         self.note: str | None = None
 
@@ -49,7 +49,7 @@ class CheckpointFiles:
         if self.problem is not None:
             return
         try:
-            self._engine.save(state_dict, path)
+            self._engine.save(stamped(state_dict, Path(path).name, self._stamps), path)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
             self._fail(error, Path(path))
             with suppress(OSError):  # what was half written fills the disk for the others too
@@ -70,19 +70,20 @@ class CheckpointFiles:
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file as data: no code that a checkpoint brings along runs.
 
-        Raises ``pickle.UnpicklingError`` where it holds more than tensors, plain values and DeepSpeed's own records.
+        Raises ``UserError`` where it holds more than tensors, plain values and DeepSpeed's own records.
         """
-        with torch.serialization.safe_globals(list(allowed_classes())):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return load(Path(path), map_location=map_location, mmap=False)
 
     def _fail(self, error: BaseException, path: Path) -> None:
         if self.problem is None:
             self.problem = f"{write_reason(error, path.parent)} ({path.name})"
 
 
-def write(engine: Any, folder: Path, state: dict[str, Any], written: Callable[[], None]) -> CheckpointFiles:
+def write(
+    engine: Any, folder: Path, state: dict[str, Any], written: Callable[[], None], stamps: Stamps | None = None
+) -> CheckpointFiles:
     """Let DeepSpeed write the files of the checkpoint ``folder``; what failed on this rank is noted. Collective."""
-    with guarded(engine, written) as files:
+    with guarded(engine, written, stamps) as files:
         try:
             engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
         except OSError as error:
@@ -101,9 +102,11 @@ def _end_save(engine: Any) -> None:
 
 
 @contextmanager
-def guarded(engine: Any, written: Callable[[], None] = lambda: None) -> Iterator[CheckpointFiles]:
-    """DeepSpeed's ``engine`` with its files guarded for a while; ``written`` is called after each."""
-    files = CheckpointFiles(engine.checkpoint_engine, written)
+def guarded(
+    engine: Any, written: Callable[[], None] = lambda: None, stamps: Stamps | None = None
+) -> Iterator[CheckpointFiles]:
+    """DeepSpeed's ``engine`` with its files guarded for a while, and stamped; ``written`` is called after each."""
+    files = CheckpointFiles(engine.checkpoint_engine, written, stamps)
     engine.checkpoint_engine = files
     try:
         yield files

@@ -161,9 +161,7 @@ def numbers(flag: str, text: str, *, least: int, most: int = _MOST_RANKS) -> lis
     found = []
     for part in _parts(flag, text):
         if not part.isdecimal() or not least <= int(part) <= most:
-            raise UserError(
-                f"{flag}: {part!r} is no whole number from {least} to {most:,}; write a list such as 1,2"
-            )
+            raise UserError(f"{flag}: {part!r} is no whole number from {least} to {most:,}; write a list such as 1,2")
         found.append(int(part))
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ds_optim.train.manifest import write_atomic
+from ds_optim.survival.files import write_atomic
 
 FINISHED = 0
 USER_ERROR = 2

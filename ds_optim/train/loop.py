@@ -17,6 +17,7 @@ from ds_optim.train import exits as ends
 from ds_optim.train.batches import BatchShape
 from ds_optim.train.data import TextData, load_data
 from ds_optim.train.evaluate import evaluate
+from ds_optim.train.identity import RUN, new_id
 from ds_optim.train.meters import grad_norm, now, peak_memory, skipped_steps
 from ds_optim.train.preemption import Preemption
 from ds_optim.train.reset import load_without_optimizer
@@ -69,7 +70,9 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     if resumed is not None:
         settings = settings.model_copy(update={"warmup": resumed.warmup})
         watch.done = resumed.checkpoint.step
-    ranks.from_first(lambda: note_settings(settings))
+    before = resumed.checkpoint.notes.get(RUN) if resumed is not None else None
+    run: str = before or ranks.from_first(new_id)
+    ranks.from_first(lambda: note_settings(settings, run))
     shape = BatchShape(
         seq_len=settings.seq_len,
         micro_batch=settings.micro_batch,
@@ -86,7 +89,14 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     watch.watchdog.tick("making the engine")
     engine = start_engine(settings, data)
     return _Run(
-        settings=settings, shape=shape, data=data, engine=engine, observer=observer, resumed=resumed, watch=watch
+        settings=settings,
+        shape=shape,
+        data=data,
+        engine=engine,
+        observer=observer,
+        resumed=resumed,
+        watch=watch,
+        name=run,
     )
 
 
@@ -101,6 +111,7 @@ class _Run:
     observer: Observer | None
     resumed: Choice | None
     watch: Supervision
+    name: str
     losses: list[float] = field(default_factory=list)
     times_ms: list[float] = field(default_factory=list)
     val_losses: dict[int, float] = field(default_factory=dict)
@@ -130,6 +141,9 @@ class _Run:
             self.watchdog.tick("loading its checkpoint")
             load = load_without_optimizer if self.settings.reset_optimizer else checkpoint.load
             self.data.batches.restore(load(self.engine, self.resumed.checkpoint))
+            line = checkpoint.follow(self.resumed.checkpoint)
+            if line is not None:
+                self.log.say(f"ds-optim: warning: {line}")
         self._announce()
         started = time.monotonic()
         if self.observer is not None:
@@ -180,7 +194,7 @@ class _Run:
         if self.settings.out is None:
             return
         self.watchdog.tick(f"the save of step {step}")
-        saved = checkpoint.save(self.engine, self.settings, step, self.data.batches.position(), self._at)
+        saved = checkpoint.save(self.engine, self.settings, step, self.data.batches.position(), self._at, self.name)
         if saved.failure is None:
             self.saved = step
         for line in (saved.failure, *saved.notes):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import short
 from ds_optim.train.presets import PRESETS
 
 
@@ -34,11 +35,11 @@ def model_config(name: str, vocab_size: int) -> Any:
     """
     from transformers import AutoConfig
 
+    place = Path(name).expanduser()
     try:
-        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)
+        config = AutoConfig.from_pretrained(str(place) if place.exists() else name, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a wrong name or a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load a model config from {name!r}: {reason}") from None
+        raise UserError(f"cannot load a model config from {name!r}: {reason_of(error)}") from None
     _check_vocabulary(f"model {name}", getattr(config, "vocab_size", vocab_size), vocab_size)
     config.use_cache = False
     return config
@@ -76,13 +77,20 @@ def _causal_model(config: Any) -> torch.nn.Module:
     for attention in ("sdpa", "eager"):
         try:
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=torch.float32
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
             )
             return model
         except ValueError as error:
             problem = error
-    reason = " ".join(str(problem).split())[:200]
-    raise UserError(f"transformers cannot build a causal language model of this config: {reason}")
+    assert problem is not None
+    raise UserError(f"transformers cannot build a causal language model of this config: {reason_of(problem)}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why transformers took nothing from a folder or a name, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it asks for code of its own (auto_map), which is never run; give one that transformers has by itself"
+    return short(error, 200) or type(error).__name__
 
 
 def _draw_weights(model: Any, seed: int, *, partitioned: bool) -> None:

@@ -7,6 +7,7 @@ waiting in a collective: ``together`` runs a step on every rank and raises on al
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ds_optim.survival.extensions import use_own_folder
 from ds_optim.train.reach import code_digest, unreachable
 
 T = TypeVar("T")
+_FILES = 256
 
 # Set by the launchers that DeepSpeed can read ranks from without RANK and WORLD_SIZE.
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -53,6 +55,7 @@ def join(*, check_code: bool = True) -> None:
     port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT is {port!r}: give the launcher a port from 1 to 65535")
+    _allow_files()
     use_own_folder()
     rendezvous.prepare()
     problem = unreachable(os.environ, join_timeout())
@@ -76,6 +79,16 @@ def join(*, check_code: bool = True) -> None:
     _settle()
     if check_code:
         same_code()
+
+
+def _allow_files() -> None:
+    """Let this process open as many files as its joining and its libraries need. Raises ``UserError``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _FILES:
+        most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < _FILES:
+            raise UserError(f"a process may open {most} files here, and a rank opens up to {_FILES}: raise ulimit -n")
 
 
 def _settle() -> None:

@@ -50,7 +50,7 @@ def reshard(
         stage=stage,
         config=loaded,
         change=change,
-        finish=seal_like(notes, handed_over=optimizer is not None),
+        seal=seal_like(notes, handed_over=optimizer is not None),
         state=not reset_optimizer,
     )
     typer.echo(f"found:   {summary(done.source, done.source.stage, done.source.ranks)}")

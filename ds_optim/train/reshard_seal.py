@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import Unreadable
 from ds_optim.train import manifest
+from ds_optim.train.identity import RUN, SAVE, check_notes, misplaced, missing_files, new_id, stamps_of
 from ds_optim.train.resume import OF_THE_OPTIMIZER
 from ds_optim.zero.checkpoints.folder import find_folder
+from ds_optim.zero.checkpoints.reshard import Seal, Sealing
 from ds_optim.zero.checkpoints.target import Target
 
 
@@ -17,23 +21,29 @@ def sealed_notes(source: Path) -> dict[str, Any] | None:
     """What the run noted in the manifest of a checkpoint whose files are as they were sealed; None without one.
 
     Raises:
-        UserError: a file is not as it was.
+        UserError: a file is not as it was, or not one of this checkpoint.
     """
     folder = find_folder(source)
-    if not (folder / manifest.NAME).exists():
+    if not os.path.lexists(folder / manifest.NAME):
         return None
     try:
         sealed = manifest.read(folder)
+        check_notes(sealed.notes, bound=sealed.bound)
     except manifest.ManifestError as problem:
         raise UserError(f"{folder}: {problem}") from None
+    except Unreadable as reason:
+        raise UserError(f"{folder}: {manifest.NAME} {reason}") from None
+    missing = missing_files(sealed.notes, sealed.files)
+    if missing is not None:
+        raise UserError(f"{folder}: {missing}")
     for name, entry in sealed.files.items():
-        fault = manifest.fault(folder, name, entry)
+        fault = manifest.fault(folder, name, entry) or misplaced(folder, name, sealed.notes, bound=sealed.bound)
         if fault is not None:
             raise UserError(f"{folder}: {fault}")
     return sealed.notes
 
 
-def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> Callable[[Path, Target], None] | None:
+def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> Seal | None:
     """Seals the new folder with these notes, for its own ranks and stage; None where there are none.
 
     Args:
@@ -42,13 +52,18 @@ def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> 
     if notes is None:
         return None
 
-    def seal(folder: Path, target: Target) -> None:
-        changed: dict[str, Any] = {**notes, "world_size": target.ranks}
-        trajectory = notes.get("trajectory")
-        if isinstance(trajectory, Mapping):
-            kept = {key: value for key, value in trajectory.items() if not handed_over or key not in OF_THE_OPTIMIZER}
-            changed["trajectory"] = {**kept, "stage": target.stage, **_same_batch(notes, target)}
-        manifest.seal_folder(folder, changed)
+    def seal(target: Target) -> Sealing:
+        kept = {
+            key: value for key, value in notes["trajectory"].items() if key not in OF_THE_OPTIMIZER or not handed_over
+        }
+        changed: dict[str, Any] = {
+            **notes,
+            RUN: notes.get(RUN, new_id()),
+            SAVE: new_id(),
+            "world_size": target.ranks,
+            "trajectory": {**kept, "stage": target.stage, **_same_batch(notes, target)},
+        }
+        return Sealing(stamps=stamps_of(changed), finish=lambda folder: manifest.seal_folder(folder, changed))
 
     return seal
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import Unreadable, parse_json, read_bytes, short
 from ds_optim.survival.results import refuse
 from ds_optim.train import manifest, ranks
+from ds_optim.train.identity import check_notes, misplaced, missing_files
 from ds_optim.train.run_log import LOG_NAME
 from ds_optim.train.settings import TrainSettings, default_warmup
 
@@ -22,17 +25,21 @@ FIRST_RELEASE = "whole.json"
 SEALS = (manifest.NAME, FIRST_RELEASE)
 
 OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A sealed checkpoint: its ``step``, folder, files (of a first release: None), and what ``save`` noted."""
+    """A sealed checkpoint: its ``step``, folder, files (of a first release: None), and what ``save`` noted.
+
+    ``bound``: whether each file says, within, of which save it is.
+    """
 
     step: int
     folder: Path
     notes: dict[str, Any]
     files: dict[str, manifest.Entry] | None
+    bound: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,26 +109,35 @@ def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
 
 
 def _is_sealed(folder: Path) -> bool:
-    return any((folder / seal).exists() for seal in SEALS)
+    return any(os.path.lexists(folder / seal) for seal in SEALS)
 
 
 def _open(step: int, folder: Path) -> Checkpoint | str:
     """A sealed checkpoint, its files not looked at yet, or why it is none."""
+    seal = next((name for name in SEALS if os.path.lexists(folder / name)), None)
+    if seal is None:
+        return f"its save did not end (it has no {manifest.NAME})"
+    files: dict[str, manifest.Entry] | None = None
+    bound = False
     try:
-        if (folder / manifest.NAME).exists():
+        if seal == manifest.NAME:
             sealed = manifest.read(folder)
-            notes, files = sealed.notes, sealed.files
-        elif (folder / FIRST_RELEASE).exists():
-            notes, files = json.loads((folder / FIRST_RELEASE).read_text(encoding="utf-8")), None
+            notes, files, bound = sealed.notes, sealed.files, sealed.bound
         else:
-            return f"its save did not end (it has no {manifest.NAME})"
-        if int(notes["step"]) != step or not {"world_size", "trajectory"} <= set(notes):
-            return "its manifest is of another folder"
+            notes = parse_json(read_bytes(folder / seal))
+        check_notes(notes, bound=bound)
+        missing = missing_files(notes, [path.name for path in folder.iterdir()] if files is None else files)
     except manifest.ManifestError as error:
         return str(error)
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {FIRST_RELEASE} is damaged"
-    return Checkpoint(step=step, folder=folder, notes=notes, files=files)
+    except Unreadable as reason:
+        return f"{seal} {reason}"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if notes["step"] != step:
+        return "its manifest is of another folder"
+    if missing is not None:
+        return missing
+    return Checkpoint(step=step, folder=folder, notes=notes, files=files, bound=bound)
 
 
 def _verify(checkpoint: Checkpoint) -> str | None:
@@ -129,26 +145,31 @@ def _verify(checkpoint: Checkpoint) -> str | None:
     if checkpoint.files is None:
         return ranks.from_first(lambda: _first_release_fault(checkpoint))
     mine = sorted(checkpoint.files)[ranks.rank() :: ranks.world_size()]
-    faults = (manifest.fault(checkpoint.folder, name, checkpoint.files[name]) for name in mine)
+    faults = (_fault(checkpoint, name, checkpoint.files[name]) for name in mine)
     gathered = ranks.gather(next((line for line in faults if line is not None), None))
     return next((line for line in gathered if line is not None), None)
 
 
+def _fault(checkpoint: Checkpoint, name: str, entry: manifest.Entry) -> str | None:
+    return manifest.fault(checkpoint.folder, name, entry) or misplaced(
+        checkpoint.folder, name, checkpoint.notes, bound=checkpoint.bound
+    )
+
+
 def _first_release_fault(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint that names no files: DeepSpeed's are counted, and torch's own checksums read."""
-    stage, world_size = checkpoint.notes["trajectory"]["stage"], checkpoint.notes["world_size"]
-    for kind, count in (("model", world_size if stage == 3 else 1), ("optim", world_size if stage else 0)):
-        files = sorted(checkpoint.folder.glob(f"*_{kind}_states.pt"))
-        if len(files) != count:
-            return f"{len(files)} of {count} *_{kind}_states.pt are there"
-        for path in files:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-            except (OSError, zipfile.BadZipFile):
-                damaged = path.name
-            if damaged is not None:
-                return f"{path.name} is damaged"
+    """What is wrong with a checkpoint that names no files: torch's own checksums are read."""
+    for path in sorted(checkpoint.folder.glob("*_states.pt")):
+        # First what it would unpack to, and whether it holds data alone.
+        problem = misplaced(checkpoint.folder, path.name, checkpoint.notes, bound=False)
+        if problem is not None:
+            return problem
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (OSError, zipfile.BadZipFile):
+            damaged = path.name
+        if damaged is not None:
+            return f"{path.name} is damaged"
     return None
 
 
@@ -166,20 +187,22 @@ def _check(checkpoint: Checkpoint, settings: TrainSettings, skipped: tuple[str, 
     free += tuple(name for name in OF_THE_OPTIMIZER if name not in before)
     said: tuple[str, ...] = ()
     was = before.get("steps")
-    if isinstance(was, int) and now["steps"] > was:
+    if isinstance(was, int) and 0 < was < now["steps"]:
         free += ("steps",)
         said = (
             f"extended from {was} steps to {now['steps']}: from here on the learning rate is that of a cosine over"
             f" {now['steps']} steps, not of what is left of the old one",
         )
-    warmup = before.get("warmup", now["warmup"])
+    warmup = before.get("warmup")
+    if not isinstance(warmup, int) or warmup < 0:
+        warmup = now["warmup"]
     if now["warmup"] == default_warmup(now["steps"]):
         free += ("warmup",)
     for name in now:
         if name not in free and before.get(name) != now[name]:
             raise UserError(
-                f"--resume: the run in {settings.out} had {name} = {before.get(name)!r},"
-                f" this one has {now[name]!r};"
+                f"--resume: the run in {settings.out} had {name} = {short(repr(before.get(name)))},"
+                f" this one has {short(repr(now[name]))};"
                 f" give the same {name}, or another --out"
                 f"{', or --reset-optimizer' if name in OF_THE_OPTIMIZER else ''}"
                 f"{', or more of them to extend it' if name == 'steps' else ''}"

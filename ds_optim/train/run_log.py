@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ds_optim.train.manifest import write_atomic
+from ds_optim.survival.files import Unreadable, open_append, open_regular, parse_json, typed, write_atomic
 
 LOG_NAME = "log.jsonl"
+_LINE_BYTES = 1 << 20
 
 
 class RunLog:
@@ -35,8 +38,7 @@ class RunLog:
         if not active:
             return
         if out is not None:
-            keep_until(out / LOG_NAME, first_step)
-            self._file = (out / LOG_NAME).open("a", encoding="utf-8", buffering=1)
+            self._open(out / LOG_NAME, first_step)
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("[progress.description]{task.description}"),
@@ -49,6 +51,18 @@ class RunLog:
             self._task = self._progress.add_task("train", total=steps, completed=first_step, state="")
             self._progress.start()
         self._every = max(1, steps // 10)
+
+    def _open(self, path: Path, first_step: int) -> None:
+        """Go on with the log of before; it is advice, and no run stops for it."""
+        try:
+            dropped = keep_until(path, first_step)
+            self._file = open_append(path)
+        except OSError as error:
+            dropped = f"{LOG_NAME} is not written: {error.strerror}"
+        except Unreadable as reason:
+            dropped = f"{LOG_NAME} is not written: it {reason}"
+        if dropped is not None:
+            self.say(f"ds-optim: warning: {dropped}")
 
     def say(self, line: str) -> None:
         """A line for the user."""
@@ -112,16 +126,46 @@ class RunLog:
                     self.say(f"ds-optim: warning: {LOG_NAME} is not written: {error.strerror}")
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop what a log says of steps after ``step``: a resumed run writes them again."""
-    if not path.exists():
-        return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+class _Line(BaseModel):
+    """What every line of a log has."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    step: int = Field(ge=0, lt=2**53)
+
+
+def keep_until(path: Path, step: int) -> str | None:
+    """Drop what a log says of steps after ``step``, which a resumed run writes again, and lines that say nothing.
+
+    One line on what could not be read, or None. Raises ``OSError`` where the log cannot be written anew.
+    """
+    kept: list[str] = []
+    lost, problem = 0, None
+    if step and os.path.lexists(path):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the half line of a run that was killed
-            continue
-        if record["step"] <= step:
-            lines.append(line + "\n")
-    write_atomic(path, "".join(lines) if step else "")
+            with open_regular(path) as file:
+                # Of a line that is longer than any, the pieces are no lines either.
+                while line := file.readline(_LINE_BYTES):
+                    read = _step_of(line)
+                    if read is None:
+                        # The half line at the end is that of a run that was killed.
+                        lost += line.endswith(b"\n") or len(line) == _LINE_BYTES
+                    elif read <= step:
+                        kept.append(line.decode("utf-8"))
+        except Unreadable as reason:
+            problem = f"{LOG_NAME} {reason}: it is written anew"
+        except OSError as error:
+            problem = f"{LOG_NAME} cannot be read to its end ({error.strerror}): the rest is dropped"
+    write_atomic(path, "".join(kept))
+    if lost and problem is None:
+        problem = f"{LOG_NAME} has {lost} line{'s' if lost > 1 else ''} that cannot be read: dropped"
+    return problem
+
+
+def _step_of(line: bytes) -> int | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return typed(parse_json(line), _Line).step
+    except Unreadable:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -158,10 +159,24 @@ def did_you_mean(word: str, known: Any) -> str:
 
 def make_settings(**given: Any) -> TrainSettings:
     """A validated record; raises ``UserError`` with one line."""
+    for name, value in given.items():
+        if not _is_text(value):
+            raise UserError(f"{name} holds characters that are no text in UTF-8: rename the file, or write it as UTF-8")
     try:
         return TrainSettings(**given)
     except ValidationError as error:
         raise UserError(reword(error, TrainSettings)) from None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it can be written again: half a surrogate pair, which a wrong byte becomes, cannot."""
+    try:
+        json.dumps(value, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (TypeError, ValueError, RecursionError):
+        pass  # the fields' own checks say what is wrong
+    return True
 
 
 def parse_object(text: str, flag: str) -> dict[str, Any]:

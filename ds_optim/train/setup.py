@@ -10,15 +10,19 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.survival.extensions import load_op
+from ds_optim.survival.files import write_atomic
 from ds_optim.survival.run_lock import RunLock
 from ds_optim.train import exits as ends
 from ds_optim.train import models, ranks
 from ds_optim.train.architectures import TEXT_DECODER, is_encoder_decoder, is_text_decoder
 from ds_optim.train.data import TextData
 from ds_optim.train.deepspeed_json import deepspeed_config
+from ds_optim.train.identity import RUN
 from ds_optim.train.settings import TrainSettings
 from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.values import understood
+
+SETTINGS_NAME = "settings.json"
 
 
 def open_out(settings: TrainSettings, lock: RunLock) -> None:
@@ -50,12 +54,21 @@ def note_end(
         tell(f"cannot write {ends.END_NAME}: {error.strerror}")
 
 
-def note_settings(settings: TrainSettings) -> None:
-    """Leave the settings beside what the run writes, which from here on is another run than was there."""
+def note_settings(settings: TrainSettings, run: str) -> None:
+    """Leave the settings and the name of the run beside what it writes, which from here on is another than was there.
+
+    Raises ``UserError`` where that cannot be written.
+    """
     if settings.out is not None:
-        (settings.out / ends.END_NAME).unlink(missing_ok=True)
-        record = json.loads(settings.model_dump_json())
-        (settings.out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {**json.loads(settings.model_dump_json()), RUN: run}
+        try:
+            (settings.out / ends.END_NAME).unlink(missing_ok=True)
+            write_atomic(settings.out / SETTINGS_NAME, json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {SETTINGS_NAME} and {ends.END_NAME} in --out {str(settings.out)!r}: {error.strerror};"
+                " move what is there under these names away"
+            ) from None
 
 
 def check_dtype(settings: TrainSettings) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.report.merge import read_info
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows, write_rows
+from ds_optim.survival.files import write_atomic
 from ds_optim.survival.results import holds, refuse
 from ds_optim.survival.run_lock import RunLock
 from ds_optim.train.compare_cells import Cell, CompareSettings
@@ -91,7 +92,7 @@ def _run_sweep(sweep: Sweep, launcher: CellLauncher | None) -> tuple[list[Row], 
     _check_data(cells[0], settings)
     _clear(settings.out)
     write_rows(settings.out / RESULTS, rows)
-    (settings.out / RUN_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_atomic(settings.out / RUN_FILE, info.model_dump_json(indent=2) + "\n")
     if local is not None:
         _say("preparing: DeepSpeed builds its C++ ops at first use, which takes minutes once a machine")
         local.prepare(settings.out / "logs", settings.optimizers)
@@ -201,7 +202,7 @@ def _check_writable(out: Path) -> None:
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
-        probe.write_text("", encoding="utf-8")
+        write_atomic(probe, "")
         probe.unlink()
     except OSError as error:
         raise UserError(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import Unreadable, read_json, write_atomic
+from ds_optim.train.models import reason_of
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -58,9 +62,9 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._backend = AutoTokenizer.from_pretrained(name)
+            self._backend = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # transformers raises many types for a wrong name
-            raise UserError(f"cannot load the tokenizer {name!r}: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"cannot load the tokenizer {name!r}: {reason_of(error)}") from None
         if self._backend.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {name!r} has no end-of-text token, which ends documents; use bytes or bpe:N"
@@ -70,6 +74,15 @@ class HubTokenizer:
 
     def encode(self, text: str) -> Ids:
         return np.asarray(self._backend.encode(text, add_special_tokens=False), dtype=np.int32)
+
+
+class _Kept(BaseModel):
+    """A serialized tokenizer and its digest: another merge, by a flipped bit, would be another text."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    tokenizer: str
+    sha256: str
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> str:
@@ -93,16 +106,20 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> str:
 def cached_bpe(documents: Sequence[str], vocab_size: int, cache: Path | None) -> str:
     """A serialized BPE of these documents, kept in the folder ``cache`` if one is given.
 
-    The file's name carries the size and a digest of the documents, so that other text never meets an old one.
+    The file's name carries the size and a digest of the documents, so that other text never meets an old one. A file
+    that is not as it was written is trained anew, which gives the same.
     """
     if cache is None:
         return train_bpe(documents, vocab_size)
     path = cache / f"tokenizer-bpe{vocab_size}-{_digest(documents)}.json"
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(train_bpe(documents, vocab_size), encoding="utf-8")
-        partial.replace(path)
-    return path.read_text(encoding="utf-8")
+    with suppress(Unreadable):
+        kept = read_json(path, _Kept)
+        if kept.sha256 == _sha256(kept.tokenizer):
+            return kept.tokenizer
+    made = train_bpe(documents, vocab_size)
+    with suppress(OSError):  # the next run trains it again
+        write_atomic(path, _Kept(tokenizer=made, sha256=_sha256(made)).model_dump_json())
+    return made
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Ids:
@@ -120,4 +137,8 @@ def unigram_entropy(ids: Ids) -> float:
 
 
 def _digest(documents: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(documents)).encode()).hexdigest()[:12]
+    return _sha256(json.dumps(list(documents)))[:12]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from ds_optim.train.loop import train
 from ds_optim.train.settings import make_settings
 from tests.distributed.harness import run_ranks
 
-from .survival import FIRST_RELEASE, STEPS, Watcher, log_of, tiny
+from .survival import STEPS, Watcher, log_of, tiny
 
 # ---- a rank that is lost before the watching began, or before the first step
 
@@ -47,13 +46,18 @@ def test_a_rank_lost_during_the_start_is_named_in_one_line(place: Path, where: s
 
 
 def stuck(rank: int, world_size: int, folder: Path) -> None:
+    """A read of rank 0 that does not return, as one of a file system whose server is gone."""
+
+    def read(settings: Any) -> None:
+        time.sleep(600)
+
     os.chdir(folder)
-    train(make_settings(**tiny(out="out", resume=True, hang_timeout=3)))
+    if rank == 0:
+        setattr(loop, "to_resume", read)  # noqa: B010
+    train(make_settings(**tiny(out="out", hang_timeout=3)))
 
 
 def test_a_read_that_never_returns_is_named(place: Path) -> None:
-    shutil.copytree(FIRST_RELEASE, place / "out")
-    os.mkfifo(place / "out/checkpoints/step-3/manifest.json")
     for outcome in run_ranks(2, stuck, place, timeout=60, expect_error=True):
         assert outcome.message.endswith(f"exit code {RANK_LOST}"), outcome
         (line,) = (line for line in outcome.log.splitlines() if line.startswith("ds-optim: error: "))

@@ -22,6 +22,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import ParamSpec, build_layout
 from ds_optim.train import manifest
+from ds_optim.train.identity import misplaced
 from ds_optim.zero.checkpoints import open_checkpoint, reshard
 from ds_optim.zero.checkpoints import verify as verify_module
 from ds_optim.zero.checkpoints.pieces import flat_state
@@ -497,13 +498,17 @@ def test_a_sealed_checkpoint_is_checked_before_and_sealed_after(
     shutil.copytree(flat, tmp_path / "run")
     sealed = tmp_path / "run" / "step-3"
     notes = {"step": 3, "world_size": 3, "trajectory": {"stage": 2, "micro_batch": 4, "seed": 1}}
-    manifest.seal_folder(sealed, notes)
+    manifest.seal_folder(sealed, notes, bound=False)  # as releases did whose files say nothing of themselves
     command = ["reshard", str(tmp_path / "run"), str(tmp_path / "out"), "--ranks", "2", "--stage", "3"]
     with pytest.raises(SystemExit) as stopped:
         cli.main(command)
     assert stopped.value.code == 0
     made = manifest.read(tmp_path / "out" / "step-3")
-    assert made.notes == {"step": 3, "world_size": 2, "trajectory": {"stage": 3, "micro_batch": 6, "seed": 1}}
+    trajectory = {"stage": 3, "micro_batch": 6, "seed": 1}
+    assert {key: made.notes[key] for key in notes} == {"step": 3, "world_size": 2, "trajectory": trajectory}
+    assert made.bound
+    for name in made.files:
+        assert misplaced(tmp_path / "out" / "step-3", name, made.notes, bound=True) is None
     assert set(made.files) == {path.name for path in (tmp_path / "out" / "step-3").iterdir()} - {manifest.NAME}
     shutil.rmtree(tmp_path / "out")
     damaged = sealed / "zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_optim.survival import files
 from ds_optim.train import manifest
 from ds_optim.train.chaos_damage import Damage, do_damage
 from ds_optim.train.manifest import Entry, ManifestError
@@ -150,14 +151,14 @@ def test_a_checkpoint_that_is_half_deleted_has_no_manifest(sealed: Path, monkeyp
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest.write_atomic(tmp_path / "latest", "step-1")
+    files.write_atomic(tmp_path / "latest", "step-1")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        manifest.write_atomic(tmp_path / "latest", "step-2")
+        files.write_atomic(tmp_path / "latest", "step-2")
     assert (tmp_path / "latest").read_text() == "step-1"
 
 

@@ -182,7 +182,7 @@ def test_folders_that_cannot_be_merged_are_one_line(tmp_path: Path) -> None:
     compared = run_folder(tmp_path / "b", [Row(kind="compare", optimizer="lion")])
     with pytest.raises(UserError, match="results of compare, memory: give folders of one kind"):
         merge_runs([memory, compared], tmp_path / "out")
-    with pytest.raises(UserError, match=r"results\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"results\.jsonl is missing"):
         merge_runs([tmp_path / "none"], tmp_path / "out")
     with pytest.raises(UserError, match="given twice"):
         merge_runs([memory, memory], tmp_path / "out")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_optim.errors import UserError
+from ds_optim.survival.files import Unreadable, read_line, short
 
 LATEST = "latest"
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
@@ -39,18 +41,28 @@ def find_folder(source: Path) -> Path:
         UserError: there is none, or ``latest`` names another place.
     """
     latest = source / LATEST
-    if latest.is_file():
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if not tag or tag in (".", "..") or Path(tag).name != tag or "\\" in tag:
-            raise UserError(f"{latest} holds {tag!r}, which is no name of a folder beside it")
+    if os.path.lexists(latest):
+        try:
+            tag = read_line(latest)
+        except Unreadable as reason:
+            raise UserError(f"{latest} {reason}: give the folder of a step instead of {source}") from None
+        if not tag or tag in (".", "..") or Path(tag).name != tag or "\\" in tag or not tag.isprintable():
+            raise UserError(f"{latest} holds {short(repr(tag))}, which is no name of a folder beside it")
         folder = source / tag
-        if not folder.is_dir():
-            raise UserError(f"{latest} names {tag!r}, and there is no such folder beside it")
+        if not _is_dir(folder):
+            raise UserError(f"{latest} names {short(repr(tag))}, and there is no such folder beside it")
         _check_inside(folder, source)
         return folder
     if not source.is_dir():
         raise UserError(f"there is no folder {source}")
     return source
+
+
+def _is_dir(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError:  # a name that is longer than any
+        return False
 
 
 def find_files(folder: Path) -> Files:
@@ -92,7 +104,11 @@ def find_files(folder: Path) -> Files:
 
 
 def _check_inside(entry: Path, folder: Path) -> None:
-    if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+    try:
+        outside = entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        outside = True
+    if outside:
         raise UserError(f"{entry} is a link to a place outside of the checkpoint: put the file itself there")
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
 from ds_optim.zero.checkpoints.same import same
+from ds_optim.zero.checkpoints.stamp import STAMP
 
 _PER_CUT = (
     *("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"),
-    *("dp_world_size", "ds_config"),
+    *("dp_world_size", "ds_config", STAMP),
 )
 
 

@@ -13,11 +13,23 @@ from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.reader import open_checkpoint
 from ds_optim.zero.checkpoints.safe import laid_out
+from ds_optim.zero.checkpoints.stamp import Stamps
 from ds_optim.zero.checkpoints.target import Target, choose_target
 from ds_optim.zero.checkpoints.verify import check_masters, differences
 from ds_optim.zero.checkpoints.writer import write_checkpoint
 
 Change = Callable[[Portable], Portable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealing:
+    """What each file of a new checkpoint says of itself, and who seals the folder that has them all."""
+
+    stamps: Stamps
+    finish: Callable[[Path], None]
+
+
+Seal = Callable[[Target], Sealing]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +50,7 @@ def reshard(
     stage: int | None = None,
     config: Mapping[str, Any] | None = None,
     change: Change | None = None,
-    finish: Callable[[Path, Target], None] | None = None,
+    seal: Seal | None = None,
     state: bool = True,
 ) -> Resharded:
     """Write the checkpoint in ``source`` as ``ranks`` ranks at ZeRO ``stage`` would have saved it.
@@ -49,7 +61,7 @@ def reshard(
         ranks, stage: of the run that is to load it; the checkpoint's own where left out.
         config: that run's DeepSpeed JSON, for sub_group_size and parameter_alignment.
         change: what else becomes of it, such as another optimizer.
-        finish: is given the verified folder of the tag, before it appears, and its shape.
+        seal: stamps the files as they are written, and seals the verified folder of the tag before it appears.
         state: False leaves the optimizer's state behind: weights, schedule and the place in the data stay.
 
     Raises:
@@ -69,13 +81,14 @@ def reshard(
     if partial.exists():
         raise UserError(f"{partial} is left of a run that did not end: remove it")
     try:
+        sealed = seal(target) if seal is not None else None
         with laid_out(folder):
-            wrong = _write(wanted, target, partial, tag)
+            wrong = _write(wanted, target, partial, tag, sealed.stamps if sealed is not None else None)
         if wrong:
             shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")
-        if finish is not None:
-            finish(partial / tag, target)
+        if sealed is not None:
+            sealed.finish(partial / tag)
         if place.exists():
             place.rmdir()
         partial.replace(place)
@@ -86,8 +99,8 @@ def reshard(
     return Resharded(source=found, written=wanted, target=target, folder=place / tag)
 
 
-def _write(wanted: Portable, target: Target, partial: Path, tag: str) -> list[str]:
+def _write(wanted: Portable, target: Target, partial: Path, tag: str, stamps: Stamps | None) -> list[str]:
     """Write it; what a load would miss."""
-    write_checkpoint(wanted, target, partial, tag)
+    write_checkpoint(wanted, target, partial, tag, stamps)
     names = [group.params for group in wanted.groups]
     return differences(open_checkpoint(partial / tag, names), wanted, target)

@@ -7,6 +7,7 @@ anything else is refused before it is done.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,12 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers.layer_scales import LayerScales
+from ds_optim.survival.files import Unreadable, open_regular, short
+
+PICKLE_LIMIT = 64 << 20
+"""Bytes of a file's ``data.pkl``, which names the tensors and holds everything else; a large model's is 20 MB."""
+_LINE = 1000
+_ZIP = b"PK\x03\x04"
 
 
 @cache
@@ -35,21 +42,45 @@ def allowed_classes() -> tuple[Any, ...]:
     return (*classes, rebuild, *sorted(dtypes, key=str))
 
 
-def load(path: Path) -> Any:
-    """What a file holds, its tensors on the CPU and not read before they are used.
+def load(path: Path, *, map_location: Any = "cpu", mmap: bool = True) -> Any:
+    """What a file holds, its tensors on the CPU and, with ``mmap``, not read before they are used.
 
     Raises:
-        UserError: it is missing, damaged, or asks for a class that is not on the list.
+        UserError: it is missing, damaged, would unpack to more than it holds, or asks for a class that is not on the
+            list.
     """
     try:
+        zipped = _check_sizes(path)
         with torch.serialization.safe_globals(list(allowed_classes())):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint is not whole") from None
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+    except Unreadable as reason:
+        raise UserError(
+            f"{path} {reason}: the checkpoint is not whole" if "missing" in str(reason) else f"{path} {reason}"
+        ) from None
     except pickle.UnpicklingError as problem:
         raise UserError(f"{path} is refused, and nothing in it was run: {_reason(problem)}") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise UserError(f"{path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
+    except Exception as problem:  # what a damaged pickle raises is any of Python's
+        raise UserError(f"{path} cannot be read: {short(problem, 200) or type(problem).__name__}") from None
+
+
+def _check_sizes(path: Path) -> bool:
+    """Whether it is an archive of torch's, whose parts are stored as they are, and not an older kind of file.
+
+    Raises ``Unreadable`` for one that would unpack to more than torch writes.
+    """
+    with open_regular(path) as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return False
+        size = file.seek(0, 2)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise Unreadable("is refused: parts of it are compressed, which torch never does")
+    if sum(entry.file_size for entry in entries) > size:
+        raise Unreadable("is refused: it says that it unpacks to more than it holds")
+    if any(entry.file_size > PICKLE_LIMIT for entry in entries if entry.filename.endswith("data.pkl")):
+        raise Unreadable(f"is refused: its data.pkl is larger than {PICKLE_LIMIT:,} bytes")
+    return True
 
 
 @contextmanager
@@ -61,10 +92,10 @@ def laid_out(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as problem:
-        what = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+    except UserError as problem:  # it may quote what the file holds, of whatever length
+        raise UserError(short(problem, _LINE)) from None
+    except (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as problem:
+        what = f"{type(problem).__name__}: {short(problem, 200)}"
         raise UserError(f"{folder} is not laid out as DeepSpeed 0.19 lays it out ({what})") from problem
 
 
@@ -73,5 +104,5 @@ def _reason(problem: Exception) -> str:
     text = " ".join(str(problem).split())
     for sentence in text.split(". "):
         if "GLOBAL" in sentence or "Unsupported" in sentence:
-            return sentence.removeprefix("WeightsUnpickler error: ")[:200]
-    return text[:200]
+            return short(sentence.removeprefix("WeightsUnpickler error: "), 200)
+    return short(text, 200)

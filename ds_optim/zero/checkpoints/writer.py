@@ -22,14 +22,17 @@ from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimi
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import flat_state, whole_state
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.stamp import Stamps, stamped
 from ds_optim.zero.checkpoints.states import as_saved
 from ds_optim.zero.checkpoints.target import Target
 
 State = dict[int, dict[str, Any]]
 
 
-def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str) -> None:
+def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str, stamps: Stamps | None = None) -> None:
     """Write ``place``/``tag``, and ``latest`` and DeepSpeed's own recovery scripts beside it.
+
+    stamps: what each file is to say of itself.
 
     Raises:
         UserError: the checkpoint has what a run of this shape cannot have.
@@ -39,18 +42,20 @@ def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str) 
     folder.mkdir(parents=True)
     layout = target.layout(portable)
     for rank in range(target.ranks if target.stage else 0):
-        _save(_optimizer_states(portable, target, layout, rank), folder / optimizer_file(rank, portable.prefix))
+        name = optimizer_file(rank, portable.prefix)
+        _save(_optimizer_states(portable, target, layout, rank), folder / name, stamps)
     module = Module(portable)
     for rank in range(target.ranks if target.stage == 3 else 1):
-        _save(_model_states(portable, target, layout, module, rank), folder / model_file(rank, target.stage))
+        name = model_file(rank, target.stage)
+        _save(_model_states(portable, target, layout, module, rank), folder / name, stamps)
     (place / LATEST).write_text(tag, encoding="utf-8")
     if target.stage:
         _copy_scripts(place)
 
 
-def _save(content: Mapping[str, Any], path: Path) -> None:
+def _save(content: Mapping[str, Any], path: Path, stamps: Stamps | None) -> None:
     try:
-        torch.save(dict(content), path)
+        torch.save(stamped(content, path.name, stamps), path)
     except RuntimeError as error:  # torch's own word for a disk that is full
         raise OSError(errno.EIO, write_reason(error, path.parent)) from error
 
