@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.sharding.binding import full_shape
 from ds_optim.sharding.comm import Comm
+from ds_optim.zero.caller import find_caller
 
 # Where a rank writes its own logs is its own business.
 _LOCAL = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "steps_per_print", "wall_clock_breakdown")
@@ -36,6 +38,18 @@ def raise_everywhere(problem: Exception | None, comm: Comm) -> None:
 def world() -> Comm:
     """All ranks of the job; a single one where nothing is distributed."""
     return Comm.of_group(dist.group.WORLD if dist.is_initialized() else None)
+
+
+def load_peers(optimizer: torch.optim.Optimizer) -> Comm | None:
+    """The ranks that load together with this one; None where that is not sure.
+
+    An engine's ``load_checkpoint`` is a call of all ranks, unless it is set to let them load one after the other.
+    """
+    caller = find_caller(optimizer)
+    engine = caller.engine if caller is not None else None
+    if engine is None or engine._config.zero_config.pipeline_loading_checkpoint:
+        return None
+    return Comm.of_group(engine.seq_data_parallel_group)
 
 
 def agree_on_start(problem: UserError | None, model: nn.Module | None, config: Mapping[str, Any] | None) -> None:
