@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.rules import STEP
 from ds_optim.sharding.binding import Member
 from ds_optim.sharding.comm import Comm
@@ -98,6 +99,13 @@ def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         where = f"of parameter group {group.get('name', number)!r}"
         found |= {f"{key} {where}": _plain(value) for key, value in group.items() if key not in _NO_NUMBERS}
     return found
+
+
+def options_of(options: dict[str, Any], polar: PolarSpec, exchange: Mapping[str, Any]) -> dict[str, str]:
+    """An optimizer's options, the JSON's two objects by their keys."""
+    objects = {"polar": vars(polar), "exchange": exchange}
+    inner = {f"{name}.{key}": value for name, own in objects.items() for key, value in own.items()}
+    return {key: str(value) for key, value in (options | inner).items()}
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
-from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, parameters_of, steps_of
+from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, options_of, parameters_of, steps_of
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
@@ -186,6 +186,11 @@ class ZeroOptimizer(GroupedOptimizer):
         return True
 
     @property
+    def polar(self) -> PolarSpec:
+        """How matrices are orthogonalized, as the user wrote it."""
+        return self._polar
+
+    @property
     def matrix_workers(self) -> Mapping[int, MatrixWorker]:
         """By unit of the layout, what works on its matrices; empty before the first step."""
         return self._workers
@@ -259,18 +264,13 @@ class ZeroOptimizer(GroupedOptimizer):
 
     def _meant(self, binding: Binding) -> dict[str, str]:
         """All that the ranks must have alike, by names that a user knows."""
-        spec = {f"polar.{key}": value for key, value in vars(self._polar).items()}
-        exchange = {f"exchange.{key}": value for key, value in self._exchange.items()}
         options = {
             "optimizer": type(self).__name__,
             "momentum_dtype": self._momentum_dtype,
             "diagnostics": self._diagnostics is not None,
-            **spec,
-            **exchange,
         }
-        said = {key: str(value) for key, value in options.items()}
         return {
-            **said,
+            **options_of(options, self._polar, self._exchange),
             **parameters_of(self._all_groups, self._members),
             **numbers_of(self._all_groups),
             "layout of the parameters": binding.layout.digest(),

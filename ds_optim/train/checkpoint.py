@@ -7,7 +7,7 @@ every folder with a manifest are whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,18 @@ class Saved:
     notes: tuple[str, ...] = ()
 
 
-def save(engine: Any, settings: TrainSettings, step: int, place: dict[str, int], at: Callable[[Moment], None]) -> Saved:
+def save(
+    engine: Any,
+    settings: TrainSettings,
+    step: int,
+    place: dict[str, int],
+    at: Callable[[Moment], None],
+    inputs: Mapping[str, str],
+) -> Saved:
     """Write the checkpoint of ``step``; where that fails on any rank, none counts and what was written is removed.
 
     Collective; the same ``Saved`` on every rank. ``place`` is the position of the text; ``at`` is told the moments
-    of the save.
+    of the save. ``inputs`` are the digests of what the run reads.
     """
     assert settings.out is not None
     folder = settings.out / FOLDER / f"step-{step}"
@@ -44,6 +51,7 @@ def save(engine: Any, settings: TrainSettings, step: int, place: dict[str, int],
         failure = _first(files.problem)
     if failure is None:
         notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
+        notes["inputs"] = dict(inputs)
         failure = _seal(folder, notes, at)
     if failure is not None:
         _first_problem(lambda: manifest.remove(folder) if ranks.rank() == 0 else None, folder)

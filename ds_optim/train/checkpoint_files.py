@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_optim.errors import UserError
+from ds_optim.train import ranks
 from ds_optim.zero.checkpoints.safe import allowed_classes
 
 _FULL_BYTES = 1 << 20
@@ -47,12 +49,20 @@ class CheckpointFiles:
         self._written()
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file as data: no code that a checkpoint brings along runs.
+        """Read a file as data: no code that a checkpoint brings along runs. Collective: every rank reads as many.
 
-        Raises ``pickle.UnpicklingError`` where it holds more than tensors, plain values and DeepSpeed's own records.
+        Raises ``pickle.UnpicklingError`` where it holds more than tensors, plain values and DeepSpeed's own records; on
+        the other ranks what ``ranks.together`` makes of it. No rank goes on with what another one cannot read.
         """
-        with torch.serialization.safe_globals(list(allowed_classes())):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return ranks.together(lambda: self._read(path, map_location))
+
+    def _read(self, path: str, map_location: Any) -> Any:
+        try:
+            with torch.serialization.safe_globals(list(allowed_classes())):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except (OSError, EOFError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+            raise UserError(f"{path} cannot be loaded: {reason or 'it is damaged'}") from None
 
 
 @contextmanager

@@ -54,13 +54,13 @@ CASES = [
     Case("MiMuon", {"tau": 0.5}, "tau of parameter group 'matrix' (0.001 on rank 0, 0.5 on rank 1)"),
     Case("MiMuon", {"gate": "singular_gap"}, "gate of parameter group 'matrix' ('frobenius' on rank 0, 'singular_gap'"),
     Case("CLion", {"nu": 0.5}, "nu of parameter group 'matrix' (1e-06 on rank 0, 0.5 on rank 1)"),
-    Case("CLion", {"gate": "tensor"}, "gate of parameter group 'matrix' ('coordinate' on rank 0, 'tensor' on rank 1)"),
     Case(
-        "LASM", {"layer_scales": LAYERS}, "layer_scales of parameter group 'matrix' (() on rank 0, (('square', 2)) on"
+        "CLion", {"gate": "tensor"}, "rule of parameter group 'matrix' ('clion_coordinate' on rank 0, 'clion_tensor' on"
     ),
+    Case("LASM", {"layer_scales": LAYERS}, "... on rank 0, (('square', 2)) on rank 1)"),
     Case("StoSignSGD", {"beta": 0.5}, "beta of parameter group 'matrix' (0.9 on rank 0, 0.5 on rank 1)"),
     Case("StableLion", {"trust_ratio_max": 9.0}, "trust_ratio_max of parameter group 'matrix' (3 on rank 0, 9 on rank"),
-    Case("SpectralLion", {"basis": "weight"}, "basis of parameter group 'matrix' ('momentum' on rank 0, 'weight' on"),
+    Case("SpectralLion", {"basis": "weight"}, "rule of parameter group 'matrix' ('spectral_lion_momentum' on rank 0,"),
     Case("Lamb", {"eps": 0.5}, "eps of parameter group 'matrix' ("),
 ]
 
