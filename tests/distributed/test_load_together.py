@@ -143,10 +143,3 @@ def test_ranks_that_load_different_checkpoints_are_told(checkpoints: Path, tmp_p
     for error, line in run_ranks(2, another_try, tmp_path / "c", timeout=60):
         assert error == "UserError"
         assert "the ranks disagree on the checkpoint to be loaded (step 3 on rank 0, step 2 on rank 1)" in line
-
-
-def one_loads(rank: int, world_size: int, folder: Path, stage: int) -> tuple[str, str]:
-    """Rank 1's optimizer has no state, since its script loaded weights alone; the first step."""
-    engine = start(Cell(stage=stage), world_size, LION_MUON)
-    engine.load_checkpoint(str(folder), tag="three", load_optimizer_states=rank == 0)
-    return attempt(one_step, engine=engine, step=3, rank=rank, world_size=world_size)
