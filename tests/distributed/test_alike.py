@@ -101,6 +101,34 @@ def test_whatever_a_rule_reads_is_compared_before_the_first_step() -> None:
         assert moved == [], case
 
 
+def other_configs(rank: int, world_size: int) -> dict[str, str]:
+    """Settings by which engines make gradients, otherwise on rank 1: the line of ``initialize``."""
+    import deepspeed
+
+    quiet()
+    changes: dict[str, dict[str, Any]] = {
+        "gradient_clipping": {"gradient_clipping": 0.5},
+        "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+        "zero_optimization.stage": {"zero_optimization": Cell(stage=1).json(world_size)["zero_optimization"]},
+    }
+    lines = {}
+    for name, change in changes.items():
+        model = new_model()
+        config = {**Cell(stage=2).json(world_size), "zero_allow_untested_optimizer": True, **(change if rank else {})}
+        optimizer = ds_optim.Lion(ds_optim.param_groups(model))
+        error, lines[name] = attempt(deepspeed.initialize, model=model, optimizer=optimizer, config=config)
+        assert error == "UserError", (name, error, lines[name])
+    return lines
+
+
+def test_settings_that_make_gradients_are_compared_too() -> None:
+    first, second = run_ranks(2, other_configs)
+    assert first == second
+    for name, line in first.items():
+        assert f"the ranks disagree on the config's {name} (" in line
+    assert "(0.0 on rank 0, 0.5 on rank 1)" in first["gradient_clipping"]
+
+
 # ---- after the first step
 
 
