@@ -16,7 +16,7 @@ from ds_optim.errors import UserError
 from ds_optim.train import manifest, ranks
 from ds_optim.train.checkpoint_files import guarded, write_reason
 from ds_optim.train.results import Moment
-from ds_optim.train.resume import FOLDER, SEALS, Checkpoint, step_folders
+from ds_optim.train.resume import DIGESTS, FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.train.settings import TrainSettings
 
 
@@ -51,7 +51,7 @@ def save(
         failure = _first(files.problem)
     if failure is None:
         notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
-        notes["inputs"] = dict(inputs)
+        notes[DIGESTS] = dict(inputs)
         failure = _seal(folder, notes, at)
     if failure is not None:
         _first_problem(lambda: manifest.remove(folder) if ranks.rank() == 0 else None, folder)

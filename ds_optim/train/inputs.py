@@ -17,11 +17,8 @@ from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.optimizers.rules import RULES
 from ds_optim.train import ranks
 from ds_optim.train.data import TextData
-from ds_optim.train.resume import Checkpoint
+from ds_optim.train.resume import DIGESTS, Checkpoint
 from ds_optim.train.settings import TrainSettings
-
-NOTE = "inputs"
-"""The key of the digests in a checkpoint's notes."""
 
 _SAYS = {
     "text": "the text of --data",
@@ -52,7 +49,7 @@ def check_inputs(settings: TrainSettings, inputs: Inputs, checkpoint: Checkpoint
 
     Raises ``UserError`` where one is another than the checkpoint's and is not accepted.
     """
-    noted = checkpoint.notes.get(NOTE)
+    noted = checkpoint.notes.get(DIGESTS)
     if not isinstance(noted, Mapping):
         return ("the checkpoint does not say what text, model and tokenizer it was trained with: not compared",)
     left = ("polar",) if settings.reset_optimizer else ()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_optim.errors import UserError
 from ds_optim.train import manifest
-from ds_optim.train.resume import OF_THE_OPTIMIZER
+from ds_optim.train.resume import DIGESTS, OF_THE_OPTIMIZER
 from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.target import Target
 
@@ -48,6 +48,9 @@ def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> 
         if isinstance(trajectory, Mapping):
             kept = {key: value for key, value in trajectory.items() if not handed_over or key not in OF_THE_OPTIMIZER}
             changed["trajectory"] = {**kept, "stage": target.stage, **_same_batch(notes, target)}
+        inputs = notes.get(DIGESTS)
+        if handed_over and isinstance(inputs, Mapping):  # the other optimizer orthogonalizes in its own way
+            changed[DIGESTS] = {key: value for key, value in inputs.items() if key != "polar"}
         manifest.seal_folder(folder, changed)
 
     return seal
