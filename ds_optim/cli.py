@@ -195,6 +195,10 @@ def train(
             "--reset-optimizer", help="With --resume: keep weights, schedule and place in the text; any --optimizer."
         ),
     ] = False,
+    accept: Annotated[
+        str | None,
+        typer.Option(help="With --resume: go on though these changed: of text, model, tokenizer, polar."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start anew where --out holds the log of an earlier run, and replace it.")
     ] = False,

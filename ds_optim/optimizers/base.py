@@ -18,6 +18,7 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
+from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, options_of, parameters_of, steps_of
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
 from ds_optim.optimizers.elements import step_elements
@@ -29,7 +30,7 @@ from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions, check_exchange, check_options
 from ds_optim.optimizers.parameters import step_parameters
-from ds_optim.optimizers.planning import check_alike, plan_workers
+from ds_optim.optimizers.planning import plan_workers
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     RULES,
@@ -114,6 +115,7 @@ class ZeroOptimizer(GroupedOptimizer):
         # As built: a universal load at stage 3 writes the first group's into all.
         self._names, self._rules = (tuple(group[key] for group in built.groups) for key in ("name", "rule"))
         self._universal = False
+        self._alike = Alike()
         self.skipped_steps = 0
         super().__init__(built, lr, weight_decay)
         watch(self)
@@ -133,16 +135,28 @@ class ZeroOptimizer(GroupedOptimizer):
             UserError: it was saved in another one than this optimizer's, or by another optimizer, or for other
                 parameters; nothing was loaded.
         """
+        problem, plain, description = None, state_dict, None
+        try:
+            plain, description = self._loadable(state_dict)
+        except Exception as fault:  # passed on below, once every rank knows
+            problem = fault
+        loaded = NOTHING if problem is not None else f"step {steps_of(plain)}"
+        join_load(self, problem, loaded)
+        super().load_state_dict(wrapped(plain))
+        unwrap(self)
+        self._keep_costs(description)
+        self._alike.loaded = loaded
         self.loaded_shares = has_shares(state_dict["param_groups"])
+        if self.loaded_shares:  # whoever knows the scheduler is to look at it again
+            self._binding = None
+
+    def _loadable(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What is to be loaded, and its description; raises as ``load_state_dict``."""
         plain, description = without_description(state_dict)
         check_saved(plain["param_groups"], description, self.identity())
         for entry in plain["state"].values():
             check_stored_dtype(entry, self._momentum_dtype)
-        super().load_state_dict(wrapped(plain))
-        unwrap(self)
-        self._keep_costs(description)
-        if self.loaded_shares:  # whoever knows the scheduler is to look at it again
-            self._binding = None
+        return plain, description
 
     def _keep_costs(self, description: Mapping[str, Any] | None) -> None:
         """Make the plan of the saved run again, where a checkpoint brings what it was made from."""
@@ -170,6 +184,11 @@ class ZeroOptimizer(GroupedOptimizer):
         self._keep_costs(description)
         self._universal = True
         return True
+
+    @property
+    def polar(self) -> PolarSpec:
+        """How matrices are orthogonalized, as the user wrote it."""
+        return self._polar
 
     @property
     def matrix_workers(self) -> Mapping[int, MatrixWorker]:
@@ -207,6 +226,8 @@ class ZeroOptimizer(GroupedOptimizer):
                 self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
                 return loss
         self.settle_rates()
+        if any(binding.unit_of(t) == 0 for group in self.param_groups for t in group["params"][:1]):
+            self._alike.count(binding.peers, lambda: self._meant(binding))
         scratch = Scratch()  # for this call only: nothing but state outlives a step
         units = [self._step_unit(binding, group, scratch) for group in self.param_groups if group["params"]]
         if self._diagnostics is not None and len(binding.layout.units) - 1 in units:
@@ -236,14 +257,24 @@ class ZeroOptimizer(GroupedOptimizer):
                 "be overridden; register a rule instead"
             )
         binding = bind(self, self._members, self._all_groups)
-        rules = tuple(self._all_groups[unit.group]["rule"] for unit in binding.layout.units)
-        meant = type(self).__name__, binding.layout.digest(), rules, self._polar, tuple(sorted(self._exchange.items()))
-        seeds = tuple(group.get("seed") for group in self._all_groups)
-        alike = {"layout or the exchange of matrices": meant, "optimizer's seed": seeds}
-        check_alike(binding.peers.gather_objects(alike))
+        self._alike.begin(binding.peers, self._meant(binding))
         self._binding, self._planned, self._waits_for_engine = binding, False, False
         self._init_states(binding)
         return binding
+
+    def _meant(self, binding: Binding) -> dict[str, str]:
+        """All that the ranks must have alike, by names that a user knows."""
+        options = {
+            "optimizer": type(self).__name__,
+            "momentum_dtype": self._momentum_dtype,
+            "diagnostics": self._diagnostics is not None,
+        }
+        return {
+            **options_of(options, self._polar, self._exchange),
+            **parameters_of(self._all_groups, self._members),
+            **numbers_of(self._all_groups),
+            "layout of the parameters": binding.layout.digest(),
+        }
 
     def _init_states(self, binding: Binding) -> None:
         # All units at once: DeepSpeed links the state of all groups after the first group's step.

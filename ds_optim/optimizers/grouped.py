@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.alike import Alike
 from ds_optim.optimizers.groups import Built
 from ds_optim.optimizers.routes import say
 from ds_optim.optimizers.shares import settle_rates
@@ -77,6 +78,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # What a step makes for itself is made again: it holds process groups, and this rank's memory by address.
         remade: dict[str, Any] = {"_binding": None, "_workers": {}, "_planned": False, "_waits_for_engine": True}
+        remade["_alike"] = Alike()
         own = {key: value for key, value in self.__dict__.items() if key in _COPIED}
         return {**super().__getstate__(), **own, **remade}
 

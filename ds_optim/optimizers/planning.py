@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_optim.matrix.polar import PolarSpec
+from ds_optim.optimizers.alike import check_alike
 from ds_optim.optimizers.costs import Costs, costs_of, measured
 from ds_optim.optimizers.matrices import MatrixWorker, views_of
 from ds_optim.optimizers.matrix_work import MatrixWork
@@ -27,7 +29,8 @@ def plan_workers(
         saved: the costs of a checkpoint. None of them is measured anew, so that its plan is made again.
 
     Raises:
-        RuntimeError: on every rank, where plans differ all the same.
+        RuntimeError: rank 0 could not plan; on every rank.
+        UserError: plans differ all the same; on every rank.
     """
     works = _works(binding, rules, polar, exchange)
     choice = _guarded(binding, works, exchange["costs"] == "measured", saved) if binding.peers.rank == 0 else None
@@ -39,8 +42,9 @@ def plan_workers(
         work = replace(work, polar=choice.polars[number], costs=choice.costs[number])
         unit, members = binding.layout.units[number], binding.members[number]
         workers[number] = MatrixWorker(unit, members, binding.comm, work=work, device=binding.device)
-    plans = tuple((number, worker.digest()) for number, worker in sorted(workers.items()))
-    check_alike(binding.peers.gather_objects({"layout or the exchange of matrices": plans}))
+    plans = repr([(number, worker.digest()) for number, worker in sorted(workers.items())])
+    digest = hashlib.sha256(plans.encode()).hexdigest()[:12]
+    check_alike(binding.peers.gather_objects({"plan of the exchange of matrices": digest}))
     return workers, choice.table
 
 
@@ -69,15 +73,6 @@ def _chosen(binding: Binding, works: Mapping[int, MatrixWork], timed: bool, save
         for number, work in works.items():
             costs[number] = costs_of(work, binding.device, table, _matrices(binding, number))
     return _Choice(polars={number: work.polar for number, work in works.items()}, costs=costs, table=table)
-
-
-def check_alike(answers: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError where the ranks' answers differ, with what they differ in."""
-    for what, own in answers[0].items():
-        if any(answer[what] != own for answer in answers):
-            raise RuntimeError(
-                f"the ranks disagree on the {what}: give every rank the same model, parameter groups and optimizer JSON"
-            )
 
 
 def _works(

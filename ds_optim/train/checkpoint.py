@@ -7,7 +7,7 @@ every folder with a manifest are whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ds_optim.train import manifest, ranks
 from ds_optim.train.checkpoint_files import guarded, write
 from ds_optim.train.identity import RUN, SAVE, new_id, stamps_of
 from ds_optim.train.results import Moment
-from ds_optim.train.resume import FOLDER, SEALS, Checkpoint, step_folders
+from ds_optim.train.resume import DIGESTS, FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.train.settings import TrainSettings
 from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS
 
@@ -33,12 +33,18 @@ class Saved:
 
 
 def save(
-    engine: Any, settings: TrainSettings, step: int, place: dict[str, int], at: Callable[[Moment], None], run: str
+    engine: Any,
+    settings: TrainSettings,
+    step: int,
+    place: dict[str, int],
+    at: Callable[[Moment], None],
+    inputs: Mapping[str, str],
+    run: str,
 ) -> Saved:
     """Write the checkpoint of ``step``; where that fails on any rank, none counts and what was written is removed.
 
     Collective; the same ``Saved`` on every rank. ``place`` is the position of the text; ``at`` is told the moments
-    of the save; ``run`` is the run's own name.
+    of the save. ``inputs`` are the digests of what the run reads; ``run`` is the run's own name.
     """
     assert settings.out is not None
     folder = settings.out / FOLDER / f"step-{step}"
@@ -46,7 +52,7 @@ def save(
     failure = _first_problem(lambda: _make_room(folder) if ranks.rank() == 0 else None, folder.parent)
     if failure is None:
         notes = {"step": step, "world_size": ranks.world_size(), "trajectory": settings.trajectory()}
-        notes |= {RUN: run, SAVE: ranks.from_first(new_id)}
+        notes |= {DIGESTS: dict(inputs), RUN: run, SAVE: ranks.from_first(new_id)}
         state = {"step": step, "position": place}
         files = write(engine, folder, state, lambda: at("file written"), stamps_of(notes))
         failure, note = _first(files.problem), _first(files.note)

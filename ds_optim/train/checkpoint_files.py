@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.survival.writing import write_reason
+from ds_optim.train import ranks
 from ds_optim.zero.checkpoints.folder import SCRIPTS
 from ds_optim.zero.checkpoints.safe import load
 from ds_optim.zero.checkpoints.stamp import Stamps, stamped
@@ -68,11 +69,12 @@ class CheckpointFiles:
                 path.unlink()
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file as data: no code that a checkpoint brings along runs.
+        """Read a file as data: no code that a checkpoint brings along runs. Collective: every rank reads as many.
 
-        Raises ``UserError`` where it holds more than tensors, plain values and DeepSpeed's own records.
+        Raises ``UserError`` where it holds more than tensors, plain values and DeepSpeed's own records; on the other
+        ranks what ``ranks.together`` makes of it. No rank goes on with what another one cannot read.
         """
-        return load(Path(path), map_location=map_location, mmap=False)
+        return ranks.together(lambda: load(Path(path), map_location=map_location, mmap=False))
 
     def _fail(self, error: BaseException, path: Path) -> None:
         if self.problem is None:

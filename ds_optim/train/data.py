@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -28,11 +28,17 @@ from ds_optim.train.tokens import (
 
 # How many documents of a stream a BPE is trained on.
 _BPE_DOCUMENTS = 5_000
+# How many documents of a stream stand for all of it where runs are compared.
+_HEAD = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Training batches and validation ids; ``unigram_entropy`` of the latter, in nats per token."""
+    """Training batches and validation ids; ``unigram_entropy`` of the latter, in nats per token.
+
+    ``text_digest``: of all documents in their order; of a stream, of its first ``_HEAD``. ``tokenizer_digest``: of all
+    that decides ids.
+    """
 
     batches: Batches
     validation: Ids
@@ -40,6 +46,8 @@ class TextData:
     vocab_size: int
     eos: int
     notes: tuple[str, ...]
+    text_digest: str
+    tokenizer_digest: str
 
 
 def load_data(settings: TrainSettings, shape: BatchShape) -> TextData:
@@ -52,7 +60,8 @@ def load_data(settings: TrainSettings, shape: BatchShape) -> TextData:
     ids, validation = ranks.together(lambda: (encode_documents(tokenizer, train), encode_documents(tokenizer, held)))
     ranks.together(lambda: _check_length(settings, ids, "training"))
     ranks.together(lambda: _check_length(settings, validation, "validation"))
-    ranks.same_everywhere("the text of --data", _digest(ids, validation))
+    texts, tokens = _same_digests([*train, *held], tokenizer)
+    ranks.same_everywhere("the ids of the text of --data", _digest(ids, validation))
     return TextData(
         batches=PackedBatches(ids, shape, settings.seed),
         validation=validation,
@@ -60,6 +69,8 @@ def load_data(settings: TrainSettings, shape: BatchShape) -> TextData:
         vocab_size=tokenizer.vocab_size,
         eos=tokenizer.eos,
         notes=tuple(line for line in (left, note) if line is not None),
+        text_digest=texts,
+        tokenizer_digest=tokens,
     )
 
 
@@ -74,9 +85,10 @@ def _streamed(settings: TrainSettings, shape: BatchShape) -> TextData:
 
     tokenizer = _make_tokenizer(settings, ranks.together(sample))
     wanted = settings.eval_batches * shape.tokens + 1
-    validation = ranks.together(lambda: _stream_validation(settings.data, tokenizer, wanted))
+    validation, head = ranks.together(lambda: _stream_validation(settings.data, tokenizer, wanted))
     ranks.together(lambda: _check_length(settings, validation, "validation"))
-    ranks.same_everywhere("the text of --data", _digest(validation))
+    texts, tokens = _same_digests(head, tokenizer)
+    ranks.same_everywhere("the ids of the text of --data", _digest(validation))
     left = ranks.together(lambda: left_out(settings.data))
     note = f"validation text: the first {validation.size:,} tokens of held-out documents of the stream"
     return TextData(
@@ -86,19 +98,24 @@ def _streamed(settings: TrainSettings, shape: BatchShape) -> TextData:
         vocab_size=tokenizer.vocab_size,
         eos=tokenizer.eos,
         notes=tuple(line for line in (left, note) if line is not None),
+        text_digest=texts,
+        tokenizer_digest=tokens,
     )
 
 
-def _stream_validation(data: str, tokenizer: Tokenizer, wanted: int) -> Ids:
-    """The first ``wanted`` ids of the held-out documents of a stream, or as many as there are."""
+def _stream_validation(data: str, tokenizer: Tokenizer, wanted: int) -> tuple[Ids, list[str]]:
+    """The first ``wanted`` ids of the held-out documents of a stream, or as many as there are, and its first
+    documents."""
     pieces: list[Ids] = []
     found = 0
-    for text in kept(stream_documents(data), 0, validation=True):
+    stream = stream_documents(data)
+    head = list(islice(stream, _HEAD))
+    for text in kept(chain(head, stream), 0, validation=True):
         pieces.append(encode_documents(tokenizer, [text]))
         found += pieces[-1].size
         if found >= wanted:
             break
-    return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32)
+    return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32), head
 
 
 def _make_tokenizer(settings: TrainSettings, train: list[str]) -> Tokenizer:
@@ -117,6 +134,23 @@ def _check_length(settings: TrainSettings, ids: Ids, part: str) -> None:
             f"the {part} part of --data {settings.data!r} has {ids.size} tokens, fewer than one sequence of"
             f" {settings.seq_len} and its next token; give more text or a smaller --seq-len"
         )
+
+
+def _same_digests(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[str, str]:
+    """The digests of text and tokenizer, the same on every rank. Collective."""
+    found = _digest_texts(texts), _digest_texts([tokenizer.serialized()])
+    for what, digest in zip(("the text of --data", "the tokenizer"), found, strict=True):
+        ranks.same_everywhere(what, digest)
+    return found
+
+
+def _digest_texts(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big"))
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 def _digest(*parts: Ids) -> str:

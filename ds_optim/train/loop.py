@@ -18,6 +18,7 @@ from ds_optim.train.batches import BatchShape
 from ds_optim.train.data import TextData, load_data
 from ds_optim.train.evaluate import evaluate
 from ds_optim.train.identity import RUN, new_id
+from ds_optim.train.inputs import Inputs, check_inputs, read_inputs
 from ds_optim.train.meters import grad_norm, now, peak_memory, skipped_steps
 from ds_optim.train.preemption import Preemption
 from ds_optim.train.reset import load_without_optimizer
@@ -88,6 +89,12 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
         raise ends.Preempted(line)
     watch.watchdog.tick("making the engine")
     engine = start_engine(settings, data)
+    try:
+        inputs = read_inputs(data, engine)
+        said = check_inputs(settings, inputs, resumed.checkpoint) if resumed is not None else ()
+    except Exception:
+        engine.destroy()
+        raise
     return _Run(
         settings=settings,
         shape=shape,
@@ -96,6 +103,8 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
         observer=observer,
         resumed=resumed,
         watch=watch,
+        inputs=inputs,
+        said=said,
         name=run,
     )
 
@@ -111,6 +120,8 @@ class _Run:
     observer: Observer | None
     resumed: Choice | None
     watch: Supervision
+    inputs: Inputs
+    said: tuple[str, ...]
     name: str
     losses: list[float] = field(default_factory=list)
     times_ms: list[float] = field(default_factory=list)
@@ -194,7 +205,8 @@ class _Run:
         if self.settings.out is None:
             return
         self.watchdog.tick(f"the save of step {step}")
-        saved = checkpoint.save(self.engine, self.settings, step, self.data.batches.position(), self._at, self.name)
+        place = self.data.batches.position()
+        saved = checkpoint.save(self.engine, self.settings, step, place, self._at, self.inputs, self.name)
         if saved.failure is None:
             self.saved = step
         for line in (saved.failure, *saved.notes):
@@ -211,7 +223,7 @@ class _Run:
             f" {shape.tokens:,} tokens a step, {settings.steps * shape.tokens:,} in all"
         )
         if self.resumed is not None:
-            for line in (*self.resumed.skipped, *self.resumed.said):
+            for line in (*self.resumed.skipped, *self.resumed.said, *self.said):
                 self.log.say(line)
             but = ", its optimizer state left behind" if self.settings.reset_optimizer else ""
             self.log.say(f"resumed from {self.resumed.checkpoint.folder} after step {self.first}{but}")

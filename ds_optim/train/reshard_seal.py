@@ -11,7 +11,7 @@ from ds_optim.errors import UserError
 from ds_optim.survival.files import Unreadable
 from ds_optim.train import manifest
 from ds_optim.train.identity import RUN, SAVE, check_notes, misplaced, missing_files, new_id, stamps_of
-from ds_optim.train.resume import OF_THE_OPTIMIZER
+from ds_optim.train.resume import DIGESTS, OF_THE_OPTIMIZER
 from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.reshard import Seal, Sealing
 from ds_optim.zero.checkpoints.target import Target
@@ -53,16 +53,14 @@ def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> 
         return None
 
     def seal(target: Target) -> Sealing:
+        changed: dict[str, Any] = {**notes, RUN: notes.get(RUN, new_id()), SAVE: new_id(), "world_size": target.ranks}
         kept = {
             key: value for key, value in notes["trajectory"].items() if key not in OF_THE_OPTIMIZER or not handed_over
         }
-        changed: dict[str, Any] = {
-            **notes,
-            RUN: notes.get(RUN, new_id()),
-            SAVE: new_id(),
-            "world_size": target.ranks,
-            "trajectory": {**kept, "stage": target.stage, **_same_batch(notes, target)},
-        }
+        changed["trajectory"] = {**kept, "stage": target.stage, **_same_batch(notes, target)}
+        inputs = notes.get(DIGESTS)
+        if handed_over and isinstance(inputs, Mapping):  # the other optimizer orthogonalizes in its own way
+            changed[DIGESTS] = {key: value for key, value in inputs.items() if key != "polar"}
         return Sealing(stamps=stamps_of(changed), finish=lambda folder: manifest.seal_folder(folder, changed))
 
     return seal

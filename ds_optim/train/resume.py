@@ -24,6 +24,8 @@ FIRST_RELEASE = "whole.json"
 """Sealed the checkpoints of the first release, without names and checksums of the files."""
 SEALS = (manifest.NAME, FIRST_RELEASE)
 
+DIGESTS = "inputs"
+"""The key of ``ds_optim.train.inputs`` in a checkpoint's notes."""
 OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})")
 

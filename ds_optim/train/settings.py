@@ -14,13 +14,17 @@ from ds_optim.train.presets import MODEL_DEFAULTS, PRESETS, tuned_params
 from ds_optim.zero.complaints import reword
 from ds_optim.zero.reading import parse_json
 
+INPUTS = ("text", "model", "tokenizer", "polar")
+"""What a run reads besides its settings (``ds_optim.train.inputs``)."""
+
 
 class TrainSettings(BaseModel):
     """One training run. Every field has a flag of the same name in ``ds-optim train``.
 
     ``tuned`` starts from the preset's tuned optimizer parameters; off, what is not given is the optimizer's
     own default. ``deepspeed`` holds whatever else the DeepSpeed JSON says; it reaches ``ds_optim.initialize``
-    as it is. 0 means "all" for ``keep``, "never" for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
+    as it is. ``accept`` names inputs that may have changed since the checkpoint. 0 means "all" for ``keep``, "never"
+    for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -48,6 +52,7 @@ class TrainSettings(BaseModel):
     keep: int = Field(0, ge=0)
     resume: bool = False
     reset_optimizer: bool = False
+    accept: tuple[str, ...] = ()
     force: bool = False
     out: Path | None = None
     tensorboard: bool = False
@@ -85,6 +90,17 @@ class TrainSettings(BaseModel):
             raise ValueError(f"unknown preset {value!r}{did_you_mean(value, PRESETS)}; there are {', '.join(PRESETS)}")
         return value
 
+    @field_validator("accept", mode="before")
+    @classmethod
+    def _known_inputs(cls, value: Any) -> Any:
+        names = split_list(value) if isinstance(value, str) else value
+        for name in names if isinstance(names, (list, tuple)) else ():
+            if name not in INPUTS:
+                raise ValueError(
+                    f"unknown input {name!r}{did_you_mean(str(name), INPUTS)}; there are {', '.join(INPUTS)}"
+                )
+        return names
+
     @field_validator("tokenizer")
     @classmethod
     def _known_tokenizer(cls, value: str) -> str:
@@ -108,6 +124,8 @@ class TrainSettings(BaseModel):
         ]
         if self.reset_optimizer and not self.resume:
             raise ValueError("reset_optimizer needs resume: without it there is no optimizer to reset")
+        if self.accept and not self.resume:
+            raise ValueError("accept needs resume: without it there is nothing to differ from")
         if self.force and self.resume:
             raise ValueError("force starts anew and resume goes on: give one of them")
         if needing_out:
@@ -132,6 +150,7 @@ class TrainSettings(BaseModel):
         unrelated = {
             "resume",
             "reset_optimizer",
+            "accept",
             "force",
             "out",
             "tensorboard",

@@ -18,6 +18,7 @@ from ds_optim.train.architectures import TEXT_DECODER, is_encoder_decoder, is_te
 from ds_optim.train.data import TextData
 from ds_optim.train.deepspeed_json import deepspeed_config
 from ds_optim.train.identity import RUN
+from ds_optim.train.inputs import model_digest
 from ds_optim.train.settings import TrainSettings
 from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.values import understood
@@ -108,6 +109,8 @@ def start_engine(settings: TrainSettings, data: TextData) -> Any:
         return made
 
     shape = ranks.together(read)
+    # With zero_init, ranks that build different models wait for each other.
+    ranks.same_everywhere("the model's config", model_digest(shape))
     # Not under `together` with zero_init: making the weights is a collective by itself.
     model = build() if settings.zero_init else ranks.together(build)
     engine, *_ = ds_optim.initialize(model=model, config=config)

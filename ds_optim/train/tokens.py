@@ -29,6 +29,10 @@ class Tokenizer(Protocol):
         """The ids of one document, ``eos`` not among them; shape (tokens,)."""
         ...
 
+    def serialized(self) -> str:
+        """All that decides the ids of a text."""
+        ...
+
 
 class ByteTokenizer:
     """One token a byte of UTF-8, and 256 for the end of a document."""
@@ -38,6 +42,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def serialized(self) -> str:
+        return "bytes"
 
 
 class BpeTokenizer:
@@ -53,6 +60,9 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> Ids:
         return np.asarray(self._backend.encode(text).ids, dtype=np.int32)
+
+    def serialized(self) -> str:
+        return str(self._backend.to_str())
 
 
 class HubTokenizer:
@@ -74,6 +84,12 @@ class HubTokenizer:
 
     def encode(self, text: str) -> Ids:
         return np.asarray(self._backend.encode(text, add_special_tokens=False), dtype=np.int32)
+
+    def serialized(self) -> str:
+        fast = getattr(self._backend, "backend_tokenizer", None)
+        # One that is no fast tokenizer shows its vocabulary alone.
+        known = fast.to_str() if fast is not None else sorted(self._backend.get_vocab().items())
+        return json.dumps([type(self._backend).__name__, self.eos, known])
 
 
 class _Kept(BaseModel):

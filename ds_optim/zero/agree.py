@@ -6,15 +6,22 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.alike import check_alike
 from ds_optim.sharding.binding import full_shape
 from ds_optim.sharding.comm import Comm
+from ds_optim.zero.caller import find_caller
 
 # Where a rank writes its own logs is its own business.
 _LOCAL = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "steps_per_print", "wall_clock_breakdown")
+_OF_GRADIENTS = (
+    *("gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"),
+    *("prescale_gradients", "gradient_predivide_factor", "fp16", "bf16"),
+)
 
 
 def raise_everywhere(problem: Exception | None, comm: Comm) -> None:
@@ -38,6 +45,18 @@ def world() -> Comm:
     return Comm.of_group(dist.group.WORLD if dist.is_initialized() else None)
 
 
+def load_peers(optimizer: torch.optim.Optimizer) -> Comm | None:
+    """The ranks that load together with this one; None where that is not sure.
+
+    An engine's ``load_checkpoint`` is a call of all ranks, unless it is set to let them load one after the other.
+    """
+    caller = find_caller(optimizer)
+    engine = caller.engine if caller is not None else None
+    if engine is None or engine._config.zero_config.pipeline_loading_checkpoint:
+        return None
+    return Comm.of_group(engine.seq_data_parallel_group)
+
+
 def agree_on_start(problem: UserError | None, model: nn.Module | None, config: Mapping[str, Any] | None) -> None:
     """Before DeepSpeed's first collective: nobody has a problem, and all mean the same model and config.
 
@@ -56,6 +75,19 @@ def agree_on_start(problem: UserError | None, model: nn.Module | None, config: M
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
             raise UserError(f"rank {different[0]} has another {what} than rank 0: {remedy}")
+
+
+def agree_on_engine(engine: Any, comm: Comm) -> None:
+    """The settings by which engines make gradients of one batch, where nobody compared their configs.
+
+    Raises:
+        UserError: on every rank of ``comm``, with the setting, the ranks and their values.
+    """
+    config: Mapping[str, Any] = engine._config._param_dict
+    zero = config.get("zero_optimization")
+    said = {f"config's {key}": repr(_sorted(config.get(key))) for key in _OF_GRADIENTS}
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    check_alike(comm.gather_objects({**said, "config's zero_optimization.stage": str(stage)}))
 
 
 def _shared(config: Mapping[str, Any] | None) -> Any:

@@ -21,7 +21,7 @@ from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized, taken
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
-from ds_optim.zero.agree import raise_everywhere
+from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller
 from ds_optim.zero.schedulers import meet_scheduler
@@ -59,6 +59,8 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     comm = _comm(stage, first, caller)
     problem = _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
     raise_everywhere(problem or (_left_out(members, trained) if stage else None), comm)
+    if caller is not None and caller.engine is not None:
+        agree_on_engine(caller.engine, comm)
     peaks = _meet_scheduler(optimizer, groups, caller, comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
@@ -96,6 +98,7 @@ def meet_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Mem
         return False
     comm = Comm.of_group(getattr(caller.engine, "seq_data_parallel_group", None))
     raise_everywhere(_settings_problem(caller, taken(members, groups)), comm)
+    agree_on_engine(caller.engine, comm)
     announce_routes(optimizer, groups, _meet_scheduler(optimizer, groups, caller, comm))
     return True
 

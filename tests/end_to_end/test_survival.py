@@ -315,3 +315,54 @@ def test_another_optimizer_starts_from_the_same_weights_and_place(place: Path) -
         lines = [line for line in log_of(place / f"{stage}-{dtype}-{to['optimizer']}") if "lr" in line]
         # The schedule goes on: the cosine of step 4 of 4.
         assert lines[3]["lr"] == pytest.approx(to["optimizer_params"]["lr"] * 0.1464466, rel=1e-5)
+
+
+# ---- a checkpoint that one rank's node has otherwise
+
+
+def on_own_disks(rank: int, world_size: int, folder: Path, outs: list[str]) -> list[tuple[str, str]]:
+    """Each rank resumes from a folder of its own, as on nodes without a common disk: (error, line)."""
+    found = []
+    for out in outs:
+        os.chdir(folder / str(rank))
+        try:
+            train(make_settings(**tiny(out=out, resume=True)))
+        except UserError as error:
+            found.append(("UserError", str(error)))
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def write_runs(rank: int, world_size: int, folder: Path) -> None:
+    os.chdir(folder)
+    train(make_settings(**tiny(out="out", steps=2, save_every=1)))
+    train(make_settings(**tiny(out="muon", steps=2, save_every=2, optimizer="muon", optimizer_params={"lr": 1e-3})))
+
+
+def test_a_checkpoint_that_is_damaged_on_one_node_is_loaded_by_no_rank(place: Path) -> None:
+    """Rank 0 looks at the file that rank 1 loads, and finds its own copy whole."""
+    run_ranks(2, write_runs, place)
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    damages = {
+        "missing": "cannot be loaded: No such file or directory",
+        "cut off": "cannot be loaded: ",
+        "of another optimizer": "rank 1 cannot load the checkpoint, and no rank has: ",
+        "of another step": "the ranks disagree on the checkpoint to be loaded",
+    }
+    for rank in range(2):
+        shutil.copytree(place / "model", place / str(rank) / "model")
+        for damage in damages:
+            shutil.copytree(place / "out", place / str(rank) / damage)
+    steps = {damage: place / "1" / damage / "checkpoints" for damage in damages}
+    (steps["missing"] / "step-2" / name).unlink()
+    os.truncate(steps["cut off"] / "step-2" / name, 100)
+    shutil.copy(place / "muon/checkpoints/step-2" / name, steps["of another optimizer"] / "step-2" / name)
+    other = steps["of another step"]
+    shutil.copy(other / "step-1" / name, other / "step-2" / name)
+    first, second = run_ranks(2, on_own_disks, place, list(damages), timeout=60)
+    assert first == second
+    for (error, line), says in zip(first, damages.values(), strict=True):
+        assert error == "UserError", (says, line)
+        assert says in line
+        assert "\n" not in line
