@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ds_optim.errors import UserError
 from ds_optim.matrix import dispatch
 from ds_optim.train import manifest
 from ds_optim.train.loop import train
+from ds_optim.train.reshard_seal import seal_like
 from ds_optim.train.settings import make_settings
 from tests.distributed.harness import assert_all_raised, run_ranks
 
@@ -170,3 +172,20 @@ def one_rank_changed(rank: int, world_size: int, folder: Path, what: str) -> Non
 def test_ranks_that_read_other_inputs_are_told(place: Path, what: str, says: str) -> None:
     outcomes = run_ranks(2, one_rank_changed, place, what, timeout=60, expect_error=True)
     assert_all_raised(outcomes, "UserError", says)
+
+
+# ---- handed to another optimizer
+
+
+@pytest.mark.parametrize(("handed_over", "left"), [(True, {"text": "1"}), (False, {"text": "1", "polar": "2"})])
+def test_a_reshard_to_another_optimizer_forgets_how_the_old_one_orthogonalized(
+    tmp_path: Path, handed_over: bool, left: dict[str, str]
+) -> None:
+    notes = {"step": 3, "world_size": 2, "trajectory": {"stage": 1}, "inputs": {"text": "1", "polar": "2"}}
+    folder = tmp_path / "step-3"
+    folder.mkdir()
+    (folder / "file.pt").write_bytes(b"1")
+    seal = seal_like(notes, handed_over=handed_over)
+    assert seal is not None
+    seal(folder, SimpleNamespace(ranks=2, stage=1))  # type: ignore[arg-type]
+    assert manifest.read(folder).notes["inputs"] == left
