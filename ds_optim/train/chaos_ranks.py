@@ -53,13 +53,24 @@ class Nursery:
         with environment({**parent_environment(RANKS), "OMP_NUM_THREADS": "1"}):
             forkserver.ensure_running()
 
-    def start(self, folder: Path, settings: dict[str, Any], fault: Fault | None, bound_s: float = 0.0) -> Running:
-        """Begin a life in ``folder``; ranks that do not end within ``bound_s`` of the fault will be killed."""
+    def start(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        fault: Fault | None,
+        bound_s: float = 0.0,
+        join_s: float | None = None,
+    ) -> Running:
+        """Begin a life in ``folder``; ranks that do not end within ``bound_s`` of the fault will be killed.
+
+        ``join_s``: how long they may take to join, where that is not the usual.
+        """
         folder.mkdir(parents=True)
         record = {"settings": settings, "fault": None if fault is None else asdict(fault)}
         (folder / LIFE_FILE).write_text(json.dumps(record, default=str), encoding="utf-8")
         shared = {**worker_environment(RANKS), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(RANKS)}
         shared |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= {} if join_s is None else {"DS_OPTIM_JOIN_TIMEOUT": f"{join_s:g}"}
         processes: list[BaseProcess] = []
         for rank in range(RANKS):
             own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
