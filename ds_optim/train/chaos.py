@@ -17,6 +17,8 @@ from typing import Any
 
 from ds_optim.train.chaos_disk import FULL_FROM, NoFileSystem, fill_disk
 from ds_optim.train.chaos_lane import Lane, Lives, Outcome
+from ds_optim.train.chaos_launchers import LAUNCHERS, Launched
+from ds_optim.train.chaos_pairs import two_runs
 from ds_optim.train.chaos_ranks import Nursery
 
 _FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
@@ -39,6 +41,11 @@ class ChaosSettings:
     lanes: int = 3
     folder: Path | None = None
 
+    @property
+    def launches(self) -> int:
+        """How many of the faults come to runs under a launcher, each of which imports all anew."""
+        return self.kills // 10
+
 
 def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outcome]:
     """All outcomes, in the order in which they were known; ``tell`` gets a line for each."""
@@ -51,19 +58,53 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
     with tempfile.TemporaryDirectory(prefix="ds_optim-chaos-", dir=settings.folder) as name:
         folder = Path(name)
         nursery, model = Nursery(), write_model(folder / "model")
-        runs: list[Lives] = []
-        for number in range(settings.lanes):
-            kills = settings.kills // settings.lanes + (number < settings.kills % settings.lanes)
-            chosen = {**_SMALL, **LANES[number % len(LANES)], "model": str(model)}
-            random = Random(f"{settings.seed} {number}")
-            runs.append(Lane(nursery, folder / f"lane{number}", chosen, kills, random).run(note))
-        side_by_side(runs)
+        side_by_side(_lanes(settings, nursery, folder, model, note))
+        small = {**_SMALL, **LANES[0], "model": str(model)}
+        side_by_side([two_runs(nursery, folder / f"two{int(resume)}", small, resume, note) for resume in (False, True)])
         try:
-            chosen = {**_SMALL, **LANES[0], "model": str(model)}
-            side_by_side([fill_disk(nursery, folder / f"disk{step}", chosen, step, note) for step in FULL_FROM])
+            side_by_side([fill_disk(nursery, folder / f"disk{step}", small, step, note) for step in FULL_FROM])
         except NoFileSystem as reason:
             tell(f"disk full: skipped, {reason}")
+        for launched in _launched(settings, folder, model, tell):
+            side_by_side([launched.lives(note)])
     return outcomes
+
+
+def _lanes(
+    settings: ChaosSettings, nursery: Nursery, folder: Path, model: Path, note: Callable[[Outcome], None]
+) -> list[Lives]:
+    """The runs whose ranks are forked here, with their share of the faults."""
+    runs = []
+    kills = settings.kills - settings.launches
+    for number in range(settings.lanes):
+        share = kills // settings.lanes + (number < kills % settings.lanes)
+        chosen = {**_SMALL, **LANES[number % len(LANES)], "model": str(model)}
+        random = Random(f"{settings.seed} {number}")
+        runs.append(Lane(nursery, folder / f"lane{number}", chosen, share, random).run(note))
+    return runs
+
+
+def _launched(settings: ChaosSettings, folder: Path, model: Path, tell: Callable[[str], None]) -> list[Launched]:
+    """The runs under launchers, with theirs."""
+    if settings.launches == 0:
+        return []
+    here = []
+    for launcher in LAUNCHERS:
+        missing = launcher.missing()
+        if missing is None:
+            here.append(launcher)
+        else:
+            tell(f"{launcher.name}: skipped, {missing}")
+    return [
+        Launched(
+            launcher,
+            folder / launcher.name,
+            model,
+            settings.launches // len(here) + (number < settings.launches % len(here)),
+            Random(f"{settings.seed} {launcher.name}"),
+        )
+        for number, launcher in enumerate(here)
+    ]
 
 
 def side_by_side(runs: list[Lives]) -> None:

@@ -93,8 +93,8 @@ class Saboteur:
             parameters = [p for p in engine.module.parameters() if p.requires_grad]
             chosen = parameters[self.fault.count % len(parameters)]
             chosen.register_hook(lambda gradient: self.strike() if self._armed() else None)
-        if self.fault is not None and self.fault.kind == "differs":
-            self._differ(engine.basic_optimizer.param_groups)
+        if self.fault is not None and self.fault.kind == "differs" and self.fault.place == "start":
+            self._differ(engine)
 
     def on_moment(self, engine: Any, moment: Moment) -> None:
         """Strike where the fault lies in a save, a forward pass, or in what follows a backward pass."""
@@ -105,7 +105,10 @@ class Saboteur:
         if self.fault is None or not self._armed():
             return
         if self.fault.place == "forward" and moment == "after forward":
-            self.strike()
+            if self.fault.kind == "differs":
+                self._differ(engine)
+            else:
+                self.strike()
         elif self.fault.place == "save" and moment == SAVE_POINTS[self.fault.count][0]:
             if self._came == SAVE_POINTS[self.fault.count][1]:
                 self.strike()
@@ -139,16 +142,16 @@ class Saboteur:
 
     def changed(self, settings: TrainSettings) -> TrainSettings:
         """The settings of this rank."""
-        if self.fault is None or self.fault.kind != "differs" or self.fault.count != 0:
+        if self.fault is None or self.fault.kind != "differs" or self.fault.count:
             return settings
         self._fired()
         return settings.model_copy(update={"seed": settings.seed + 1})
 
-    def _differ(self, groups: list[dict[str, Any]]) -> None:
+    def _differ(self, engine: Any) -> None:
         assert self.fault is not None
-        key = ("", "weight_decay", "seed")[self.fault.count]
+        key = DIFFERENCES[self.fault.count][1].split()[0]
         self._fired()
-        for group in groups:
+        for group in engine.optimizer.param_groups:
             group[key] = group[key] + 1
 
     def _fired(self) -> None:

@@ -14,7 +14,7 @@ from ds_optim.train import manifest
 from ds_optim.train.chaos_damage import Damage, all_damages, contents, do_damage
 from ds_optim.train.chaos_endings import ending_fault, last_line
 from ds_optim.train.chaos_faults import DIFFERENCES, SAVE_POINTS, Fault, Kind, Place
-from ds_optim.train.chaos_ranks import RANKS, Life, Nursery, Running
+from ds_optim.train.chaos_ranks import RANKS, Life, Living, Nursery, Running
 from ds_optim.train.chaos_start import JOINED, START_POINTS
 from ds_optim.train.resume import FOLDER
 from ds_optim.train.run_log import LOG_NAME
@@ -34,7 +34,7 @@ JOIN_S = 10.0
 """How long ranks wait for one that does not join, where one is lost before."""
 
 #: Yields a life that was started, and is sent it back when it ended.
-Lives = Generator[Running, Life, None]
+Lives = Generator[Living, Any, None]
 
 
 @dataclass(frozen=True, kw_only=True)

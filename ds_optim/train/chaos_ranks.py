@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ds_optim.train.chaos_faults import Fault
 from ds_optim.train.chaos_worker import LIFE_FILE, work
@@ -42,6 +42,14 @@ class Life:
     def reached(self) -> int:
         """The last step that every trace of this life knows."""
         return max([self.resumed or 0, *(step for losses in self.losses for step in losses)])
+
+
+class Living(Protocol):
+    """Processes that a story waits for: ``poll`` gives None until there is something to tell of them."""
+
+    def poll(self) -> Any: ...
+
+    def end(self) -> None: ...
 
 
 class Nursery:
@@ -109,6 +117,10 @@ class Running:
         if fired is not None:
             life.fired, life.end_s = True, max([0.0, *(when - fired for when in self._ended.values())])
         return life
+
+    def has_fired(self) -> bool:
+        """Whether the fault was seen to fire."""
+        return self._fired
 
     def end(self) -> None:
         """Leave no process behind."""
