@@ -33,6 +33,7 @@ from ds_optim.train.run_log import LOG_NAME
 ROOT = Path(__file__).parents[1]
 MORE_MIB = 8.0
 _LOOKS = 25
+_GLANCES = 5
 _SHARED = Path("/dev/shm")
 
 
@@ -97,6 +98,19 @@ def _step(log: Path) -> int:
 
 
 def _look(out: Path, step: int) -> Look | None:
+    """The least of a few looks: a file that is open for a moment is no growth."""
+    looks = [look for _ in range(_GLANCES) if (look := _glance(out, step)) is not None]
+    if not looks:
+        return None
+    return Look(
+        step=step,
+        rss_mib=min(look.rss_mib for look in looks),
+        descriptors=min(look.descriptors for look in looks),
+        threads=min(look.threads for look in looks),
+    )
+
+
+def _glance(out: Path, step: int) -> Look | None:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -112,15 +126,13 @@ def _look(out: Path, step: int) -> Look | None:
 
 def grown(looks: list[Look]) -> list[str]:
     """What grew after the first fifth, a line each."""
-    settled = looks[len(looks) // 5 :]
-    first, last = settled[0], settled[-1]
-    found = []
-    if last.rss_mib - first.rss_mib > MORE_MIB:
-        found.append(f"memory grew by {last.rss_mib - first.rss_mib:.1f} MiB from step {first.step} on")
+    first, last = looks[len(looks) // 5], looks[-1]
+    more = last.rss_mib - first.rss_mib
+    found = [f"memory grew by {more:.1f} MiB from step {first.step} on"] if more > MORE_MIB else []
     for name in ("descriptors", "threads"):
-        low, high = min(getattr(look, name) for look in settled[:3]), getattr(last, name)
-        if high > max(low, getattr(first, name)):
-            found.append(f"{name} grew from {low} to {high}")
+        was, now = getattr(first, name), getattr(last, name)
+        if now > was:
+            found.append(f"{name} grew from {was} to {now}")
     return found
 
 

@@ -15,6 +15,8 @@ BY_FILES = ("checkpoints/latest", "log.jsonl", "settings.json", "end.json", "run
 BY_WAYS: tuple[Way, ...] = (*WAYS, "made noise", "linked away")
 WHOLE = "."
 """The name of the newest checkpoint's folder as a whole."""
+NEXT = "checkpoints/step-NEXT"
+"""The name of the folder that the next save makes, ``NEXT`` standing for its step."""
 _NOISE_BYTES = 200
 
 
@@ -34,7 +36,7 @@ class Damage:
     @property
     def where(self) -> str:
         if self.beside:
-            return Path(self.name).name
+            return "the place of the next save" if self.name.startswith("checkpoints/step-") else Path(self.name).name
         if self.name == WHOLE:
             return "the newest checkpoint"
         return f"{'manifest' if self.name.endswith('.json') else 'shard'} of the newest checkpoint"
@@ -48,7 +50,10 @@ def do_damage(folder: Path, damage: Damage, random: Random, outside: Path | None
     path = folder / damage.name
     if damage.beside and (damage.way == "made noise" or not path.exists()):
         path.unlink(missing_ok=True)
-        path.write_bytes(random.randbytes(_NOISE_BYTES))
+        if path.name.startswith("step-"):
+            path.mkdir()
+        noisy = path / "manifest.json" if path.is_dir() else path
+        noisy.write_bytes(random.randbytes(_NOISE_BYTES))
     if damage.way == "linked away":
         assert outside is not None
         outside.mkdir(parents=True, exist_ok=True)
@@ -69,7 +74,7 @@ def do_damage(folder: Path, damage: Damage, random: Random, outside: Path | None
 
 
 def all_damages(folder: Path) -> list[Damage]:
-    """Every way to damage every file of a checkpoint and beside it, and the whole checkpoint moved away."""
+    """Every way to damage every file of a checkpoint and beside it, and folders that are moved away."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     within = [Damage(name=name, way=way) for name in names for way in WAYS]
     # A lock that is a link is refused: it cannot be told what stands behind it.
@@ -79,7 +84,8 @@ def all_damages(folder: Path) -> list[Damage]:
         for way in BY_WAYS
         if (name, way) != ("run.lock", "linked away")
     ]
-    return [*within, *beside, Damage(name=WHOLE, way="linked away")]
+    folders = [Damage(name=WHOLE, way="linked away"), Damage(name=NEXT, way="linked away", beside=True)]
+    return [*within, *beside, *folders]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -134,6 +134,8 @@ class Lane:
         if not self._damages:
             return None
         damage = self._damages.pop()
+        following = (whole[-1] // SAVE_EVERY + 1) * SAVE_EVERY
+        damage = replace(damage, name=damage.name.replace("NEXT", str(following)))
         do_damage(self._out if damage.beside else newest, damage, self._random, self._outside)
         self._kept_outside = contents(self._outside)
         if not damage.beside:
@@ -142,7 +144,8 @@ class Lane:
 
     def _whole(self) -> list[int]:
         """The steps of the checkpoints that were sealed and not harmed since."""
-        folders = {int(path.name.removeprefix("step-")): path for path in (self._out / FOLDER).glob("step-*")}
+        found = [path for path in (self._out / FOLDER).glob("step-*") if not path.is_symlink()]
+        folders = {int(path.name.removeprefix("step-")): path for path in found}
         return [
             step
             for step, folder in sorted(folders.items())
