@@ -45,10 +45,11 @@ class Damage:
 def do_damage(folder: Path, damage: Damage, random: Random, outside: Path | None = None) -> None:
     """Damage a file in ``folder``: cut at a random length, one random bit turned, gone, or other bytes in its place.
 
-    What is linked away lies in the folder ``outside`` from then on. A file that is not there becomes noise first.
+    What is linked away lies in the folder ``outside`` from then on. A file that is not there, or is empty, becomes noise
+    first.
     """
     path = folder / damage.name
-    if damage.beside and (damage.way == "made noise" or not path.exists()):
+    if damage.beside and (damage.way == "made noise" or not path.exists() or not path.stat().st_size):
         path.unlink(missing_ok=True)
         if path.name.startswith("step-"):
             path.mkdir()

@@ -106,6 +106,7 @@ class Lane:
 
     def _start(self, fault: Fault | None) -> Running:
         self._number += 1
+        self._kept_outside = contents(self._outside)
         hanging = fault is not None and fault.kind in ("hang", "SIGSTOP")
         settings = {
             **self._settings,
@@ -137,7 +138,6 @@ class Lane:
         following = (whole[-1] // SAVE_EVERY + 1) * SAVE_EVERY
         damage = replace(damage, name=damage.name.replace("NEXT", str(following)))
         do_damage(self._out if damage.beside else newest, damage, self._random, self._outside)
-        self._kept_outside = contents(self._outside)
         if not damage.beside:
             self._harmed[whole[-1]] = _changed(newest)
         return damage
