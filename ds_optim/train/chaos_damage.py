@@ -45,7 +45,7 @@ class Damage:
 def do_damage(folder: Path, damage: Damage, random: Random, outside: Path | None = None) -> None:
     """Damage a file in ``folder``: cut at a random length, one random bit turned, gone, or other bytes in its place.
 
-    What is linked away lies in the folder ``outside`` from then on. A file that is not there, or is empty, becomes noise
+    What is linked away lies in the folder ``outside`` from then on. A file that is not there, or empty, becomes noise
     first.
     """
     path = folder / damage.name
