@@ -2,7 +2,8 @@
 
 A few small runs of two ranks each, with different optimizers and ZeRO stages, go side by side. Each is one training
 from its first step to its last, whose life is ended again and again by a seeded random fault; between lives files of
-its newest checkpoint are damaged. Every loss of every life must be, bit for bit, that of the same run left in peace.
+its newest checkpoint, and beside it, are damaged. Every loss of every life must be, bit for bit, that of the same run
+left in peace. Then come stories of two runs in one folder and of a full disk, and runs under launchers.
 """
 
 from __future__ import annotations
