@@ -61,7 +61,7 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
         nursery, model = Nursery(), write_model(folder / "model")
         side_by_side(_lanes(settings, nursery, folder, model, note))
         small = {**_SMALL, **LANES[0], "model": str(model)}
-        side_by_side([two_runs(nursery, folder / f"two{int(resume)}", small, resume, note) for resume in (False, True)])
+        side_by_side([two_runs(nursery, folder / "two", small, note)])
         try:
             side_by_side([fill_disk(nursery, folder / f"disk{step}", small, step, note) for step in FULL_FROM])
         except NoFileSystem as reason:

@@ -29,29 +29,30 @@ class _Fired:
         self._running.end()
 
 
-def two_runs(
-    nursery: Nursery, folder: Path, settings: dict[str, Any], resume: bool, tell: Callable[[Outcome], None]
-) -> Lives:
-    """A run in the folder of one that lives, as a new one or to ``resume`` it: refused, and the first goes on."""
+def two_runs(nursery: Nursery, folder: Path, settings: dict[str, Any], tell: Callable[[Outcome], None]) -> Lives:
+    """Runs in the folder of one that lives, a new one and one to resume it: refused, and the first goes on."""
     plan = {**settings, "steps": _STEPS, "save_every": SAVE_EVERY}
     reference = yield nursery.start(folder / "uninterrupted", {**plan, "save_every": 0}, None)
     held = {**plan, "out": folder / "out"}
     fault = Fault(kind="waits", place="forward", rank=0, step=_HELD_AT)
     first = nursery.start(folder / "first", held, fault, KILL_BOUND_S)
+    others: dict[str, Life] = {}
     try:
         yield _Fired(first)
-        second = yield nursery.start(folder / "second", {**held, "resume": resume}, None)
+        for name, resume in (("new", False), ("--resume", True)):
+            others[name] = yield nursery.start(folder / name, {**held, "resume": resume}, None)
         (folder / "first" / GO).touch()
         life = yield first
     finally:
         first.end()
-    wrong = None
-    told = [line for line in second.lines[0].splitlines() if line.startswith("ds-optim: error: ")]
-    if second.statuses != [USER_ERROR] * RANKS or len(told) != 1 or "is written to by process" not in told[0]:
-        wrong = f"the second one ended with {second.statuses}: {last_line(second)}"
-    elif life.statuses != [0] * RANKS or life.losses != reference.losses:
-        wrong = f"the first one ended with {life.statuses}, or with other losses: {last_line(life)}"
-    tell(Outcome(fault="a second run", where="--resume" if resume else "--out", wrong=wrong))
+    for name, second in others.items():
+        wrong = None
+        told = [line for line in second.lines[0].splitlines() if line.startswith("ds-optim: error: ")]
+        if second.statuses != [USER_ERROR] * RANKS or len(told) != 1 or "is written to by process" not in told[0]:
+            wrong = f"it ended with {second.statuses}: {last_line(second)}"
+        elif life.statuses != [0] * RANKS or life.losses != reference.losses:
+            wrong = f"the first one ended with {life.statuses}, or with other losses: {last_line(life)}"
+        tell(Outcome(fault="a second run", where=f"the folder of one that lives, {name}", wrong=wrong))
 
 
 def come_apart(
