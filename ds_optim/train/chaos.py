@@ -87,25 +87,19 @@ def _lanes(
 
 def _launched(settings: ChaosSettings, folder: Path, model: Path, tell: Callable[[str], None]) -> list[Launched]:
     """The runs under launchers, with theirs."""
-    if settings.launches == 0:
-        return []
     here = []
-    for launcher in LAUNCHERS:
+    for launcher in LAUNCHERS if settings.launches else ():
         missing = launcher.missing()
         if missing is None:
             here.append(launcher)
         else:
             tell(f"{launcher.name}: skipped, {missing}")
-    return [
-        Launched(
-            launcher,
-            folder / launcher.name,
-            model,
-            settings.launches // len(here) + (number < settings.launches % len(here)),
-            Random(f"{settings.seed} {launcher.name}"),
-        )
-        for number, launcher in enumerate(here)
-    ]
+    runs = []
+    for number, launcher in enumerate(here[: settings.launches]):
+        share = settings.launches // len(here) + (number < settings.launches % len(here))
+        random = Random(f"{settings.seed} {launcher.name}")
+        runs.append(Launched(launcher, folder / launcher.name, model, share, random))
+    return runs
 
 
 def side_by_side(runs: list[Lives]) -> None:

@@ -80,8 +80,6 @@ class Launched:
 
     def lives(self, tell: Callable[[Outcome], None]) -> Lives:
         """All lives; each must end with 75 and everything saved, and the losses be those of the undisturbed run."""
-        if self._times == 0:
-            return
         alone = self._folder / "alone"
         undisturbed: Done = yield self._start(alone, None, 0.0)
         if undisturbed.status != FINISHED:
