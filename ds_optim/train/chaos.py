@@ -16,10 +16,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ds_optim.optimizers.alike import EVERY
 from ds_optim.train.chaos_disk import FULL_FROM, NoFileSystem, fill_disk
 from ds_optim.train.chaos_lane import Lane, Lives, Outcome
 from ds_optim.train.chaos_launchers import LAUNCHERS, Launched
-from ds_optim.train.chaos_pairs import two_runs
+from ds_optim.train.chaos_pairs import come_apart, two_runs
 from ds_optim.train.chaos_ranks import Nursery
 
 _FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
@@ -62,6 +63,8 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
         side_by_side(_lanes(settings, nursery, folder, model, note))
         small = {**_SMALL, **LANES[0], "model": str(model)}
         side_by_side([two_runs(nursery, folder / "two", small, note)])
+        if settings.launches:  # it takes a hundred steps: too long for a few faults
+            side_by_side([come_apart(nursery, folder / "apart", small, EVERY, note)])
         try:
             side_by_side([fill_disk(nursery, folder / f"disk{step}", small, step, note) for step in FULL_FROM])
         except NoFileSystem as reason:
