@@ -14,7 +14,7 @@ from typing import Any, Literal
 import ds_optim
 from ds_optim.train import manifest
 from ds_optim.train.chaos_lane import Lives, Outcome
-from ds_optim.train.chaos_terminal import Command, Done, Signalled
+from ds_optim.train.chaos_terminal import Command, Done, Signalled, line_count
 from ds_optim.train.compare_launch import free_port
 from ds_optim.train.exits import END_NAME, FINISHED, PREEMPTED
 from ds_optim.train.resume import FOLDER
@@ -27,6 +27,8 @@ _MODEL = "--optimizer lion --stage 1 --dtype fp32 --seq-len 16 --micro-batch 2 -
 _RANKS = 2
 _SIGNALS: tuple[Signalled, ...] = ("SIGTERM", "SIGUSR1", "SIGHUP", "Ctrl-C")
 _TRAINED_S = 1.5
+_LAST_LINES = 5
+"""Of a log: a run that is told to end when no more are missing may be done before it can."""
 BOUND_S = 60.0
 
 
@@ -94,6 +96,8 @@ class Launched:
             wrong = self._wrong(done, told, before, reference)
             name = f"{self._launcher.name}, {when}"
             tell(Outcome(fault=told, where=name, wrong=wrong, end_s=done.end_s, bound_s=BOUND_S))
+            if done.status == FINISHED and wrong is None:
+                shutil.rmtree(self._out)  # the next one has all its steps before it again
         last: Done = yield self._start(self._out, None, 0.0)
         if last.status != FINISHED or losses_of(self._out) != reference:
             wrong = f"the last life ended with {last.status}, or with other losses: {last.text[-300:]}"
@@ -108,8 +112,10 @@ class Launched:
         """What is not as promised of a life that was told to end."""
         end = json.loads(end_of(self._out) or "{}")
         step = end.get("step", 0)
-        if done.told_s is None:
-            return None if done.status == FINISHED else f"it ended by itself with {done.status}: {done.text[-300:]}"
+        if done.status == FINISHED:
+            told_late = done.told_s is None or line_count(self._out / LOG_NAME) - done.told_lines <= _LAST_LINES
+            whole = losses_of(self._out) == reference
+            return None if told_late and whole else f"it went on to its end when it was told to, {done.text[-300:]}"
         if done.hung or done.left:
             return f"it did not end: {done.left} were left, {done.text[-300:]}"
         if done.status != PREEMPTED and not (done.is_dead_of(told) and end_of(self._out) == before):

@@ -32,13 +32,14 @@ class Done:
     """What was seen of a command: its ``status`` (negative: the signal that it died of), and all that it printed.
 
     ``told_s``: when it was told to end, in seconds after its start; None where it had ended before. ``end_s`` is how
-    long it took from there. ``first_step_s``: when its log got its first line. ``left``: process ids that outlived it.
+    long it took from there, ``told_lines`` how many its log had then. ``first_step_s``: when its log got its first line. ``left``: process ids that outlived it.
     """
 
     status: int = 0
     text: str = ""
     hung: bool = False
     told_s: float | None = None
+    told_lines: int = 0
     end_s: float = 0.0
     first_step_s: float = _LIFE_S
     left: list[int] = field(default_factory=list)
@@ -90,8 +91,8 @@ class Command:
         begun = done.first_step_s if self._trained else 0.0
         status = self._process.poll()
         if status is None and self._told is not None and done.told_s is None and now >= begun + self._after_s:
+            done.told_s, done.told_lines = now, line_count(self._log)
             self._tell()
-            done.told_s = now
         late = now > _LIFE_S if done.told_s is None else now > done.told_s + _BOUND_S
         if status is None and not late:
             return None
@@ -146,6 +147,11 @@ class Command:
                 if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_VARIABLE) == self._token:
                     found.append(process)
         return [process for process in found if process.pid != self._process.pid]
+
+
+def line_count(path: Path) -> int:
+    """Lines of a file that may not be there."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _environment() -> dict[str, str]:
