@@ -32,7 +32,8 @@ class Done:
     """What was seen of a command: its ``status`` (negative: the signal that it died of), and all that it printed.
 
     ``told_s``: when it was told to end, in seconds after its start; None where it had ended before. ``end_s`` is how
-    long it took from there, ``told_lines`` how many its log had then. ``first_step_s``: when its log got its first line. ``left``: process ids that outlived it.
+    long it took from there, ``told_lines`` how many its log had then. ``first_step_s``: when its log got its first
+    line. ``left``: process ids that outlived it.
     """
 
     status: int = 0
