@@ -2,7 +2,8 @@
 
 A few small runs of two ranks each, with different optimizers and ZeRO stages, go side by side. Each is one training
 from its first step to its last, whose life is ended again and again by a seeded random fault; between lives files of
-its newest checkpoint are damaged. Every loss of every life must be, bit for bit, that of the same run left in peace.
+its newest checkpoint, and beside it, are damaged. Every loss of every life must be, bit for bit, that of the same run
+left in peace. Then come stories of two runs in one folder and of a full disk, and runs under launchers.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ds_optim.optimizers.alike import EVERY
 from ds_optim.train.chaos_disk import FULL_FROM, NoFileSystem, fill_disk
 from ds_optim.train.chaos_lane import Lane, Lives, Outcome
+from ds_optim.train.chaos_launchers import LAUNCHERS, Launched
+from ds_optim.train.chaos_pairs import come_apart, two_runs
 from ds_optim.train.chaos_ranks import Nursery
 
 _FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
@@ -39,6 +43,11 @@ class ChaosSettings:
     lanes: int = 3
     folder: Path | None = None
 
+    @property
+    def launches(self) -> int:
+        """How many of the faults come to runs under a launcher, each of which imports all anew."""
+        return self.kills // 10
+
 
 def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outcome]:
     """All outcomes, in the order in which they were known; ``tell`` gets a line for each."""
@@ -51,19 +60,49 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
     with tempfile.TemporaryDirectory(prefix="ds_optim-chaos-", dir=settings.folder) as name:
         folder = Path(name)
         nursery, model = Nursery(), write_model(folder / "model")
-        runs: list[Lives] = []
-        for number in range(settings.lanes):
-            kills = settings.kills // settings.lanes + (number < settings.kills % settings.lanes)
-            chosen = {**_SMALL, **LANES[number % len(LANES)], "model": str(model)}
-            random = Random(f"{settings.seed} {number}")
-            runs.append(Lane(nursery, folder / f"lane{number}", chosen, kills, random).run(note))
-        side_by_side(runs)
+        side_by_side(_lanes(settings, nursery, folder, model, note))
+        small = {**_SMALL, **LANES[0], "model": str(model)}
+        side_by_side([two_runs(nursery, folder / "two", small, note)])
+        if settings.launches:  # it takes a hundred steps: too long for a few faults
+            side_by_side([come_apart(nursery, folder / "apart", small, EVERY, note)])
         try:
-            chosen = {**_SMALL, **LANES[0], "model": str(model)}
-            side_by_side([fill_disk(nursery, folder / f"disk{step}", chosen, step, note) for step in FULL_FROM])
+            side_by_side([fill_disk(nursery, folder / f"disk{step}", small, step, note) for step in FULL_FROM])
         except NoFileSystem as reason:
             tell(f"disk full: skipped, {reason}")
+        for launched in _launched(settings, folder, model, tell):
+            side_by_side([launched.lives(note)])
     return outcomes
+
+
+def _lanes(
+    settings: ChaosSettings, nursery: Nursery, folder: Path, model: Path, note: Callable[[Outcome], None]
+) -> list[Lives]:
+    """The runs whose ranks are forked here, with their share of the faults."""
+    runs = []
+    kills = settings.kills - settings.launches
+    for number in range(settings.lanes):
+        share = kills // settings.lanes + (number < kills % settings.lanes)
+        chosen = {**_SMALL, **LANES[number % len(LANES)], "model": str(model)}
+        random = Random(f"{settings.seed} {number}")
+        runs.append(Lane(nursery, folder / f"lane{number}", chosen, share, random).run(note))
+    return runs
+
+
+def _launched(settings: ChaosSettings, folder: Path, model: Path, tell: Callable[[str], None]) -> list[Launched]:
+    """The runs under launchers, with theirs."""
+    here = []
+    for launcher in LAUNCHERS if settings.launches else ():
+        missing = launcher.missing()
+        if missing is None:
+            here.append(launcher)
+        else:
+            tell(f"{launcher.name}: skipped, {missing}")
+    runs = []
+    for number, launcher in enumerate(here[: settings.launches]):
+        share = settings.launches // len(here) + (number < settings.launches % len(here))
+        random = Random(f"{settings.seed} {launcher.name}")
+        runs.append(Launched(launcher, folder / launcher.name, model, share, random))
+    return runs
 
 
 def side_by_side(runs: list[Lives]) -> None:

@@ -18,10 +18,11 @@ def chaos(
     lanes: Annotated[int, typer.Option(min=1, help="Runs side by side, of two ranks each.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where the runs live meanwhile. [the system's]")] = None,
 ) -> int:
-    """Kill small runs at random points and damage their checkpoints; exit 1 if anything promised was lost.
+    """Kill small runs at random points and damage their files; exit 1 if anything promised was lost.
 
-    Takes some minutes on two cores. What is promised: no run loses more than the steps since its last complete
-    checkpoint, none goes on from a part of one, and none hangs.
+    Takes some minutes on two cores; a tenth of the faults comes to runs under the launchers of this machine. What is
+    promised: no run loses more than the steps since its last complete checkpoint, none goes on from a part of one, and
+    none hangs.
     """
     from ds_optim.train.chaos import ChaosSettings, run_chaos, table_of
 

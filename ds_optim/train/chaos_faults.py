@@ -1,4 +1,4 @@
-"""Faults for ``ds-optim chaos``: where in a run a rank is killed, stopped or told to end, and who does it.
+"""Faults for ``ds-optim chaos``: where in a run a rank is killed, stopped or told to end, or differs, and who does it.
 
 They reach a run as any observer does, in code: nothing in the training itself knows of them.
 """
@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_optim.train.chaos_start import START_POINTS
 from ds_optim.train.results import Moment
+from ds_optim.train.settings import TrainSettings
 
-Kind = Literal["SIGKILL", "SIGTERM", "SIGUSR1", "SIGSTOP", "hang", "disk full"]
-Place = Literal["backward", "exchange", "save", "forward"]
+Kind = Literal["SIGKILL", "SIGTERM", "SIGUSR1", "SIGSTOP", "hang", "disk full", "differs", "waits"]
+Place = Literal["start", "backward", "exchange", "save", "forward"]
 
 #: The points of a save: (the moment, how often it came before, what the table says).
 SAVE_POINTS: tuple[tuple[Moment, int, str], ...] = (
@@ -27,7 +29,15 @@ SAVE_POINTS: tuple[tuple[Moment, int, str], ...] = (
     ("sealed", 0, "after the manifest"),
     ("latest moved", 0, "after latest"),
 )
+#: What differs on one rank, and what the line that refuses it names.
+DIFFERENCES: tuple[tuple[str, str], ...] = (
+    ("its settings", "the settings"),
+    ("a number of its optimizer", "weight_decay of parameter group"),
+    ("its optimizer's seed", "seed of parameter group"),
+)
 BALLAST = "ballast"
+GO = "go"
+"""The file for which ``waits`` waits, in the life's folder."""
 _SHORTEST_WRITE = 512
 
 
@@ -36,7 +46,8 @@ class Fault:
     """What happens to ``rank`` from ``step`` on, the first time it comes by ``place``.
 
     ``count`` tells the place closer: of a save an index into ``SAVE_POINTS``, in backward the parameter, of the
-    exchange twice the number of the message, and 1 for after it.
+    exchange twice the number of the message, and 1 for after it; at the start an index into
+    ``chaos_start.START_POINTS``, or of what differs into ``DIFFERENCES``.
     ``torn``: before the kill the file written last loses its second half, as in a write under way.
     """
 
@@ -49,6 +60,10 @@ class Fault:
 
     @property
     def where(self) -> str:
+        if self.kind == "differs":
+            return DIFFERENCES[self.count][0]
+        if self.place == "start":
+            return f"start, {START_POINTS[self.count].where}"
         if self.place == "save":
             return f"save, {'in a file' if self.torn else SAVE_POINTS[self.count][2]}"
         return self.place
@@ -63,6 +78,7 @@ class Saboteur:
 
     def __init__(self, folder: Path, out: Path | None, rank: int, fault: Fault | None) -> None:
         self.fault = fault if fault is not None and fault.rank == rank else None
+        self._folder = folder
         self._seen = os.open(folder / f"rank{rank}.seen", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._out = out
         self._step = 0
@@ -77,6 +93,8 @@ class Saboteur:
             parameters = [p for p in engine.module.parameters() if p.requires_grad]
             chosen = parameters[self.fault.count % len(parameters)]
             chosen.register_hook(lambda gradient: self.strike() if self._armed() else None)
+        if self.fault is not None and self.fault.kind == "differs" and self.fault.place == "start":
+            self._differ(engine)
 
     def on_moment(self, engine: Any, moment: Moment) -> None:
         """Strike where the fault lies in a save, a forward pass, or in what follows a backward pass."""
@@ -87,7 +105,10 @@ class Saboteur:
         if self.fault is None or not self._armed():
             return
         if self.fault.place == "forward" and moment == "after forward":
-            self.strike()
+            if self.fault.kind == "differs":
+                self._differ(engine)
+            else:
+                self.strike()
         elif self.fault.place == "save" and moment == SAVE_POINTS[self.fault.count][0]:
             if self._came == SAVE_POINTS[self.fault.count][1]:
                 self.strike()
@@ -106,16 +127,36 @@ class Saboteur:
         """Commit the fault; a kill does not return."""
         fault = self.fault
         assert fault is not None
-        self.fault = None
         if fault.torn:
             self._tear()
-        self._note(f"fired {time.time()}")
+        self._fired()
         if fault.kind == "hang":
             time.sleep(3600)
+        elif fault.kind == "waits":
+            while not (self._folder / GO).exists():
+                time.sleep(0.02)
         elif fault.kind == "disk full":
             self._fill_disk()
         else:
             os.kill(os.getpid(), getattr(signal, fault.kind))
+
+    def changed(self, settings: TrainSettings) -> TrainSettings:
+        """The settings of this rank."""
+        if self.fault is None or self.fault.kind != "differs" or self.fault.count:
+            return settings
+        self._fired()
+        return settings.model_copy(update={"seed": settings.seed + 1})
+
+    def _differ(self, engine: Any) -> None:
+        assert self.fault is not None
+        key = DIFFERENCES[self.fault.count][1].split()[0]
+        self._fired()
+        for group in engine.optimizer.param_groups:
+            group[key] = group[key] + 1
+
+    def _fired(self) -> None:
+        self.fault = None
+        self._note(f"fired {time.time()}")
 
     def _armed(self) -> bool:
         # A save comes after its step was counted.

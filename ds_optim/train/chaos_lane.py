@@ -11,10 +11,11 @@ from random import Random
 from typing import Any
 
 from ds_optim.train import manifest
-from ds_optim.train.chaos_damage import Damage, all_damages, do_damage
-from ds_optim.train.chaos_faults import SAVE_POINTS, Fault
-from ds_optim.train.chaos_ranks import RANKS, Life, Nursery, Running
-from ds_optim.train.exits import PREEMPTED, RANK_LOST
+from ds_optim.train.chaos_damage import Damage, all_damages, contents, do_damage
+from ds_optim.train.chaos_endings import ending_fault, last_line
+from ds_optim.train.chaos_faults import DIFFERENCES, SAVE_POINTS, Fault, Kind, Place
+from ds_optim.train.chaos_ranks import RANKS, Life, Living, Nursery, Running
+from ds_optim.train.chaos_start import JOINED, START_POINTS
 from ds_optim.train.resume import FOLDER
 from ds_optim.train.run_log import LOG_NAME
 
@@ -27,11 +28,13 @@ REACH = 5
 HANG_S = 6.0
 KILL_BOUND_S = 30.0
 HANG_BOUND_S = HANG_S + 30.0
+AT_START = 0.2
+"""Of the faults, how many come before the first step of a life."""
+JOIN_S = 10.0
+"""How long ranks wait for one that does not join, where one is lost before."""
 
 #: Yields a life that was started, and is sent it back when it ended.
-Lives = Generator[Running, Life, None]
-
-_KILLS = {"SIGKILL": -9, "SIGSTOP": -9}
+Lives = Generator[Living, Any, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,11 @@ class Outcome:
 
     fault: str
     where: str
-    lost: int
-    allowed: int
-    end_s: float
-    bound_s: float
     wrong: str | None
+    lost: int = 0
+    allowed: int = 0
+    end_s: float = 0.0
+    bound_s: float = 0.0
 
 
 class Lane:
@@ -59,6 +62,8 @@ class Lane:
         self._out = folder / "out"
         self._harmed: dict[int, int] = {}
         self._damages: list[Damage] | None = None
+        self._outside = folder / "outside"
+        self._kept_outside: dict[str, bytes] = {}
         self._reference: list[dict[int, str]] = []
         self._number = 0
 
@@ -67,15 +72,20 @@ class Lane:
         alone = {**self._settings, "out": self._folder / "reference", "save_every": 0, "keep": 0}
         plain = yield self._nursery.start(self._folder / "uninterrupted", alone, None)
         if plain.statuses != [0] * RANKS:
-            raise RuntimeError(f"the uninterrupted run failed: {_last_line(plain)}")
+            raise RuntimeError(f"the uninterrupted run failed: {last_line(plain)}")
         self._reference = plain.losses
         pending: Outcome | None = None
         reached = 0
         for number in range(self._kills + 1):
             complete = self._newest()
+            fault = draw_fault(self._random, complete) if number < self._kills else None
+            if fault is not None and fault.place == "start":
+                # It makes no step, so that the next life tells what both faults cost.
+                begun = yield self._start(fault)
+                tell(self._at_start(begun, fault, complete))
+                continue
             damage = self._damage() if 0 < number < self._kills and self._due(number) else None
             due = self._newest()
-            fault = draw_fault(self._random, max(due, LEAD)) if number < self._kills else None
             life = yield self._start(fault)
             arrival = self._arrival(life, due, damage)
             resumed = life.resumed or 0
@@ -84,18 +94,8 @@ class Lane:
                 lost = reached - (resumed if damage is None else complete)
                 tell(replace(pending, lost=lost, allowed=reached - complete, wrong=pending.wrong or arrival))
             if damage is not None:
-                kind = "manifest" if damage.name.endswith(".json") else "shard"
-                tell(
-                    Outcome(
-                        fault=f"file {damage.way}",
-                        where=f"{kind} of the newest checkpoint",
-                        lost=complete - resumed,
-                        allowed=complete - due,
-                        end_s=0.0,
-                        bound_s=0.0,
-                        wrong=arrival,
-                    )
-                )
+                costs = {"lost": complete - resumed, "allowed": complete - due}
+                tell(Outcome(fault=f"file {damage.way}", where=damage.where, wrong=arrival, **costs))
             pending = self._departure(life, fault)
             reached = life.reached
             if not set(life.sealed[-KEEP:]) <= set(self._whole()):
@@ -106,6 +106,7 @@ class Lane:
 
     def _start(self, fault: Fault | None) -> Running:
         self._number += 1
+        self._kept_outside = contents(self._outside)
         hanging = fault is not None and fault.kind in ("hang", "SIGSTOP")
         settings = {
             **self._settings,
@@ -113,8 +114,9 @@ class Lane:
             "resume": self._newest() > 0,
             "hang_timeout": HANG_S if hanging else 120.0,
         }
-        bound = HANG_BOUND_S if hanging else KILL_BOUND_S
-        return self._nursery.start(self._folder / f"life{self._number}", settings, fault, bound)
+        joins = fault is None or fault.place != "start" or fault.count >= JOINED
+        folder = self._folder / f"life{self._number}"
+        return self._nursery.start(folder, settings, fault, _bound(fault), join_s=None if joins else JOIN_S)
 
     def _due(self, number: int) -> bool:
         """Whether a file is to be damaged before this life: before every other one, or more often to get through."""
@@ -122,7 +124,7 @@ class Lane:
         return number % 2 == 1 or 2 * left > self._kills - number
 
     def _damage(self) -> Damage | None:
-        """Damage the newest checkpoint where an older one is whole."""
+        """Damage the newest checkpoint, or a file beside it, where an older one is whole."""
         whole = self._whole()
         if len(whole) < 2:
             return None
@@ -133,13 +135,17 @@ class Lane:
         if not self._damages:
             return None
         damage = self._damages.pop()
-        do_damage(newest, damage, self._random)
-        self._harmed[whole[-1]] = _changed(newest)
+        following = (whole[-1] // SAVE_EVERY + 1) * SAVE_EVERY
+        damage = replace(damage, name=damage.name.replace("NEXT", str(following)))
+        do_damage(self._out if damage.beside else newest, damage, self._random, self._outside)
+        if not damage.beside:
+            self._harmed[whole[-1]] = _changed(newest)
         return damage
 
     def _whole(self) -> list[int]:
         """The steps of the checkpoints that were sealed and not harmed since."""
-        folders = {int(path.name.removeprefix("step-")): path for path in (self._out / FOLDER).glob("step-*")}
+        found = [path for path in (self._out / FOLDER).glob("step-*") if not path.is_symlink()]
+        folders = {int(path.name.removeprefix("step-")): path for path in found}
         return [
             step
             for step, folder in sorted(folders.items())
@@ -153,29 +159,35 @@ class Lane:
     def _arrival(self, life: Life, due: int, damage: Damage | None) -> str | None:
         """What is wrong with how a life began and went on: where it resumed, and every loss of it on every rank."""
         if life.resumed is None:
-            return f"it did not start: {_last_line(life)}"
+            return f"it did not start: {last_line(life)}"
         if life.resumed < due:
             return f"it went on from step {life.resumed}, step {due} was complete"
-        if damage is not None and not any(damage.name in line for line in life.lines[0].splitlines() if "skip" in line):
+        skipped = [line for line in life.lines[0].splitlines() if "skip" in line]
+        if damage is not None and damage.is_within and not any(damage.name in line for line in skipped):
             return f"it did not say that {damage.name} was {damage.way}"
+        if contents(self._outside) != self._kept_outside:
+            return f"it wrote through a link: {damage}"
         for rank, losses in enumerate(life.losses):
             for step, loss in losses.items():
                 if loss != self._reference[rank][step]:
                     return f"the loss of step {step} on rank {rank} is not that of the uninterrupted run"
         return None
 
+    def _at_start(self, life: Life, fault: Fault, complete: int) -> Outcome:
+        """What became of a life whose fault came before its first step."""
+        wrong = ending_fault(life, fault)
+        if wrong is None and (self._newest() != complete or any(life.losses)):
+            wrong = f"it left step {self._newest()} of {complete}, having made {life.losses}"
+        return _outcome(life, fault, wrong)
+
     def _departure(self, life: Life, fault: Fault | None) -> Outcome | None:
         """How a life ended by its fault; None for the last one, which must end well."""
         if fault is None:
             if life.statuses == [0] * RANKS and self._same_end():
                 return None
-            wrong: str | None = f"the last life did not end as the uninterrupted run: {_last_line(life)}"
-            return Outcome(fault="none", where="the last life", lost=0, allowed=0, end_s=0.0, bound_s=0.0, wrong=wrong)
-        wrong = ending_fault(life, fault)
-        bound = HANG_BOUND_S if fault.kind in ("hang", "SIGSTOP") else KILL_BOUND_S
-        return Outcome(
-            fault=fault.kind, where=fault.where, lost=0, allowed=0, end_s=life.end_s, bound_s=bound, wrong=wrong
-        )
+            wrong: str | None = f"the last life did not end as the uninterrupted run: {last_line(life)}"
+            return Outcome(fault="none", where="the last life", wrong=wrong)
+        return _outcome(life, fault, ending_fault(life, fault))
 
     def _same_end(self) -> bool:
         ends = [
@@ -190,38 +202,34 @@ def _changed(folder: Path) -> int:
     return folder.stat().st_mtime_ns
 
 
-def draw_fault(random: Random, step: int) -> Fault:
-    """A random kill point within the ``REACH`` steps after ``step``."""
+def _bound(fault: Fault | None) -> float:
+    if fault is None:
+        return KILL_BOUND_S
+    waits = JOIN_S if fault.place == "start" and fault.count < JOINED else 0.0
+    return waits + (HANG_BOUND_S if fault.kind in ("hang", "SIGSTOP") else KILL_BOUND_S)
+
+
+def _outcome(life: Life, fault: Fault, wrong: str | None) -> Outcome:
+    return Outcome(fault=fault.kind, where=fault.where, wrong=wrong, end_s=life.end_s, bound_s=_bound(fault))
+
+
+def draw_fault(random: Random, newest: int) -> Fault:
+    """A random kill point in a life that goes on after the checkpoint of step ``newest``: at its start, or within the
+    ``REACH`` steps after it and the ``LEAD``."""
     rank = random.randrange(RANKS)
-    at = step + random.randint(1, REACH - SAVE_EVERY)
-    kind = random.choices(("SIGKILL", "SIGTERM", "SIGUSR1", "hang", "SIGSTOP"), (80, 8, 6, 3, 3))[0]
+    kinds: tuple[Kind, ...] = ("SIGKILL", "SIGTERM", "SIGUSR1", "hang", "SIGSTOP", "differs")
+    kind = random.choices(kinds, (74, 8, 6, 4, 3, 5))[0]
+    if kind == "differs":
+        return Fault(kind=kind, place="start", rank=rank, step=newest, count=random.randrange(len(DIFFERENCES)))
+    if random.random() < AT_START:
+        # Without a checkpoint there is no load.
+        points = len(START_POINTS) - (newest == 0)
+        return Fault(kind=kind, place="start", rank=rank, step=newest, count=random.randrange(points))
+    at = max(newest, LEAD) + random.randint(1, REACH - SAVE_EVERY)
     if kind in ("hang", "SIGSTOP"):
-        return Fault(kind=kind, place="backward", rank=rank, step=at, count=random.randrange(8))  # type: ignore[arg-type]
-    place = random.choice(("backward", "exchange", "save", "save", "forward"))
+        return Fault(kind=kind, place="backward", rank=rank, step=at, count=random.randrange(8))
+    places: tuple[Place, ...] = ("backward", "exchange", "save", "save", "forward")
+    place = random.choice(places)
     count = random.randrange(len(SAVE_POINTS) if place == "save" else 8)
     torn = place == "save" and kind == "SIGKILL" and count == 0 and random.random() < 0.5
-    return Fault(kind=kind, place=place, rank=rank, step=at, count=count, torn=torn)  # type: ignore[arg-type]
-
-
-def ending_fault(life: Life, fault: Fault) -> str | None:
-    """What is wrong with how the ranks ended, or None."""
-    if not life.fired:
-        return f"the fault did not fire: {_last_line(life)}"
-    if life.hung:
-        return f"rank {life.hung[0]} did not end"
-    if fault.kind in ("SIGTERM", "SIGUSR1"):
-        expected = [PREEMPTED] * RANKS
-    else:
-        expected = [_KILLS.get(fault.kind, RANK_LOST) if rank == fault.rank else RANK_LOST for rank in range(RANKS)]
-    if life.statuses != expected:
-        return f"the ranks ended with {life.statuses}, not {expected}: {_last_line(life)}"
-    other = 1 - fault.rank
-    told = [line for line in life.lines[other].splitlines() if line.startswith("ds-optim: error: ")]
-    if expected[other] == RANK_LOST and (len(told) != 1 or f"rank {fault.rank} " not in told[0]):
-        return f"rank {other} did not name rank {fault.rank} in one line: {told}"
-    return None
-
-
-def _last_line(life: Life) -> str:
-    lines = [line.strip() for text in life.lines for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "(no output)"
+    return Fault(kind=kind, place=place, rank=rank, step=at, count=count, torn=torn)

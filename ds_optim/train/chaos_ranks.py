@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ds_optim.train.chaos_faults import Fault
 from ds_optim.train.chaos_worker import LIFE_FILE, work
@@ -44,6 +44,14 @@ class Life:
         return max([self.resumed or 0, *(step for losses in self.losses for step in losses)])
 
 
+class Living(Protocol):
+    """Processes that a story waits for: ``poll`` gives None until there is something to tell of them."""
+
+    def poll(self) -> Any: ...
+
+    def end(self) -> None: ...
+
+
 class Nursery:
     """Forks ranks from one parent that has imported everything."""
 
@@ -53,13 +61,24 @@ class Nursery:
         with environment({**parent_environment(RANKS), "OMP_NUM_THREADS": "1"}):
             forkserver.ensure_running()
 
-    def start(self, folder: Path, settings: dict[str, Any], fault: Fault | None, bound_s: float = 0.0) -> Running:
-        """Begin a life in ``folder``; ranks that do not end within ``bound_s`` of the fault will be killed."""
+    def start(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        fault: Fault | None,
+        bound_s: float = 0.0,
+        join_s: float | None = None,
+    ) -> Running:
+        """Begin a life in ``folder``; ranks that do not end within ``bound_s`` of the fault will be killed.
+
+        ``join_s``: how long they may take to join, where that is not the usual.
+        """
         folder.mkdir(parents=True)
         record = {"settings": settings, "fault": None if fault is None else asdict(fault)}
         (folder / LIFE_FILE).write_text(json.dumps(record, default=str), encoding="utf-8")
         shared = {**worker_environment(RANKS), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(RANKS)}
         shared |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= {} if join_s is None else {"DS_OPTIM_JOIN_TIMEOUT": f"{join_s:g}"}
         processes: list[BaseProcess] = []
         for rank in range(RANKS):
             own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -98,6 +117,10 @@ class Running:
         if fired is not None:
             life.fired, life.end_s = True, max([0.0, *(when - fired for when in self._ended.values())])
         return life
+
+    def has_fired(self) -> bool:
+        """Whether the fault was seen to fire."""
+        return self._fired
 
     def end(self) -> None:
         """Leave no process behind."""

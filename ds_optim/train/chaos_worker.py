@@ -30,6 +30,7 @@ def _run_rank(folder: Path, rank: int) -> int:
 
     from ds_optim.errors import UserError
     from ds_optim.train.chaos_faults import Fault, Saboteur
+    from ds_optim.train.chaos_start import START_POINTS, at_start
     from ds_optim.train.exits import USER_ERROR, RunStopped
     from ds_optim.train.loop import train
     from ds_optim.train.settings import TrainSettings
@@ -38,8 +39,12 @@ def _run_rank(folder: Path, rank: int) -> int:
     life = json.loads((folder / LIFE_FILE).read_text(encoding="utf-8"))
     settings = TrainSettings(**life["settings"])
     fault = None if life["fault"] is None else Fault(**life["fault"])
+    saboteur = Saboteur(folder, settings.out, rank, fault)
+    strikes = saboteur.fault is not None and saboteur.fault.place == "start" and saboteur.fault.kind != "differs"
+    point = START_POINTS[saboteur.fault.count] if strikes and saboteur.fault is not None else None
     try:
-        return train(settings, Saboteur(folder, settings.out, rank, fault)).status
+        with at_start(point, saboteur.strike):
+            return train(saboteur.changed(settings), saboteur).status
     except (UserError, RunStopped) as error:
         print(f"ds-optim: error: {error}", file=sys.stderr)
         return USER_ERROR if isinstance(error, UserError) else error.status
