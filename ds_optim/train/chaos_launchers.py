@@ -96,8 +96,8 @@ class Launched:
             wrong = self._wrong(done, told, before, reference)
             name = f"{self._launcher.name}, {when}"
             tell(Outcome(fault=told, where=name, wrong=wrong, end_s=done.end_s, bound_s=BOUND_S))
-            if done.status == FINISHED and wrong is None:
-                shutil.rmtree(self._out)  # the next one has all its steps before it again
+            if done.status == FINISHED:
+                shutil.rmtree(self._out, ignore_errors=True)  # the next one has all its steps before it again
         last: Done = yield self._start(self._out, None, 0.0)
         if last.status != FINISHED or losses_of(self._out) != reference:
             wrong = f"the last life ended with {last.status}, or with other losses: {last.text[-300:]}"

@@ -162,4 +162,7 @@ def _environment() -> dict[str, str]:
 
 
 def _own_terminal() -> None:
+    # Whoever started chaos in the background ignores some, which what is started here would do too.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
