@@ -250,7 +250,8 @@ def test_more_ranks_than_devices_are_one_line(
 
 
 def test_launchers_local_rank_is_taken_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that what is set below goes with the test
+    monkeypatch.delenv("LOCAL_RANK")
     assert take_local_rank(["--local_rank=3", "train", "--steps", "4"]) == ["train", "--steps", "4"]
     assert os.environ["LOCAL_RANK"] == "3"
     assert take_local_rank(["train", "--local-rank", "1", "--steps", "4"]) == ["train", "--steps", "4"]
