@@ -18,8 +18,8 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.schema import Row, read_rows, write_rows
-from ds_optim.train.compare import CompareSettings, run_compare
-from ds_optim.train.sweep_options import settings_of
+from ds_optim.sweep.compare import CompareSettings, run_compare
+from ds_optim.sweep.options import settings_of
 
 DTYPES = ("float32", "bfloat16", "int8")
 #: Validation loss that a dtype may cost, as a part of float32's.

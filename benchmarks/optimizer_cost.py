@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
+from ds_optim.job.models import preset_config
+from ds_optim.job.presets import PRESETS
 from ds_optim.memory.account import SCALAR_NUMEL
 from ds_optim.optimizers import OPTIMIZERS, param_groups
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.schema import Row, append_row
-from ds_optim.train.models import preset_config
-from ds_optim.train.presets import PRESETS
 
 PRESET = "qwen3-134m"
 REFERENCES = ("AdamW", "Lion")

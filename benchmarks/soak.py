@@ -24,11 +24,11 @@ from pathlib import Path
 
 import psutil
 
+from ds_optim.chaos.run import write_model
+from ds_optim.job.run_log import LOG_NAME
 from ds_optim.report.machine import describe_machine
-from ds_optim.train import manifest
-from ds_optim.train.chaos import write_model
-from ds_optim.train.resume import FOLDER
-from ds_optim.train.run_log import LOG_NAME
+from ds_optim.survival import manifest
+from ds_optim.survival.resume import FOLDER
 
 ROOT = Path(__file__).parents[1]
 MORE_MIB = 8.0

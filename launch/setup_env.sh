@@ -105,7 +105,7 @@ build_ops() {
     say "building DeepSpeed's C++ ops where they are not built yet: $*"
     DS_ACCELERATOR="$accelerator" python - "$@" >"$DS_OPTIM_VENV/build_ops.log" 2>&1 <<'PY' ||
 import sys
-from ds_optim.survival.extensions import load_op
+from ds_optim.machine.extensions import load_op
 
 for name in sys.argv[1:]:
     load_op(name)

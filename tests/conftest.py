@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_optim.cache import private_folder
-from ds_optim.survival.extensions import use_own_folder
+from ds_optim.machine.cache import private_folder
+from ds_optim.machine.extensions import use_own_folder
 from tests.distributed import harness
 
 

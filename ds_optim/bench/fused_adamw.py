@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_optim.survival.extensions import load_op, use_own_folder
+from ds_optim.machine.extensions import load_op, use_own_folder
 
 
 def torch_adamw(p: Tensor, g: Tensor, *, lr: float, decay: float) -> Callable[[], object]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.machine.files import write_atomic
+from ds_optim.machine.kept_results import refuse
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.plots import Plot, colour_map, draw
 from ds_optim.report.schema import Row, append_row, write_rows
 from ds_optim.report.table import TableSpec, build_table, markdown_text, to_markdown, to_rich
-from ds_optim.survival.files import write_atomic
-from ds_optim.survival.results import refuse
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 _FILE_WIDTH = 140

@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ds_optim.train.compare_launch import ForkserverLauncher, free_port, worker_environment
-from ds_optim.train.compare_worker import end_with_launcher, reason_line, redirect
+from ds_optim.sweep.launch import ForkserverLauncher, free_port, worker_environment
+from ds_optim.sweep.worker import end_with_launcher, reason_line, redirect
 
 #: A shell that has a loopback interface and no other; its arguments are the command.
 _NAMESPACE = ("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
@@ -110,7 +110,7 @@ def _work(
     redirect(Path(log))
     import torch
 
-    from ds_optim.train import ranks
+    from ds_optim.machine import ranks
 
     try:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))

@@ -71,7 +71,7 @@ def rows(settings: StepSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
 
 def measure(rank: int, world_size: int, stage: int, settings: StepSettings) -> RankTimes:
     """Time every case of a stage on this rank."""
-    from ds_optim.train import ranks as group
+    from ds_optim.machine import ranks as group
 
     torch.manual_seed(rank)
     built, missing = {}, {}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ds_optim.cache import cache_folder, read_table, write_table
+from ds_optim.machine.cache import cache_folder, read_table, write_table
 
 logger = logging.getLogger("ds_optim")
 

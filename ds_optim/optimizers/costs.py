@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.cache import cache_folder, read_table, write_table
+from ds_optim.machine.cache import cache_folder, read_table, write_table
 from ds_optim.matrix.dispatch import device_name
 from ds_optim.optimizers.matrix_work import MatrixWork
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_optim.machine.files import write_atomic
 from ds_optim.report.schema import Row
-from ds_optim.survival.files import write_atomic
 
 _FORMULA = ("=", "+", "-", "@")
 

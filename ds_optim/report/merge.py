@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_optim.errors import UserError
+from ds_optim.machine.files import Unreadable, read_json, short, write_atomic
 from ds_optim.report.compare import render_compare
 from ds_optim.report.memory import render_memory
 from ds_optim.report.render import Report
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows, write_rows
-from ds_optim.survival.files import Unreadable, read_json, short, write_atomic
 
 _RENDERERS = {"memory": render_memory, "compare": render_compare}
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
-from ds_optim.survival.files import drop_link
+from ds_optim.machine.files import drop_link
 
 # Ink that no plot uses otherwise: in the SVG it is replaced by currentColor, so that axes and text follow the page.
 _INK = "#010203"

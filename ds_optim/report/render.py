@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_optim.machine.files import write_atomic
 from ds_optim.report.plots import DrawnPlot, Plot, colour_map, draw
 from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import Table, TableSpec, build_table, markdown_text, to_markdown
-from ds_optim.survival.files import write_atomic
 
 MARKDOWN = "report.md"
 HTML = "report.html"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ds_optim.errors import UserError
-from ds_optim.survival.files import Unreadable, open_append, parse_json, read_bytes, short, typed, write_atomic
+from ds_optim.machine.files import Unreadable, open_append, parse_json, read_bytes, short, typed, write_atomic
 
 SCHEMA_VERSION = 1
 #: The files of a run: its rows, and what it was.

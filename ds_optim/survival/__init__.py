@@ -1,1 +1,1 @@
-"""What outlives a process, and must not harm the next one: locks, built libraries, shared memory, results."""
+"""What lets a run outlive kills, signals, lost ranks and full disks: sealed checkpoints, resume, watch."""

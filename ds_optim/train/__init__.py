@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_optim.job.results import Observer, TrainResult
+    from ds_optim.job.settings import TrainSettings
     from ds_optim.train.loop import train
-    from ds_optim.train.results import Observer, TrainResult
-    from ds_optim.train.settings import TrainSettings
 
 __all__ = ["Observer", "TrainResult", "TrainSettings", "train"]
 
 _HOMES = {
-    "Observer": "ds_optim.train.results",
-    "TrainResult": "ds_optim.train.results",
-    "TrainSettings": "ds_optim.train.settings",
+    "Observer": "ds_optim.job.results",
+    "TrainResult": "ds_optim.job.results",
+    "TrainSettings": "ds_optim.job.settings",
     "train": "ds_optim.train.loop",
 }
 

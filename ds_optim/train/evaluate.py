@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_optim.train import ranks
-from ds_optim.train.batches import BatchShape, window_count, windows_at
-from ds_optim.train.models import next_token_losses
-from ds_optim.train.tokens import Ids
+from ds_optim.data.batches import BatchShape, window_count, windows_at
+from ds_optim.data.tokens import Ids
+from ds_optim.job.models import next_token_losses
+from ds_optim.machine import ranks
 
 
 def evaluation_windows(ids: Ids, seq_len: int, wanted: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -12,23 +12,25 @@ from typing import Any
 
 import torch
 
-from ds_optim.train import checkpoint, models, ranks
-from ds_optim.train import exits as ends
-from ds_optim.train.batches import BatchShape
-from ds_optim.train.data import TextData, load_data
+from ds_optim.data.batches import BatchShape
+from ds_optim.data.load import TextData, load_data
+from ds_optim.job import exits as ends
+from ds_optim.job import models
+from ds_optim.job.results import Moment, Observer, TrainResult
+from ds_optim.job.run_log import RunLog
+from ds_optim.job.settings import TrainSettings
+from ds_optim.machine import ranks
+from ds_optim.survival import checkpoint
+from ds_optim.survival.identity import RUN, new_id
+from ds_optim.survival.inputs import Inputs, check_inputs, read_inputs
+from ds_optim.survival.preemption import Preemption
+from ds_optim.survival.reset import load_without_optimizer
+from ds_optim.survival.resume import Choice, to_resume
+from ds_optim.survival.supervise import Supervision, supervised
 from ds_optim.train.evaluate import evaluate
-from ds_optim.train.identity import RUN, new_id
-from ds_optim.train.inputs import Inputs, check_inputs, read_inputs
 from ds_optim.train.meters import grad_norm, now, peak_memory, skipped_steps
-from ds_optim.train.preemption import Preemption
-from ds_optim.train.reset import load_without_optimizer
-from ds_optim.train.results import Moment, Observer, TrainResult
-from ds_optim.train.resume import Choice, to_resume
-from ds_optim.train.run_log import RunLog
 from ds_optim.train.schedule import WarmupCosine
-from ds_optim.train.settings import TrainSettings
 from ds_optim.train.setup import check_dtype, note_end, note_settings, open_out, start_engine
-from ds_optim.train.supervise import Supervision, supervised
 
 _SIGNAL = "a signal"
 
@@ -41,7 +43,7 @@ def train(
     ``preemption`` is the caller's, where it hears signals already. Raises ``UserError`` on every rank for a mistake
     that any rank finds, and ``RunStopped`` for a run that cannot go on: ``BadNumbers``, ``Preempted`` before its first
     step, or ``RankLost``, after which the process group is not to be used again. Where a rank hangs, the processes of
-    all of them end (``ds_optim.train.watchdog``).
+    all of them end (``ds_optim.survival.watchdog``).
     """
     run: _Run | None = None
     try:

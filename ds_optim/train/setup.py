@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
+from ds_optim.data.load import TextData
 from ds_optim.errors import UserError
-from ds_optim.survival.extensions import load_op
-from ds_optim.survival.files import write_atomic
-from ds_optim.survival.run_lock import RunLock
-from ds_optim.train import exits as ends
-from ds_optim.train import models, ranks
-from ds_optim.train.architectures import TEXT_DECODER, is_encoder_decoder, is_text_decoder
-from ds_optim.train.data import TextData
-from ds_optim.train.deepspeed_json import deepspeed_config
-from ds_optim.train.identity import RUN
-from ds_optim.train.inputs import model_digest
-from ds_optim.train.settings import TrainSettings
+from ds_optim.job import exits as ends
+from ds_optim.job import models
+from ds_optim.job.architectures import TEXT_DECODER, is_encoder_decoder, is_text_decoder
+from ds_optim.job.deepspeed_json import deepspeed_config
+from ds_optim.job.settings import TrainSettings
+from ds_optim.machine import ranks
+from ds_optim.machine.extensions import load_op
+from ds_optim.machine.files import write_atomic
+from ds_optim.machine.run_lock import RunLock
+from ds_optim.survival.identity import RUN
+from ds_optim.survival.inputs import model_digest
 from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.values import understood
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_optim.errors import UserError
+from ds_optim.machine import rendezvous
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.survival import rendezvous
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_choice, announce_routes
 from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ds_optim.bench import engines
-from ds_optim.train import ranks
+from ds_optim.machine import ranks
 
 CASES = ("AdamW", "Lion", "Muon", "LionMuon", "SpectralLion")
 SHAPE = engines.ModelShape(width=128, layers=3, vocabulary=256)

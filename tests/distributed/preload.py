@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
 
-from ds_optim.survival.extensions import load_op
+from ds_optim.machine.extensions import load_op
 
 PRELOADED_BY = os.getpid()
 """Process that ran the imports: in a forked rank it differs from `os.getpid()`."""

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import ds_optim
+from ds_optim.job.models import build_model, preset_config
 from ds_optim.memory import account
 from ds_optim.memory.account import MemoryAccount
 from ds_optim.memory.estimate import MemoryEstimate, estimate
 from ds_optim.memory.estimate_model import ModelShape, shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
-from ds_optim.train.models import build_model, preset_config
 
 from .harness import run_ranks
 

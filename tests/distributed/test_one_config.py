@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 import ds_optim
 from ds_optim.errors import UserError
-from ds_optim.train import ranks
-from ds_optim.train.deepspeed_json import deepspeed_config, settings_from_json
-from ds_optim.train.settings import make_settings
+from ds_optim.job.deepspeed_json import deepspeed_config, settings_from_json
+from ds_optim.job.settings import make_settings
+from ds_optim.machine import ranks
 from ds_optim.zero.reading import load_config
 
 from .harness import run_ranks

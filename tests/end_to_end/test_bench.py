@@ -13,7 +13,7 @@ import torch
 from ds_optim.bench import ranks
 from ds_optim.bench.output import stamp
 from ds_optim.bench.ranks import RankFailedError
-from ds_optim.cli import main
+from ds_optim.cli.app import main
 from ds_optim.matrix import dispatch
 from ds_optim.report import Row, read_rows
 

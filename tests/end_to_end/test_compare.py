@@ -15,13 +15,13 @@ import pytest
 from pydantic import ValidationError
 
 from ds_optim.errors import UserError
+from ds_optim.job.exits import Preempted
 from ds_optim.report import Row, read_rows
-from ds_optim.train import compare_launch
-from ds_optim.train.compare import CompareSettings, run_compare
-from ds_optim.train.compare_cells import plan_cells, reproduce
-from ds_optim.train.compare_launch import CellJob, CellOutcome, ForkserverLauncher, failure_reason
-from ds_optim.train.compare_worker import reason_line, run_rank
-from ds_optim.train.exits import Preempted
+from ds_optim.sweep import launch as compare_launch
+from ds_optim.sweep.cells import plan_cells, reproduce
+from ds_optim.sweep.compare import CompareSettings, run_compare
+from ds_optim.sweep.launch import CellJob, CellOutcome, ForkserverLauncher, failure_reason
+from ds_optim.sweep.worker import reason_line, run_rank
 
 SMALL = {"steps": 5, "seq_len": 32, "micro_batch": 2, "eval_batches": 1}
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from ds_optim.errors import UserError
+from ds_optim.job.settings import make_settings
 from ds_optim.matrix import dispatch
-from ds_optim.train import manifest
-from ds_optim.train.inputs import check_inputs
+from ds_optim.survival import manifest
+from ds_optim.survival.inputs import check_inputs
+from ds_optim.survival.reshard_seal import seal_like
 from ds_optim.train.loop import train
-from ds_optim.train.reshard_seal import seal_like
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import assert_all_raised, run_ranks
 
 from .survival import log_of, tiny
@@ -38,7 +38,7 @@ POLAR = {"optimizer": "muon", "optimizer_params": {"lr": 1e-3}}
 def make_tokenizer(folder: Path, lines: list[str]) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from ds_optim.train.tokens import train_bpe
+    from ds_optim.data.tokens import train_bpe
 
     folder.mkdir()
     (folder / "plain.json").write_text(train_bpe(lines, 257))

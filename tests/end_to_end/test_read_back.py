@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
-from ds_optim.train import manifest
+from ds_optim.job.settings import make_settings
+from ds_optim.survival import manifest
+from ds_optim.survival.resume import newest_complete
 from ds_optim.train.loop import train
-from ds_optim.train.resume import newest_complete
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import run_ranks
 
 from .survival import log_of, tiny

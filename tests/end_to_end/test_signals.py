@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ds_optim.train import manifest
-from ds_optim.train.exits import PREEMPTED, RANK_LOST
+from ds_optim.job.exits import PREEMPTED, RANK_LOST
+from ds_optim.survival import manifest
 
 from .survival import ALL, log_of
 
@@ -88,7 +88,7 @@ class Terminal:
 
 
 def with_port(command: list[str]) -> list[str]:
-    from ds_optim.train.compare_launch import free_port
+    from ds_optim.sweep.launch import free_port
 
     return [str(free_port()) if word == "PORT" else word for word in command]
 

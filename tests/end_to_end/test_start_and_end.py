@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from ds_optim.errors import UserError
-from ds_optim.train import loop, ranks
-from ds_optim.train.exits import PREEMPTED, RANK_LOST
+from ds_optim.job.exits import PREEMPTED, RANK_LOST
+from ds_optim.job.settings import make_settings
+from ds_optim.machine import ranks
+from ds_optim.train import loop
 from ds_optim.train.loop import train
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import run_ranks
 
 from .survival import STEPS, Watcher, log_of, tiny
@@ -84,7 +85,7 @@ def refusals(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         if step == 2:
             child = os.fork()
             if child == 0:
-                from ds_optim.survival.run_lock import RunLock
+                from ds_optim.machine.run_lock import RunLock
 
                 try:
                     RunLock().take(Path("out"))

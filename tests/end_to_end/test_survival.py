@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from ds_optim.chaos.disk import NoFileSystem, small_file_system
 from ds_optim.errors import UserError
-from ds_optim.train import manifest
-from ds_optim.train.chaos_disk import NoFileSystem, small_file_system
-from ds_optim.train.checkpoint_files import CheckpointFiles
-from ds_optim.train.exits import SAVE_FAILED
+from ds_optim.job.exits import SAVE_FAILED
+from ds_optim.job.results import TrainResult
+from ds_optim.job.settings import make_settings
+from ds_optim.survival import manifest
+from ds_optim.survival.checkpoint_files import CheckpointFiles
 from ds_optim.train.loop import train
-from ds_optim.train.results import TrainResult
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import run_ranks
 
 from .survival import FIRST_RELEASE, STEPS, Watcher, log_of, tiny

@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from ds_optim.train import manifest
-from ds_optim.train.exits import BAD_NUMBERS, PREEMPTED, RANK_LOST, BadNumbers
+from ds_optim.job.exits import BAD_NUMBERS, PREEMPTED, RANK_LOST, BadNumbers
+from ds_optim.job.results import TrainResult
+from ds_optim.job.settings import make_settings
+from ds_optim.survival import manifest
 from ds_optim.train.loop import train
-from ds_optim.train.results import TrainResult
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import run_ranks
 
 from .survival import ALL, STEPS, Watcher, log_of, tiny

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from ds_optim.errors import UserError
+from ds_optim.job.results import Moment, TrainResult
+from ds_optim.job.settings import make_settings
 from ds_optim.train.loop import train
-from ds_optim.train.results import Moment, TrainResult
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import assert_all_raised, run_ranks
 
 STEPS = 6

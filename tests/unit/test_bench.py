@@ -18,7 +18,7 @@ from ds_optim.bench.limits import Limits, measure_limits
 from ds_optim.bench.output import remarks
 from ds_optim.bench.timing import Case, NotMeasured, Times, ratio, take_turns
 from ds_optim.bench.trace import Overlap, overlap_of
-from ds_optim.cli import main
+from ds_optim.cli.app import main
 from ds_optim.matrix import dispatch
 from ds_optim.report import Row, build_table, to_markdown
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_optim
-from ds_optim.cli import main
+from ds_optim.cli.app import main
 from ds_optim.elementwise import chunks as chunking
 from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend

@@ -8,11 +8,11 @@ from random import Random
 import pytest
 
 from benchmarks.soak import Look, grown
-from ds_optim.train.chaos_damage import BY_FILES, NEXT, WHOLE, Damage, all_damages, contents, do_damage
-from ds_optim.train.chaos_endings import ending_fault
-from ds_optim.train.chaos_faults import Fault
-from ds_optim.train.chaos_ranks import Life
-from ds_optim.train.exits import PREEMPTED, RANK_LOST
+from ds_optim.chaos.damage import BY_FILES, NEXT, WHOLE, Damage, all_damages, contents, do_damage
+from ds_optim.chaos.endings import ending_fault
+from ds_optim.chaos.faults import Fault
+from ds_optim.chaos.ranks import Life
+from ds_optim.job.exits import PREEMPTED, RANK_LOST
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_optim import cli
+from ds_optim.cli import app as cli
 from ds_optim.elementwise.momentum import decode
 from ds_optim.elementwise.quantized import largest_step, quantize, recut
 from ds_optim.errors import UserError
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import ParamSpec, build_layout
-from ds_optim.train import manifest
-from ds_optim.train.identity import misplaced
+from ds_optim.survival import manifest
+from ds_optim.survival.identity import misplaced
 from ds_optim.zero.checkpoints import open_checkpoint, reshard
 from ds_optim.zero.checkpoints import verify as verify_module
 from ds_optim.zero.checkpoints.pieces import flat_state

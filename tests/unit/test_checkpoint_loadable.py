@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_optim import cli
+from ds_optim.cli import app as cli
 from ds_optim.errors import UserError
 from ds_optim.optimizers.saved import SAVED
 from ds_optim.zero.checkpoints import open_checkpoint, reshard, writer

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from ds_optim.bench.arguments import names
-from ds_optim.cli import fail, main, print_result, take_local_rank
+from ds_optim.cli.app import main, take_local_rank
+from ds_optim.cli.failing import fail
+from ds_optim.cli.train import print_result
 from ds_optim.errors import UserError
-from ds_optim.train import ranks
-from ds_optim.train.results import TrainResult
-from ds_optim.train.said import is_first_to_say
-from ds_optim.train.settings import make_settings, split_list
+from ds_optim.job.results import TrainResult
+from ds_optim.job.settings import make_settings, split_list
+from ds_optim.machine import ranks
+from ds_optim.machine.said import is_first_to_say
 
 
 def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -266,7 +268,7 @@ def test_lists_are_split_at_commas() -> None:
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys\n"
-        "from ds_optim.cli import main\n"
+        "from ds_optim.cli.app import main\n"
         "try:\n    main(['train', '--help'])\n"
         "except SystemExit as end:\n    assert not end.code\n"
         "heavy = {'deepspeed', 'transformers', 'datasets', 'matplotlib', 'tokenizers'} & set(sys.modules)\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ds_optim.errors import UserError
-from ds_optim.train.compare_launch import CellJob, CellOutcome
-from ds_optim.train.compare_nodes import VARIABLE, CommandLauncher, launcher_from, reason_of
+from ds_optim.sweep.launch import CellJob, CellOutcome
+from ds_optim.sweep.nodes import VARIABLE, CommandLauncher, launcher_from, reason_of
 
 
 def run(folder: Path, script: str, timeout_s: float = 20) -> CellOutcome:

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import ds_optim
-from ds_optim.cli import train_settings
+from ds_optim.cli.estimate import _read as read_of_estimate
+from ds_optim.cli.reshard import _config as read_of_reshard
+from ds_optim.cli.train import train_settings
 from ds_optim.errors import UserError
-from ds_optim.train.estimate_cli import _read as read_of_estimate
-from ds_optim.train.estimate_sources import load_shape, zero_settings
-from ds_optim.train.reshard_cli import _config as read_of_reshard
-from ds_optim.train.settings import parse_object
+from ds_optim.job.settings import parse_object
+from ds_optim.memory.estimate_sources import load_shape, zero_settings
 from ds_optim.zero.auto import BATCH_KEYS, batch_sizes, fill_auto, hidden_size_of
 from ds_optim.zero.complaints import SECTIONS, as_user_errors, complaint
 from ds_optim.zero.reading import load_config

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import ds_optim
+from ds_optim.job.deepspeed_json import settings_from_json
+from ds_optim.job.models import build_model, preset_config
+from ds_optim.job.presets import PRESETS
+from ds_optim.job.settings import make_settings
 from ds_optim.optimizers import OPTIMIZERS
-from ds_optim.train.deepspeed_json import settings_from_json
-from ds_optim.train.models import build_model, preset_config
-from ds_optim.train.presets import PRESETS
-from ds_optim.train.settings import make_settings
 from tests.distributed.harness import device, run_ranks
 from tests.distributed.models import TinyNet, batch, share
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import ds_optim
+from ds_optim.cluster import trial as doctor_trial
+from ds_optim.cluster.doctor import Examination, Finding, compare_nodes
+from ds_optim.cluster.node import file_digest, network_problems, node_facts
 from ds_optim.errors import UserError
-from ds_optim.train import doctor_trial
-from ds_optim.train.doctor import Examination, Finding, compare_nodes
-from ds_optim.train.doctor_node import file_digest, network_problems, node_facts
-from ds_optim.train.reach import unreachable
+from ds_optim.machine.reach import unreachable
 
 
 def facts(node: str, torch: str = "2.13.0", code: str = "aa", config: str = "cc") -> dict[str, Any]:

@@ -14,17 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_optim.cli import main
+from ds_optim.cli.app import main
 from ds_optim.errors import UserError
+from ds_optim.job.models import build_model, preset_config
 from ds_optim.memory.estimate import MemoryEstimate, activations, estimate, layout_of
 from ds_optim.memory.estimate_fit import fewest_ranks, largest_micro_batch, parse_size
 from ds_optim.memory.estimate_model import ModelShape, Parameter, Transformer, shape_of_count, shape_of_list
 from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.tracker import TensorTracker
 from ds_optim.optimizers import LionMuon, param_groups
-from ds_optim.train.estimate_sources import load_shape
-from ds_optim.train.models import build_model, preset_config
 
 GIB = 2**30
 STATE_BYTES = {("adamw", "float32"): 8, ("lion", "float32"): 4, ("lion_muon", "bfloat16"): 2}

@@ -12,10 +12,10 @@ import pytest
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_model import ModelShape, Parameter
 from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.estimate_widths import Transformer
-from ds_optim.train.estimate import EstimateRequest
-from ds_optim.train.estimate_report import notes
-from ds_optim.train.estimate_sources import load_shape
+from ds_optim.memory.side_by_side import EstimateRequest
+from ds_optim.report.estimate import notes
 from tests.unit.zoo import ZOO, config_of, model_of
 
 #: No attention, no words, or an encoder beside the decoder.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_optim import cli
-from ds_optim.train.chaos_disk import NoFileSystem, small_file_system
-from ds_optim.train.checkpoint_files import CheckpointFiles
+from ds_optim.chaos.disk import NoFileSystem, small_file_system
+from ds_optim.cli import app as cli
+from ds_optim.survival.checkpoint_files import CheckpointFiles
 
 from .checkpoint_files import Tangle, own, save_unsharded, trained
 

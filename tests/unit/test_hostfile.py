@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_optim.cluster.hostfile import Host, expand, find_hosts, from_list, read_hostfile, render
 from ds_optim.errors import UserError
-from ds_optim.train.hostfile import Host, expand, find_hosts, from_list, read_hostfile, render
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ds_optim import cli
 from ds_optim.bench import output
+from ds_optim.cli import app as cli
 from ds_optim.errors import UserError
+from ds_optim.machine import shared_memory
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, write_rows
-from ds_optim.survival import shared_memory
-from ds_optim.train import sweep_options
+from ds_optim.sweep import options as sweep_options
 
 
 def a_run(folder: Path) -> Path:

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from ds_optim.errors import UserError
-from ds_optim.survival import extensions, run_lock
-from ds_optim.survival.extensions import clear_left_overs, guarded
-from ds_optim.survival.run_lock import LOCK_NAME, RunLock
+from ds_optim.machine import extensions, run_lock
+from ds_optim.machine.extensions import clear_left_overs, guarded
+from ds_optim.machine.run_lock import LOCK_NAME, RunLock
 
 #: Builds as torch does, or holds our lock alone meanwhile, and says when it is in the middle of it.
 BUILDS = """
 import os, sys, time
 from pathlib import Path
-from ds_optim.survival.extensions import guarded
+from ds_optim.machine.extensions import guarded
 root = Path(sys.argv[1])
 def load():
     (root / "op").mkdir(exist_ok=True)
@@ -127,7 +127,7 @@ def test_the_place_of_ops_is_the_users_own_by_version(
 HOLDS = """
 import sys, time
 from pathlib import Path
-from ds_optim.survival.run_lock import RunLock
+from ds_optim.machine.run_lock import RunLock
 RunLock().take(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

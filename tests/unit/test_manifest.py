@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_optim.survival import files
-from ds_optim.train import manifest
-from ds_optim.train.chaos_damage import Damage, do_damage
-from ds_optim.train.manifest import Entry, ManifestError
+from ds_optim.chaos.damage import Damage, do_damage
+from ds_optim.machine import files
+from ds_optim.survival import manifest
+from ds_optim.survival.manifest import Entry, ManifestError
 
 NOTES = {"step": 3, "world_size": 2}
 FILES = {"a.pt": b"weights" * 1000, "deep/er/b.pt": b"momentum", "empty.pt": b""}

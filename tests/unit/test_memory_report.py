@@ -14,8 +14,8 @@ from ds_optim.memory.estimate import MemoryEstimate
 from ds_optim.report import Row, RunInfo, read_rows, write_rows
 from ds_optim.report.memory import merge_repeats, reconciliation, render_memory, with_savings
 from ds_optim.report.merge import merge_runs
-from ds_optim.train.memory_estimate import CellEstimate
-from ds_optim.train.memory_rows import reconcile
+from ds_optim.sweep.memory_estimate import CellEstimate
+from ds_optim.sweep.memory_rows import reconcile
 
 MIB = 1 << 20
 OWNERS = {"weights": 2 * MIB, "gradients": MIB, "master": 4 * MIB, "buckets": 0}

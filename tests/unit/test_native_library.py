@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_optim import cache
+from ds_optim.chaos.disk import NoFileSystem, small_file_system
 from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.native import kept
 from ds_optim.elementwise.native import library as loading
 from ds_optim.elementwise.steps import sign_step
-from ds_optim.train.chaos_disk import NoFileSystem, small_file_system
+from ds_optim.machine import cache
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C compiler: there is the eager path alone")
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")

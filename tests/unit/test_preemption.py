@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ds_optim.train.preemption import STOP_NAME, Preemption
+from ds_optim.survival.preemption import STOP_NAME, Preemption
 
 RANK = """
 import sys, time
 from pathlib import Path
-from ds_optim.train.preemption import Preemption
+from ds_optim.survival.preemption import Preemption
 with Preemption() as preemption:
     preemption.joined(None, first=True)
     print("ready", flush=True)

@@ -15,18 +15,19 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from ds_optim import cli
+from ds_optim.cli import app as cli
+from ds_optim.data import tokens
 from ds_optim.errors import UserError
+from ds_optim.job import models
+from ds_optim.job.run_log import RunLog, keep_until
+from ds_optim.job.settings import make_settings
+from ds_optim.machine import files, ranks
+from ds_optim.machine.files import Unreadable
+from ds_optim.machine.run_lock import LOCK_NAME, RunLock
 from ds_optim.report.memory_csv import write_csv
 from ds_optim.report.merge import merge_runs
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows
 from ds_optim.report.table import build_table, markdown_text, to_markdown, to_rich
-from ds_optim.survival import files
-from ds_optim.survival.files import Unreadable
-from ds_optim.survival.run_lock import LOCK_NAME, RunLock
-from ds_optim.train import models, ranks, tokens
-from ds_optim.train.run_log import RunLog, keep_until
-from ds_optim.train.settings import make_settings
 from ds_optim.zero.checkpoints import safe
 from tests import fuzz_read_back
 

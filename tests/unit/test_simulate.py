@@ -11,12 +11,12 @@ import torch
 
 from ds_optim.bench import engines
 from ds_optim.bench.engines import qwen3
+from ds_optim.cli.simulate import simulate as command
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_model import ModelShape, shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.simulate import Simulated, simulate
-from ds_optim.train.simulate_cli import simulate as command
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

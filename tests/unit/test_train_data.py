@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from ds_optim.errors import UserError
-from ds_optim.train.batches import BatchShape, PackedBatches, StreamBatches
-from ds_optim.train.data import load_data
-from ds_optim.train.evaluate import evaluation_windows
-from ds_optim.train.settings import make_settings
-from ds_optim.train.split import is_validation, kept, split_documents, training_index
-from ds_optim.train.text_source import left_out, load_documents, stream_documents
-from ds_optim.train.tokens import (
+from ds_optim.data.batches import BatchShape, PackedBatches, StreamBatches
+from ds_optim.data.load import load_data
+from ds_optim.data.split import is_validation, kept, split_documents, training_index
+from ds_optim.data.text_source import left_out, load_documents, stream_documents
+from ds_optim.data.tokens import (
     BpeTokenizer,
     ByteTokenizer,
     Ids,
@@ -30,6 +27,9 @@ from ds_optim.train.tokens import (
     train_bpe,
     unigram_entropy,
 )
+from ds_optim.errors import UserError
+from ds_optim.job.settings import make_settings
+from ds_optim.train.evaluate import evaluation_windows
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 

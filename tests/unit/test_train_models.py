@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ds_optim.errors import UserError
-from ds_optim.train.architectures import is_encoder_decoder, is_text_decoder
-from ds_optim.train.deepspeed_json import deepspeed_config, settings_from_json
-from ds_optim.train.models import build_model, model_config, next_token_losses, parameter_count, preset_config
+from ds_optim.job.architectures import is_encoder_decoder, is_text_decoder
+from ds_optim.job.deepspeed_json import deepspeed_config, settings_from_json
+from ds_optim.job.models import build_model, model_config, next_token_losses, parameter_count, preset_config
+from ds_optim.job.settings import make_settings
 from ds_optim.train.schedule import WarmupCosine, lr_factor
-from ds_optim.train.settings import make_settings
 
 
 def test_qwen3_134m_is_the_model_of_the_source_papers() -> None:

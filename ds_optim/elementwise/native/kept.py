@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ds_optim.cache import is_own, write_whole
+from ds_optim.machine.cache import is_own, write_whole
 
 logger = logging.getLogger("ds_optim")
 

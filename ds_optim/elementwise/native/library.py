@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from ds_optim.cache import private_folder
 from ds_optim.elementwise.native import kept
+from ds_optim.machine.cache import private_folder
 
 logger = logging.getLogger("ds_optim")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_optim.errors import UserError
-from ds_optim.survival.files import Unreadable, read_line, short
+from ds_optim.machine.files import Unreadable, read_line, short
 
 LATEST = "latest"
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")

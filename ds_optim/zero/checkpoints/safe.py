@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.machine.files import Unreadable, open_regular, short
 from ds_optim.optimizers.layer_scales import LayerScales
-from ds_optim.survival.files import Unreadable, open_regular, short
 
 PICKLE_LIMIT = 64 << 20
 """Bytes of a file's ``data.pkl``, which names the tensors and holds everything else; a large model's is 20 MB."""

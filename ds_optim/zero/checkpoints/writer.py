@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
+from ds_optim.machine.writing import write_reason
 from ds_optim.optimizers.rules import RULES, SCALARS, STEP
 from ds_optim.optimizers.saved import SAVED, with_placeholders
 from ds_optim.sharding.layout import Layout, Unit
-from ds_optim.survival.writing import write_reason
 from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimizer_file
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import flat_state, whole_state

@@ -1,0 +1,53 @@
+"""One rank of one life of a chaos run: it trains until it ends, or until its fault ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from ds_optim.sweep.worker import LOG_FILE, end_with_launcher, redirect
+
+LIFE_FILE = "life.json"
+
+
+def work(folder: str, environment: Mapping[str, str]) -> None:
+    """The life of a forked rank; it exits with what ``ds-optim train`` would."""
+    os.environ.update(environment)
+    end_with_launcher()
+    redirect(Path(folder) / LOG_FILE.format(rank=environment["RANK"]))
+    status = _run_rank(Path(folder), int(environment["RANK"]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run_rank(folder: Path, rank: int) -> int:
+    import torch
+
+    from ds_optim.chaos.faults import Fault, Saboteur
+    from ds_optim.chaos.start import START_POINTS, at_start
+    from ds_optim.errors import UserError
+    from ds_optim.job.exits import USER_ERROR, RunStopped
+    from ds_optim.job.settings import TrainSettings
+    from ds_optim.train.loop import train
+
+    torch.set_num_threads(1)
+    life = json.loads((folder / LIFE_FILE).read_text(encoding="utf-8"))
+    settings = TrainSettings(**life["settings"])
+    fault = None if life["fault"] is None else Fault(**life["fault"])
+    saboteur = Saboteur(folder, settings.out, rank, fault)
+    strikes = saboteur.fault is not None and saboteur.fault.place == "start" and saboteur.fault.kind != "differs"
+    point = START_POINTS[saboteur.fault.count] if strikes and saboteur.fault is not None else None
+    try:
+        with at_start(point, saboteur.strike):
+            return train(saboteur.changed(settings), saboteur).status
+    except (UserError, RunStopped) as error:
+        print(f"ds-optim: error: {error}", file=sys.stderr)
+        return USER_ERROR if isinstance(error, UserError) else error.status
+    except BaseException:
+        traceback.print_exc()
+        return 1

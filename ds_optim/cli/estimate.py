@@ -1,0 +1,173 @@
+"""The command ``ds-optim estimate``: its flags, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ds_optim.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_optim.memory.estimate_model import ModelShape
+    from ds_optim.memory.side_by_side import EstimateRequest
+
+_MOST_RANKS = 100_000
+
+
+def estimate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="In place of a model, a number of parameters: 7.5e9.")] = None,
+    optimizers: Annotated[str, typer.Option(help="Names as in compare.")] = "adamw,lion,lion_muon",
+    momentum_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8; of one-buffer optimizers.")] = "float32",
+    stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",
+    ranks: Annotated[str | None, typer.Option(help="Numbers of ranks. [8]")] = None,
+    nodes: Annotated[str | None, typer.Option(help="In place of ranks, numbers of nodes.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    bf16_masters: Annotated[
+        bool, typer.Option("--bf16-masters", help="bf16_master_weights_and_grads with bf16_optimizer_states.")
+    ] = False,
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-batches a step; with more than one, stage 1 holds whole gradients.")
+    ] = 2,
+    optimizer_params: Annotated[
+        str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A DeepSpeed JSON, for its buckets and bf16 master weights.")
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for curves over ranks and stages, PNG and SVG.")] = None,
+) -> int:
+    """Estimate what a rank will hold: no GPU, no weights, no process group.
+
+    ds-optim estimate --model qwen3-134m --ranks 8,64 --gpu-memory 80GiB
+    """
+    from ds_optim.job.settings import parse_object
+    from ds_optim.memory.estimate_fit import parse_size
+    from ds_optim.memory.estimate_sources import load_shape
+    from ds_optim.memory.estimate_terms import ZeroSettings
+    from ds_optim.memory.side_by_side import EstimateRequest
+
+    loaded = _read(config)
+    shape = load_shape(model, params, seq_len)
+    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(loaded, shape))
+    request = EstimateRequest(
+        model=shape,
+        optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),
+        momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
+        stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0, most=3))),
+        ranks=_ranks(ranks, nodes, gpus_per_node),
+        zero=_sharded(zero, offload=offload, bf16_masters=bf16_masters or _bf16_masters(loaded)),
+        optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
+        gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        checkpointing=checkpointing,
+    )
+    return run_estimate(request, as_json=as_json, out=out)
+
+
+def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -> int:
+    """Print the rows, and draw the curves where ``out`` says so."""
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from ds_optim.memory.side_by_side import estimate_rows
+    from ds_optim.report.estimate import draw_curves, notes, to_table
+
+    rows = estimate_rows(request)
+    drawn: list[Path] = []
+    if out is not None:
+        try:
+            drawn = draw_curves(request, out)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
+    if as_json:
+        typer.echo(json.dumps([row.record() for row in rows], indent=2))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(to_table(rows))
+    for line in (*notes(request), *(f"curves: {path}" for path in drawn)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _sharded(zero: Any, **settings: bool) -> Any:
+    """The settings with what stage 0 has not: rows of that stage are estimated without."""
+    from dataclasses import replace
+
+    return replace(zero, stage=1, **settings) if any(settings.values()) else zero
+
+
+def _read(config: Path | None) -> dict[str, Any]:
+    from ds_optim.job.deepspeed_json import section_of
+    from ds_optim.zero.reading import load_config
+    from ds_optim.zero.values import understood
+
+    if config is None:
+        return {}
+    loaded = load_config(config)
+    # The stages that are estimated are the flags', not the JSON's.
+    return understood({**loaded, "zero_optimization": {**section_of(loaded, "zero_optimization"), "stage": "auto"}})
+
+
+def _bf16_masters(loaded: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed JSON keeps master weights in bf16; what is not supported beside them is refused."""
+    from ds_optim.zero.support import check_config, uses_bf16_masters
+
+    if not uses_bf16_masters(loaded):
+        return False
+    zero = loaded["zero_optimization"]
+    sections: dict[str, Any] = {key: loaded[key] for key in ("bf16", "bfloat16", "data_types") if key in loaded}
+    check_config({**sections, "zero_optimization": {**zero, "stage": 3}})
+    return True
+
+
+def _zero_keys(loaded: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+    """What a DeepSpeed JSON says of buckets and gradients; offload and bf16 master weights have flags of their own."""
+    from ds_optim.memory.estimate_sources import zero_settings
+
+    settings = zero_settings(loaded, shape)
+    return {name: value for name, value in settings.items() if name not in ("offload", "bf16_masters")}
+
+
+def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[int, ...]:
+    if ranks is not None and nodes is not None:
+        raise UserError("give --ranks or --nodes, one of the two")
+    if nodes is None:
+        return tuple(dict.fromkeys(numbers("--ranks", ranks or "8", least=1)))
+    if gpus_per_node < 1:
+        raise UserError(f"gpus-per-node is {gpus_per_node}: write a whole number from 1")
+    return tuple(dict.fromkeys(count * gpus_per_node for count in numbers("--nodes", nodes, least=1)))
+
+
+def numbers(flag: str, text: str, *, least: int, most: int = _MOST_RANKS) -> list[int]:
+    """The whole numbers of a comma-separated list; raises ``UserError`` for anything else."""
+    found = []
+    for part in _parts(flag, text):
+        if not part.isdecimal() or not least <= int(part) <= most:
+            raise UserError(f"{flag}: {part!r} is no whole number from {least} to {most:,}; write a list such as 1,2")
+        found.append(int(part))
+    return found
+
+
+def _parts(flag: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UserError(f"{flag} is empty: write a comma-separated list")
+    return parts

@@ -1,0 +1,102 @@
+"""The command ``ds-optim simulate``: its flags, and the table that it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ds_optim.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_optim.memory.simulate import Simulated
+
+
+def simulate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="One whose matrices travel: muon, lion_muon, spectral_lion.")] = "muon",
+    count: Annotated[str | None, typer.Option("--params", hidden=True)] = None,
+    stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "1,2,3",
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "8,64,512",
+    ranks_per_node: Annotated[int, typer.Option(help="Ranks of a node: bytes inside and between are told apart.")] = 8,
+    optimizer_params: Annotated[
+        str | None, typer.Option(help='Its parameters, as JSON: \'{"exchange": {"bucket_mb": 16}}\'.')
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
+) -> int:
+    """Plan the exchange of matrices on a cluster that is not there: bytes, scratch and balance of one step with them.
+
+    ds-optim simulate --model qwen3-134m --ranks 8,64,512
+    """
+    from ds_optim.cli.estimate import numbers
+    from ds_optim.job.settings import parse_object
+    from ds_optim.memory.estimate_optimizers import plan_optimizer
+    from ds_optim.memory.estimate_sources import load_shape
+    from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
+    from ds_optim.memory.simulate import simulate as run
+
+    if ranks_per_node < 1:
+        raise UserError(f"--ranks-per-node is {ranks_per_node}: write a whole number from 1")
+    if model is None or count is not None:
+        raise UserError("give --model (a preset, a config, a parameter list): a number of parameters has no matrices")
+    shape = load_shape(model, None)
+    params = {} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params")
+    settings = [
+        ZeroSettings(stage=stage, ranks=count, dtype=dtype)
+        for stage in dict.fromkeys(numbers("--stages", stages, least=0, most=3))
+        for count in dict.fromkeys(numbers("--ranks", ranks, least=1))
+    ]
+    plan = plan_optimizer(shape, optimizer, params, weights=TORCH_DTYPES[dtype])
+    if not any(group.shape for group in plan.groups):
+        raise UserError(f"no matrices travel for {optimizer}: name one that works on whole ones, such as muon")
+    found = [run(shape, plan, zero, ranks_per_node) for zero in settings]
+    if as_json:
+        typer.echo(json.dumps([{**asdict(row), "formula": row.formula} for row in found], indent=2))
+    else:
+        _print(f"{shape.name}: {shape.numel:,} parameters, {optimizer}", found)
+    return 0
+
+
+def _print(title: str, rows: Sequence[Simulated]) -> None:
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in _TITLES:
+        table.add_column(name, justify="right")
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before.stage != row.stage:
+            table.add_section()
+        table.add_row(*_cells(row))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for line in _NOTES:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+_TITLES = (
+    *("Stage", "Ranks", "Sent/rank", "of it between nodes", "most of a rank", "2(N-1)/N² formula", "Scratch"),
+    *("Matrices/rank", "Busiest / bound", "Waiting"),
+)
+_NOTES = (
+    "Sent: by a rank for one step that brings matrices together, there and back; LionMuon does so every P-th step.",
+    "Busiest / bound: the busiest owner's modelled work over max(mean, largest matrix). Waiting: of all ranks' time.",
+)
+
+
+def _cells(row: Simulated) -> list[Any]:
+    from ds_optim.report.units import fixed, size
+
+    formula = size(row.formula) if row.stage == 3 else "—"
+    share = f"{100 * row.between / row.mean_bytes:.0f} %" if row.mean_bytes else "—"
+    cells = [str(row.stage), str(row.ranks), size(row.mean_bytes), share, size(row.most_bytes), formula]
+    return [*cells, size(row.scratch), fixed(row.jobs, 1), fixed(row.makespan, 3), f"{100 * row.idle:.1f} %"]

@@ -1,0 +1,67 @@
+"""Two training steps under the user's own DeepSpeed JSON, as ``ds_optim.initialize`` reads it: what will run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ds_optim.job import models
+from ds_optim.machine import ranks
+from ds_optim.zero.reading import load_config
+
+_SEQ_LEN = 16
+_STEPS = 2
+_VOCABULARY = 257
+_SEQUENCES = 8
+"""At most so many of a micro-batch: more of them would show no more."""
+_DEFAULT = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
+_OPTIMIZER = {"type": "LionMuon", "params": {}}
+
+
+def trial(config: Path | None) -> dict[str, Any]:
+    """Train qwen3-tiny for two steps as ``config`` says; collective.
+
+    Only the model and the text are the trial's own; and LionMuon, where the JSON names no optimizer.
+
+    Returns ``optimizers``: the classes whose ``step`` ran, and ``loss``: of each step. Raises UserError, on every
+    rank, for what the JSON must not have.
+    """
+    import ds_optim
+
+    # What one rank cannot read is raised by all of them, in their first word to each other.
+    loaded = ranks.together(lambda: load_config(_DEFAULT if config is None else config))
+    loaded.setdefault("optimizer", _OPTIMIZER)
+    model = models.build_model(models.preset_config("qwen3-tiny", _VOCABULARY, _SEQ_LEN), seed=0)
+    stepped: dict[str, None] = {}
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        kind = type(optimizer)
+        stepped[f"{kind.__module__}.{kind.__qualname__}"] = None
+
+    hook = register_optimizer_step_post_hook(note)
+    try:
+        engine, *_ = ds_optim.initialize(model=model, config=loaded)
+        losses = [_step(engine, index) for index in range(_STEPS)]
+        engine.destroy()
+    finally:
+        hook.remove()
+    return {"optimizers": list(stepped), "loss": losses}
+
+
+def _step(engine: Any, index: int) -> float:
+    """One update; the mean loss of its micro-batches over all ranks."""
+    draw = torch.Generator().manual_seed(1 + index * ranks.world_size() + ranks.rank())
+    shape = (min(engine.train_micro_batch_size_per_gpu(), _SEQUENCES), _SEQ_LEN + 1)
+    total = 0.0
+    for _ in range(engine.gradient_accumulation_steps()):
+        windows = torch.randint(0, _VOCABULARY, shape, generator=draw, dtype=torch.int64, device="cpu")
+        windows = windows.to(ranks.device())
+        loss = models.next_token_losses(engine, windows).mean()
+        engine.backward(loss)
+        engine.step()
+        total += float(loss.detach())
+    (summed,) = ranks.sums([total])
+    return summed / (engine.gradient_accumulation_steps() * ranks.world_size())

@@ -1,0 +1,88 @@
+"""Where ``ds-optim estimate`` takes a model from: a preset, a ``transformers`` config, a parameter list, a count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_optim.errors import UserError
+from ds_optim.job.architectures import described_model
+from ds_optim.job.deepspeed_json import section_of
+from ds_optim.job.models import model_config, preset_config
+from ds_optim.job.presets import PRESETS
+from ds_optim.job.settings import did_you_mean
+from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
+from ds_optim.zero.auto import AUTO, at, sizes_by_width
+from ds_optim.zero.reading import read_json
+from ds_optim.zero.support import uses_bf16_masters
+
+#: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
+_ZERO_KEYS = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "param_persistence_threshold",
+    "stage3_model_persistence_threshold": "model_persistence_threshold",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "sub_group_size": "sub_group_size",
+    "overlap_comm": "overlap_comm",
+    "contiguous_gradients": "contiguous_gradients",
+}
+#: Tokens of the tokenizer that presets without a vocabulary of their own take.
+BYTES_VOCABULARY = 257
+
+
+def load_shape(model: str | None, params: float | None, seq_len: int = 1024) -> ModelShape:
+    """The model that the command names: one of ``model`` and ``params``.
+
+    Args:
+        model: a preset, a folder or ``config.json`` of ``transformers`` (the class that its "architectures" names, all
+            of it), a hub name "owner/model", or a JSON file with a list of parameters.
+        params: a number of parameters, of a model that is not known otherwise.
+
+    Raises:
+        UserError: there is no such model, or both or none are given.
+    """
+    if (model is None) == (params is None):
+        raise UserError("give --model (a preset, a config, a parameter list) or --params (a number), one of the two")
+    if params is not None:
+        return shape_of_count(params)
+    assert model is not None
+    if model in PRESETS:
+        return _of_config(model, preset_config(model, PRESETS[model].vocab_size or BYTES_VOCABULARY, seq_len))
+    path = Path(model).expanduser()
+    if path.is_file():
+        content = read_json(path)
+        is_config = isinstance(content, dict) and ("model_type" in content or "architectures" in content)
+        return _of_config(model, model_config(model, 1)) if is_config else shape_of_list(model, content)
+    if path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.suffix):
+        return _of_config(model, model_config(model, 1))
+    raise UserError(
+        f"there is no model {model!r}{did_you_mean(model, PRESETS)}: write one of {', '.join(PRESETS)}, the path of a"
+        " config.json or of a JSON with parameters, or a hub name"
+    )
+
+
+def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any]:
+    """What a DeepSpeed JSON that was understood says of buckets, offload and gradients, as fields of ``ZeroSettings``.
+
+    "auto" is what ``ds_optim.initialize`` makes of it, by the model's width, or DeepSpeed's default.
+    """
+    section = dict(section_of(dict(config), "zero_optimization"))
+    sizes = {} if model.transformer is None else sizes_by_width(model.transformer.hidden)
+    section |= {key: size for key, size in sizes.items() if section.get(key) == AUTO}
+    found = {name: section[key] for key, name in _ZERO_KEYS.items() if section.get(key) not in (None, AUTO)}
+    if at(section, "offload_optimizer.device") not in (None, AUTO, "none"):
+        found["offload"] = True
+    if uses_bf16_masters(config):
+        found["bf16_masters"] = True
+    accumulated = at(config, "data_types.grad_accum_dtype")
+    if accumulated is not None:
+        found["grad_accum_dtype"] = accumulated
+    return found
+
+
+def _of_config(name: str, config: Any) -> ModelShape:
+    model, counted = described_model(config)
+    return shape_of_module(name, model, config=model.config, counted=counted)
