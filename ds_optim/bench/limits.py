@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ds_optim.bench.timing import elapsed_ms
-from ds_optim.sweep.worker import reason_line
+from ds_optim.machine.child import reason_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_SIZES = (512, 1024, 2048, 4096)

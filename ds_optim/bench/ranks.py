@@ -1,21 +1,20 @@
 """Run a function on several ranks of this machine, and read what a network namespace of their own has carried.
 
-The ranks are forked from the parent that ``ds-optim compare`` forks its cells from: it has imported DeepSpeed once.
+The ranks are forked from a parent that has imported DeepSpeed once.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ds_optim.sweep.launch import ForkserverLauncher, free_port, worker_environment
-from ds_optim.sweep.worker import end_with_launcher, reason_line, redirect
+from ds_optim.machine.child import LOG_FILE, begin, last_line, leave, reason_line
+from ds_optim.machine.forked import ForkedRanks, end
 
 #: A shell that has a loopback interface and no other; its arguments are the command.
 _NAMESPACE = ("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
@@ -38,34 +37,26 @@ def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     ``function`` is a module's own, by name. Raises RankFailedError if a rank fails; no rank is left
     behind.
     """
-    launcher = ForkserverLauncher(world_size)
-    shared = {**worker_environment(world_size), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    context = multiprocessing.get_context("forkserver")
-    processes: list[Any] = []
-    pipes: dict[Connection, int] = {}
+    forked = ForkedRanks(world_size, ("ds_optim.train.loop", "ds_optim.bench.ranks"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        launcher.prepare(folder, ["adamw"])
+        forked.build_ops(folder, ["adamw"])
+        ends = [multiprocessing.get_context("forkserver").Pipe(duplex=False) for _ in range(world_size)]
+        logs = [folder / LOG_FILE.format(rank=rank) for rank in range(world_size)]
+        processes = forked.start(_work, lambda rank: (rank, world_size, str(logs[rank]), ends[rank][1], function, args))
+        pipes: dict[Connection, int] = {}
+        for rank, (receiver, sender) in enumerate(ends):
+            sender.close()  # the rank has the only one: when it dies, reading ends
+            pipes[receiver] = rank
         try:
-            for rank in range(world_size):
-                receiver, sender = context.Pipe(duplex=False)
-                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                arguments = (rank, world_size, own, str(_log(folder, rank)), sender, function, args)
-                processes.append(context.Process(target=_work, args=arguments, daemon=True))
-                processes[-1].start()
-                sender.close()  # the rank has the only one: when it dies, reading ends
-                pipes[receiver] = rank
-            return _results(pipes, folder)
+            return _results(pipes, logs)
         finally:
             for process in processes:
                 process.join(0 if pipes else 10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            end(processes)
 
 
-def _results(pipes: dict[Connection, int], folder: Path) -> list[Any]:
+def _results(pipes: dict[Connection, int], logs: Sequence[Path]) -> list[Any]:
     """What each rank sends; ``pipes`` is empty when all have."""
     results: dict[int, Any] = {}
     while pipes:
@@ -75,10 +66,7 @@ def _results(pipes: dict[Connection, int], folder: Path) -> list[Any]:
             try:
                 failure, value = ready.recv()
             except EOFError:
-                failure, value = (
-                    f"killed, out of memory perhaps; last line of its log: {_last_line(folder, rank)}",
-                    None,
-                )
+                failure, value = f"killed, out of memory perhaps; last line of its log: {last_line(logs[rank])}", None
             if failure is not None:
                 raise RankFailedError(f"rank {rank}: {failure}")
             results[rank] = value
@@ -86,28 +74,17 @@ def _results(pipes: dict[Connection, int], folder: Path) -> list[Any]:
     return [results[rank] for rank in sorted(results)]
 
 
-def _log(folder: Path, rank: int) -> Path:
-    return folder / f"rank{rank}.log"
-
-
-def _last_line(folder: Path, rank: int) -> str:
-    lines = _log(folder, rank).read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(empty)")
-
-
 def _work(
+    environment: Mapping[str, str],
     rank: int,
     world_size: int,
-    environment: Mapping[str, str],
     log: str,
     sender: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     """The life of a forked rank; what it and DeepSpeed print goes to ``log``."""
-    os.environ.update(environment)
-    end_with_launcher()
-    redirect(Path(log))
+    begin(environment, Path(log))
     import torch
 
     from ds_optim.machine import ranks
@@ -119,8 +96,7 @@ def _work(
         ranks.leave()
     except BaseException as problem:
         sender.send((reason_line(problem), None))
-        # Tearing down a process group after a failure waits for peers that are gone.
-        os._exit(1)
+        leave(1)
 
 
 def private_network() -> tuple[str, ...]:

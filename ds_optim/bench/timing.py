@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_optim.sweep.worker import reason_line
+from ds_optim.machine.child import reason_line
 
 #: A sample of less is repeated and divided: the clock and the launch of a kernel would be a part of it.
 _SHORTEST_MS = 2.0

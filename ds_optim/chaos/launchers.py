@@ -16,9 +16,9 @@ from ds_optim.chaos.lane import Lives, Outcome
 from ds_optim.chaos.terminal import Command, Done, Signalled, line_count
 from ds_optim.job.exits import END_NAME, FINISHED, PREEMPTED
 from ds_optim.job.run_log import LOG_NAME
+from ds_optim.machine.forked import free_port
 from ds_optim.survival import manifest
 from ds_optim.survival.resume import FOLDER
-from ds_optim.sweep.launch import free_port
 
 When = Literal["as it starts", "in training"]
 

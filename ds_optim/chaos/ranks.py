@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from dataclasses import asdict, dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 from ds_optim.chaos.faults import Fault
 from ds_optim.chaos.worker import LIFE_FILE, work
-from ds_optim.sweep.launch import PRELOAD, environment, free_port, parent_environment, worker_environment
-from ds_optim.sweep.worker import LOG_FILE
+from ds_optim.machine.child import LOG_FILE
+from ds_optim.machine.forked import ForkedRanks
 
 RANKS = 2
 LIFE_S = 180.0
@@ -56,10 +54,8 @@ class Nursery:
     """Forks ranks from one parent that has imported everything."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*PRELOAD, "ds_optim.chaos.faults", "ds_optim.chaos.worker"])
-        with environment({**parent_environment(RANKS), "OMP_NUM_THREADS": "1"}):
-            forkserver.ensure_running()
+        preload = ("ds_optim.train.loop", "ds_optim.chaos.faults", "ds_optim.chaos.worker")
+        self._ranks = ForkedRanks(RANKS, preload, {"OMP_NUM_THREADS": "1"})
 
     def start(
         self,
@@ -76,15 +72,8 @@ class Nursery:
         folder.mkdir(parents=True)
         record = {"settings": settings, "fault": None if fault is None else asdict(fault)}
         (folder / LIFE_FILE).write_text(json.dumps(record, default=str), encoding="utf-8")
-        shared = {**worker_environment(RANKS), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(RANKS)}
-        shared |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        shared |= {} if join_s is None else {"DS_OPTIM_JOIN_TIMEOUT": f"{join_s:g}"}
-        processes: list[BaseProcess] = []
-        for rank in range(RANKS):
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = self._context.Process(target=work, args=(str(folder), own), name=f"rank{rank}")
-            process.start()
-            processes.append(process)
+        joins = {} if join_s is None else {"DS_OPTIM_JOIN_TIMEOUT": f"{join_s:g}"}
+        processes = self._ranks.start(work, lambda rank: (str(folder), joins))
         stopped = {fault.rank} if fault is not None and fault.kind == "SIGSTOP" else set()
         return Running(folder, processes, stopped, bound_s)
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from ds_optim.sweep.worker import LOG_FILE, end_with_launcher, redirect
+from ds_optim.machine.child import LOG_FILE, begin, leave
 
 LIFE_FILE = "life.json"
 
 
-def work(folder: str, environment: Mapping[str, str]) -> None:
+def work(environment: Mapping[str, str], folder: str, besides: Mapping[str, str]) -> None:
     """The life of a forked rank; it exits with what ``ds-optim train`` would."""
-    os.environ.update(environment)
-    end_with_launcher()
-    redirect(Path(folder) / LOG_FILE.format(rank=environment["RANK"]))
-    status = _run_rank(Path(folder), int(environment["RANK"]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    begin({**environment, **besides}, Path(folder) / LOG_FILE.format(rank=environment["RANK"]))
+    leave(_run_rank(Path(folder), int(environment["RANK"])))
 
 
 def _run_rank(folder: Path, rank: int) -> int:

@@ -48,7 +48,7 @@ def step(
     """Training steps and the optimizers' part in them, interleaved, against AdamW and DeepSpeed's Muon."""
     from ds_optim.bench import arguments, engines, output, step, tables
     from ds_optim.bench.ranks import default_ranks
-    from ds_optim.sweep.launch import check_ranks
+    from ds_optim.machine.forked import check_ranks
 
     shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
     shape.check()
@@ -91,7 +91,7 @@ def wire(
     """Bytes sent per rank and step beyond AdamW's, counted twice, beside the formula."""
     from ds_optim.bench import arguments, engines, output, tables, wire
     from ds_optim.bench.ranks import default_ranks
-    from ds_optim.sweep.launch import check_ranks
+    from ds_optim.machine.forked import check_ranks
 
     shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
     shape.check()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
 from ds_optim.report.compare import render_compare
 from ds_optim.report.machine import describe_machine
@@ -16,7 +15,8 @@ from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import milliseconds
 from ds_optim.sweep.cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce
 from ds_optim.sweep.launch import CellLauncher
-from ds_optim.sweep.run import Sweep, largest, run_sweep
+from ds_optim.sweep.result import CellResult, RankSpeed, largest
+from ds_optim.sweep.run import Sweep, run_sweep
 
 __all__ = ["CompareSettings", "run_compare"]
 
@@ -47,57 +47,51 @@ def sweep_of(settings: CompareSettings) -> Sweep:
     )
 
 
-def fill_row(row: Row, result: dict[str, Any], cell: Cell) -> Row:
+def fill_row(row: Row, result: CellResult, cell: Cell) -> Row:
     """The row of a cell that ran: of each step the slowest rank's time, of each size the largest rank's."""
-    ranks: list[dict[str, Any]] = result["ranks"]
-    times = [max(step) for step in zip(*(rank["times_ms"] for rank in ranks), strict=True)]
+    ranks = result.speed
+    times = [max(step) for step in zip(*(rank.times_ms for rank in ranks), strict=True)]
     middle = median(times)
     low, _, high = quantiles(times, n=4) if len(times) > 1 else (middle, middle, middle)
     tokens = cell.train.micro_batch * cell.train.accumulation * cell.train.seq_len * len(ranks)
     return row.model_copy(
         update={
-            "steps": result["steps"],
-            "val_loss": result["val_loss"],
-            "unigram_entropy": result["unigram_entropy"],
-            "train_loss": result["losses"],
+            "val_loss": result.val_loss,
+            "unigram_entropy": result.unigram_entropy,
+            "train_loss": result.losses,
             "ms_per_step": middle,
             "ms_low": low,
             "ms_high": high,
             "tokens_per_s": tokens / middle * 1e3,
-            "state_bytes_per_param": sum(rank["state_bytes"] for rank in ranks) / result["parameters"],
-            "model_state_bytes": largest(ranks, "model_state_bytes"),
-            "peak_bytes": largest(ranks, "peak_bytes"),
-            "peak_kind": ranks[0]["peak_kind"],
-            "rss_peak_bytes": largest(ranks, "rss_peak_bytes"),
-            "wire_bytes_per_step": _mean(ranks, "sent_bytes_per_step"),
+            "state_bytes_per_param": sum(rank.state_bytes for rank in ranks) / result.parameters,
+            "model_state_bytes": largest([rank.model_state_bytes for rank in ranks]),
+            "peak_bytes": largest([rank.peak_bytes for rank in ranks]),
+            "peak_kind": ranks[0].peak_kind,
+            "rss_peak_bytes": largest([rank.rss_peak_bytes for rank in ranks]),
+            "wire_bytes_per_step": _mean([rank.sent_bytes_per_step for rank in ranks]),
             "extra": {
                 **row.extra,
                 "timed_steps": len(times),
-                "skipped_steps": result["skipped_steps"],
-                "parameters": result["parameters"],
-                "sent_by_operator": ranks[0]["sent_by_operator"],
-                "sent_by_node": _by_node(ranks, row.extra.get("nodes", ())),
-                "memory_by_owner": [
-                    {key: rank[key] for key in ("weights", "gradients", "master", "state", "buckets", "other")}
-                    for rank in ranks
-                ],
+                "skipped_steps": result.skipped_steps,
+                "sent_by_operator": ranks[0].sent_by_operator,
+                "sent_by_node": _by_node(ranks, result.nodes),
+                "memory_by_owner": [rank.owners for rank in ranks],
             },
         }
     )
 
 
-def _mean(ranks: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [rank[key] for rank in ranks if rank[key] is not None]
-    return sum(values) / len(values) if len(values) == len(ranks) else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _by_node(ranks: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, dict[str, float]]:
+def _by_node(ranks: Sequence[RankSpeed], nodes: Sequence[str]) -> dict[str, dict[str, float]]:
     """Bytes that each node's interfaces sent in a step, as its first rank read them; of one node, nothing to tell."""
     found: dict[str, dict[str, float]] = {}
     for node, rank in zip(nodes, ranks, strict=False):
-        counted = rank.get("node_sent_per_step")
-        if counted is not None:
-            found.setdefault(node, counted)
+        if rank.node_sent_per_step is not None:
+            found.setdefault(node, rank.node_sent_per_step)
     return found if len(found) > 1 else {}
 
 

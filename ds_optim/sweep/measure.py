@@ -15,6 +15,7 @@ from ds_optim.memory.interfaces import SentBytes, sent_bytes
 from ds_optim.memory.measure import MemoryWatch, peak_resident_bytes
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.sweep.cells import UNTIMED_STEPS
+from ds_optim.sweep.result import RankSpeed
 
 
 class CellObserver:
@@ -62,27 +63,22 @@ class CellObserver:
         engine.backward(next_token_losses(engine, windows).mean())
         self._account = account(engine)
 
-    def measured(self) -> dict[str, Any]:
-        """This rank's numbers, as JSON: times in ms, sizes in bytes."""
+    def measured(self) -> RankSpeed:
+        """This rank's numbers."""
         held = self._account or MemoryAccount()
-        return {
-            "times_ms": self._times_ms,
-            "peak_bytes": self._peak_bytes,
-            "peak_kind": self._watch.kind,
-            "rss_peak_bytes": peak_resident_bytes(),
-            "sent_bytes_per_step": self._traffic.sent_bytes / (UNTIMED_STEPS - 1),
-            "sent_by_operator": self._traffic.by_operator,
-            "node_sent_per_step": self._node_sent(),
-            "model_state_bytes": held.model_state_bytes,
-            "state_bytes": held.state_bytes,
-            "weights": held.weights,
-            "gradients": held.gradients,
-            "master": held.master,
-            "state": dict(held.state),
-            "state_padding": held.state_padding,
-            "buckets": held.buckets,
-            "other": held.other,
-        }
+        owners = {key: getattr(held, key) for key in ("weights", "gradients", "master", "state", "buckets", "other")}
+        return RankSpeed(
+            times_ms=self._times_ms,
+            peak_bytes=self._peak_bytes,
+            peak_kind=self._watch.kind,
+            rss_peak_bytes=peak_resident_bytes(),
+            sent_bytes_per_step=self._traffic.sent_bytes / (UNTIMED_STEPS - 1),
+            sent_by_operator=self._traffic.by_operator,
+            node_sent_per_step=self._node_sent(),
+            model_state_bytes=held.model_state_bytes,
+            state_bytes=held.state_bytes,
+            owners=owners,
+        )
 
     def _node_sent(self) -> dict[str, float] | None:
         """Bytes that this rank's node sent in a step, to itself and to other nodes."""

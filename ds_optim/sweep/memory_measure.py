@@ -12,8 +12,9 @@ import torch
 from ds_optim.job.results import Moment
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
-from ds_optim.memory.measure import MemoryWatch, Peak, peak_resident_bytes, resident_bytes
+from ds_optim.memory.measure import MemoryWatch, peak_resident_bytes, resident_bytes
 from ds_optim.memory.moments import StepAccount
+from ds_optim.sweep.result import HeldBytes, PeakBytes, RankMemory
 
 #: The optimizer's state, and ZeRO-3's record of which layer comes when, exist from here on.
 FIRST_STEADY_STEP = 3
@@ -40,8 +41,8 @@ class MemoryObserver:
         self._watch = MemoryWatch()
         self._step = 1
         self._vocabulary: int | None = None
-        self._first: Peak | None = None
-        self._steady: list[dict[str, Any]] = []
+        self._first: PeakBytes | None = None
+        self._steady: list[PeakBytes] = []
         self._account = StepAccount(self._watch)
 
     def on_start(self, engine: Any) -> None:
@@ -56,11 +57,11 @@ class MemoryObserver:
             self._account.at(engine, moment)
 
     def on_step(self, engine: Any, step: int, loss: float, ms: float) -> None:
-        peak = self._watch.peak()
+        peak = PeakBytes(**asdict(self._watch.peak()), resident=resident_bytes())
         if step == 1:
             self._first = peak
         elif step in self._steady_steps:
-            self._steady.append({**asdict(peak), "resident": resident_bytes()})
+            self._steady.append(peak)
         self._step = step + 1
         if self._step == self._counted_step:
             self._account.begin(engine)
@@ -75,19 +76,21 @@ class MemoryObserver:
             torch.cuda.memory._dump_snapshot(str(self._folder / SNAPSHOT.format(rank=rank)))
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def measured(self) -> dict[str, Any]:
-        """This rank's numbers, as JSON: sizes in bytes."""
+    def measured(self) -> RankMemory:
+        """This rank's numbers."""
         before_step = self._account.moments["after backward"].accounted
-        return {
-            "host": socket.gethostname(),
-            "device": ranks.device().type,
-            "kind": self._watch.kind,
-            "vocabulary": self._vocabulary,
-            "first_step": None if self._first is None else asdict(self._first),
-            "steady": self._steady,
-            "moments": {name: held.record() for name, held in self._account.moments.items()},
-            "model_state_bytes": before_step.model_state_bytes,
-            "state_bytes": before_step.state_bytes,
-            "padding": before_step.state_padding + before_step.master_padding,
-            "rss_peak_bytes": peak_resident_bytes(),
-        }
+        assert self._first is not None
+        assert self._vocabulary is not None
+        return RankMemory(
+            host=socket.gethostname(),
+            device=ranks.device().type,
+            kind=self._watch.kind,
+            vocabulary=self._vocabulary,
+            first_step=self._first,
+            steady=self._steady,
+            moments={name: HeldBytes(**held.record()) for name, held in self._account.moments.items()},
+            model_state_bytes=before_step.model_state_bytes,
+            state_bytes=before_step.state_bytes,
+            padding=before_step.state_padding + before_step.master_padding,
+            rss_peak_bytes=peak_resident_bytes(),
+        )

@@ -5,7 +5,6 @@ The folder of the sweep must be one that all nodes share: ranks read their cell 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -15,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ds_optim.errors import UserError
-from ds_optim.sweep.launch import ECHOES, CellJob, CellOutcome
-from ds_optim.sweep.worker import FAILURE_FILE, RESULT_FILE
+from ds_optim.sweep.launch import CellJob, CellOutcome, failures
+from ds_optim.sweep.worker import RESULT_FILE
 
 #: The command that starts a cell's ranks, without the cell's folder; the scripts of ``launch/`` set it.
 VARIABLE = "DS_OPTIM_CELL_LAUNCHER"
@@ -72,22 +71,15 @@ def launcher_from(environment: Mapping[str, str]) -> CommandLauncher | None:
 
 def reason_of(folder: Path, ranks: int, status: int) -> str:
     """Why a cell failed, in one line with rank and node: of several, the one that did not merely lose its peer."""
-    told: list[tuple[bool, float, str]] = []
-    for rank in range(ranks):
-        try:
-            failure = json.loads((folder / FAILURE_FILE.format(rank=rank)).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        line = str(failure["reason"])
-        echo = any(word in line.lower() for word in ECHOES)
-        told.append((echo, float(failure["time"]), f"rank {rank} on {failure['node']}: {line}"))
-    if told and not min(told)[0]:
-        return min(told)[2]
+    told = failures(folder, range(ranks))
+    lines_of = [f"rank {failure.rank} on {failure.node}: {failure.line}" for failure in told]
+    if told and not told[0].echo:
+        return lines_of[0]
     # No rank had a reason of its own: one was killed, or never started. Its launcher may know.
     lines = [line.strip() for line in _read(folder / LAUNCHER_LOG).splitlines() if line.strip()]
     known = [line for line in lines if "error: " in line or "exit code" in line or line.startswith("== ")]
     last = (known or lines or ["(no output)"])[0][:300]
-    peers = f"; {min(told)[2]}" if told else ""
+    peers = f"; {lines_of[0]}" if told else ""
     return f"the launcher ended with status {status}: {last}{peers}"
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,16 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.job.exits import Preempted
 from ds_optim.machine.files import write_atomic
+from ds_optim.machine.forked import check_ranks
 from ds_optim.machine.kept_results import holds, refuse
 from ds_optim.machine.run_lock import RunLock
 from ds_optim.report.merge import read_info
 from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows, write_rows
 from ds_optim.sweep.cells import Cell, CompareSettings
-from ds_optim.sweep.launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher, check_ranks
+from ds_optim.sweep.launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
 from ds_optim.sweep.nodes import launcher_from
 from ds_optim.sweep.options import HELD
+from ds_optim.sweep.result import CellResult
 from ds_optim.sweep.worker import CELL_FILE, RESULT_FILE
 
 #: What torch's allocators, Python and the kernel say when there is no memory left.
@@ -48,7 +50,7 @@ class Sweep:
     kind: str
     plan: Callable[[], list[Cell]]
     describe: Callable[[Cell], RunInfo]
-    fill: Callable[[Row, dict[str, Any], Cell], Row]
+    fill: Callable[[Row, CellResult, Cell], Row]
     one_line: Callable[[Row], str]
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,15 +131,9 @@ def run_cell(cell: Cell, sweep: Sweep, launch: CellLauncher) -> Row:
     if row.reason is not None:
         row.extra["out_of_memory"] = any(sign in row.reason.lower() for sign in _OUT_OF_MEMORY)
         return row.model_copy(update={"status": "failed"})
-    left = json.loads(result.read_text(encoding="utf-8"))
-    row.extra["nodes"] = left.get("nodes", [])
-    return sweep.fill(row, left, cell)
-
-
-def largest(ranks: Sequence[Mapping[str, Any]], key: str) -> int | None:
-    """The largest of what the ranks measured, of those that did."""
-    values = [rank[key] for rank in ranks if rank[key] is not None]
-    return max(values) if values else None
+    left = CellResult.model_validate_json(result.read_bytes())
+    row.extra |= {"nodes": left.nodes, "parameters": left.parameters}
+    return sweep.fill(row.model_copy(update={"steps": left.steps}), left, cell)
 
 
 def _blank_row(cell: Cell, sweep: Sweep, outcome: CellOutcome) -> Row:

@@ -16,12 +16,14 @@ from pydantic import ValidationError
 
 from ds_optim.errors import UserError
 from ds_optim.job.exits import Preempted
+from ds_optim.machine.child import reason_line
 from ds_optim.report import Row, read_rows
 from ds_optim.sweep import launch as compare_launch
 from ds_optim.sweep.cells import plan_cells, reproduce
 from ds_optim.sweep.compare import CompareSettings, run_compare
 from ds_optim.sweep.launch import CellJob, CellOutcome, ForkserverLauncher, failure_reason
-from ds_optim.sweep.worker import reason_line, run_rank
+from ds_optim.sweep.result import CellResult, RankSpeed
+from ds_optim.sweep.worker import run_rank
 
 SMALL = {"steps": 5, "seq_len": 32, "micro_batch": 2, "eval_batches": 1}
 
@@ -121,15 +123,22 @@ def stand_in(job: CellJob) -> CellOutcome:
     if "stage2" in job.folder.name:
         return CellOutcome(reason="rank 1: OutOfMemoryError: tried to allocate 20 GiB", wall_s=1.0)
     train = json.loads((job.folder / "cell.json").read_text())["train"]
-    sizes = dict.fromkeys(("weights", "gradients", "master", "buckets", "other", "peak_bytes"), 1)
-    sent = {"sent_bytes_per_step": 1.0, "sent_by_operator": {}}
-    rank = {"times_ms": [10.0, 20.0], "peak_kind": "live tensors", "rss_peak_bytes": None, **sizes, **sent}
-    rank |= {"model_state_bytes": 7, "state_bytes": 200, "state": {}}
-    ranks = [rank, {**rank, "times_ms": [30.0, 10.0], "model_state_bytes": 9, "state_bytes": 200}]
-    result = {"val_loss": 2.0, "unigram_entropy": 3.0, "losses": [3.0], "steps": train["steps"]}
-    (job.folder / "result.json").write_text(
-        json.dumps({**result, "skipped_steps": 0, "parameters": 100, "ranks": ranks})
+    rank = RankSpeed(
+        times_ms=[10.0, 20.0],
+        peak_bytes=1,
+        peak_kind="live tensors",
+        rss_peak_bytes=None,
+        sent_bytes_per_step=1.0,
+        sent_by_operator={},
+        node_sent_per_step=None,
+        model_state_bytes=7,
+        state_bytes=200,
+        owners={},
     )
+    other = rank.model_copy(update={"times_ms": [30.0, 10.0], "model_state_bytes": 9})
+    losses: dict[str, Any] = {"val_loss": 2.0, "unigram_entropy": 3.0, "losses": [3.0], "steps": train["steps"]}
+    left = CellResult(**losses, skipped_steps=0, parameters=100, nodes=["a", "a"], speed=[rank, other])
+    (job.folder / "result.json").write_text(left.model_dump_json())
     return CellOutcome(reason=None, wall_s=1.0)
 
 
@@ -212,7 +221,7 @@ def test_a_rank_without_a_cell_leaves_its_reason(tmp_path: Path, monkeypatch: py
     assert "FileNotFoundError" in json.loads((tmp_path / "rank3.failure.json").read_text())["reason"]
 
 
-def _one_dies(folder: str, environment: Mapping[str, str]) -> None:
+def _one_dies(environment: Mapping[str, str], folder: str) -> None:
     """A stand-in for a rank: rank 1 is killed, the others would sleep for a minute."""
     (Path(folder) / f"pid{environment['RANK']}").write_text(str(os.getpid()))
     if environment["RANK"] == "1":
@@ -220,7 +229,7 @@ def _one_dies(folder: str, environment: Mapping[str, str]) -> None:
     time.sleep(60)
 
 
-def _all_sleep(folder: str, environment: Mapping[str, str]) -> None:
+def _all_sleep(environment: Mapping[str, str], folder: str) -> None:
     (Path(folder) / f"pid{environment['RANK']}").write_text(str(os.getpid()))
     time.sleep(60)
 

@@ -88,7 +88,7 @@ class Terminal:
 
 
 def with_port(command: list[str]) -> list[str]:
-    from ds_optim.sweep.launch import free_port
+    from ds_optim.machine.forked import free_port
 
     return [str(free_port()) if word == "PORT" else word for word in command]
 
