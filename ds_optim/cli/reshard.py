@@ -20,7 +20,7 @@ def reshard(
     ranks: Annotated[int | None, typer.Option(help="Ranks that are to load it. [as it is]")] = None,
     stage: Annotated[int | None, typer.Option(help="Their ZeRO stage, 0 to 3. [as it is]")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Their DeepSpeed JSON, for the stage, sub_group_size and parameter_alignment.")
+        Path | None, typer.Option(help="Their DeepSpeed JSON, for the stage and what ZeRO cuts by.")
     ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="Hand the state to another optimizer: lion_muon, lion, muon, signum, ...")

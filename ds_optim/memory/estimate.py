@@ -120,6 +120,7 @@ def layout_of(plan: OptimizerPlan, zero: ZeroSettings) -> Layout:
         world_size=zero.ranks,
         param_alignment=zero.param_alignment,
         sub_group_size=zero.sub_group_size,
+        round_robin=zero.round_robin,
     )
 
 

@@ -51,6 +51,7 @@ class ZeroSettings:
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
     param_alignment: int = 1
+    round_robin: bool = False
     bf16_masters: bool = False
     device: str = "cuda"
 

@@ -14,9 +14,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 Cut = Literal["none", "flat", "each"]
+T = TypeVar("T")
 MOST_RANKS = 1 << 17
 """More are a mistake where a number of ranks is written: each costs time, memory or files."""
 
@@ -147,6 +148,7 @@ def build_layout(
     world_size: int,
     param_alignment: int = 1,
     sub_group_size: int | None = None,
+    round_robin: bool = False,
 ) -> Layout:
     """The layout of DeepSpeed 0.19.8 in closed form.
 
@@ -157,6 +159,7 @@ def build_layout(
         param_alignment: elements at which each parameter is aligned (stages 1, 2; DeepSpeed's
             ``zero_optimization.parameter_alignment`` makes it 16 bytes' worth).
         sub_group_size: elements of a rank's partition at which stage 3 closes a sub-group.
+        round_robin: DeepSpeed's ``round_robin_gradients``, which orders the parameters of stages 1 and 2 anew.
     """
     units: list[Unit] = []
     for number, specs in enumerate(groups):
@@ -171,13 +174,29 @@ def build_layout(
             units.append(
                 Unit(
                     group=number,
-                    params=tuple(specs),
+                    params=tuple(dealt(specs, world_size) if round_robin else specs),
                     cut="flat",
                     world_size=world_size,
                     param_alignment=param_alignment,
                 )
             )
     return Layout(stage=stage, world_size=world_size if stage else 1, units=tuple(units))
+
+
+def has_padding(unit: Unit) -> bool:
+    """Whether a parameter of a flat vector does not start where the one before it ends."""
+    return unit.starts[-1] > sum(spec.numel for spec in unit.params[:-1])
+
+
+def dealt(things: Sequence[T], ranks: int) -> list[T]:
+    """In the order of DeepSpeed's ``round_robin_gradients``: dealt to so many ranks one by one, then rank by rank."""
+    return [thing for rank in range(ranks) for thing in things[rank::ranks]]
+
+
+def undealt(things: Sequence[T], ranks: int) -> list[T]:
+    """The order of before, of things that were dealt to so many ranks."""
+    before = dealt(range(len(things)), ranks)
+    return [things[before.index(number)] for number in range(len(things))]
 
 
 def _sub_groups(specs: Sequence[ParamSpec], world_size: int, sub_group_size: int | None) -> list[tuple[ParamSpec, ...]]:

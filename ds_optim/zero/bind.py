@@ -7,39 +7,29 @@ ranks compare notes before anyone proceeds: whatever one rank finds wrong is rai
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized, taken
 from ds_optim.sharding.comm import Comm
-from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout
 from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller
+from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, attribute, bind_stage3, bind_stages_1_2, same
 from ds_optim.zero.schedulers import meet_scheduler
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 
-_SYNC_HINT = (
-    "if weights were changed in place after deepspeed.initialize, call engine.optimizer.refresh_fp32_params() first"
-)
 _FOREIGN = (
     "the parameter groups hold tensors that DeepSpeed's ZeRO did not make: ds_optim cannot tell where their matrices "
     "lie. Leave optimizer.param_groups[...]['params'] alone after deepspeed.initialize"
 )
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Where the wrappers of stages 1 and 2 keep their flat partitions."""
-_FREEZE_HINT = "freeze and unfreeze parameters before deepspeed.initialize"
-
-Address = tuple[int, int, int]
-"""(start in the parameter, elements, offset in the flat partition) of what this rank holds."""
 
 
 def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
@@ -67,9 +57,9 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
         announce_routes(optimizer, groups, peaks)
         return replace(bind_unsharded(members, groups), replicas=comm)
     if stage == 3:
-        binding = _bind_stage3(trained, first, comm)
+        binding = bind_stage3(trained, comm)
     else:
-        binding = _bind_stages_1_2(trained, first, comm, groups, stage)
+        binding = bind_stages_1_2(trained, comm, groups, stage, None if caller is None else caller.wrapper)
     strangers = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
     raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
     announce_routes(optimizer, groups, peaks)
@@ -80,7 +70,7 @@ def took(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO steps a parameter, by what it left on it, and on all of the model's at stage 3."""
     zero: Any = getattr(parameter, "_z3_optimizer", None)
     if zero is not None:
-        return zero.get_param_id(parameter) in _attribute(zero, "grad_position")
+        return zero.get_param_id(parameter) in attribute(zero, "grad_position")
     return hasattr(parameter, "_hp_mapping")
 
 
@@ -126,7 +116,7 @@ def _stage_of(trained: Sequence[Sequence[Member]], groups: Groups, caller: Calle
     parameters = [m.parameter for group in trained for m in group]
     held = [t for group in groups for t in group["params"]]
     for zero in {id(z): z for z in (getattr(p, "_z3_optimizer", None) for p in parameters) if z is not None}.values():
-        own = {id(flat) for flat in _attribute(zero, "fp32_partitioned_groups_flat")}
+        own = {id(flat) for flat in attribute(zero, "fp32_partitioned_groups_flat")}
         if not held or any(id(t) in own for t in held):
             return 3
     if not any(hasattr(p, "_hp_mapping") for p in parameters) or _are_whole(trained, groups, caller):
@@ -188,7 +178,7 @@ def _left_out(members: Sequence[Sequence[Member]], trained: Sequence[Sequence[Me
         if id(member.parameter) not in there and is_optimized(member.parameter):
             return UserError(
                 f"{member.spec.name} was frozen when deepspeed.initialize was called and is trainable now, and would "
-                f"not be trained: {_FREEZE_HINT}. A parameter that gets no gradient in some steps needs no freezing"
+                f"not be trained: {FREEZE_HINT}. A parameter that gets no gradient in some steps needs no freezing"
             )
     return None
 
@@ -203,151 +193,6 @@ def _copies_problem(trained: Sequence[Sequence[Member]], groups: Groups) -> Runt
             return RuntimeError(f"the parameter group {group.get('name')!r} holds tensors that are not the model's")
         for tensor, member in zip(group["params"], members, strict=True):
             own = member.parameter.detach()
-            same = tensor is member.parameter or tensor.shape != own.shape or _same(tensor, own)
-            if not same:
-                return RuntimeError(f"the fp32 weights of {member.spec.name} are not the model's; {_SYNC_HINT}")
+            if tensor is not member.parameter and tensor.shape == own.shape and not same(tensor, own):
+                return RuntimeError(f"the fp32 weights of {member.spec.name} are not the model's; {SYNC_HINT}")
     return None
-
-
-def _same(master: Tensor, own: Tensor) -> bool:
-    """Whether a master slice, cast down, is the model's; a NaN equals a NaN."""
-    cast = master.detach().to(own.device, own.dtype)
-    return torch.equal(cast.nan_to_num(), own.nan_to_num())
-
-
-def _bind_stages_1_2(
-    trained: Sequence[Sequence[Member]], first: torch.nn.Parameter, comm: Comm, groups: Groups, stage: int
-) -> Binding:
-    def local_address(unit: Unit, param: int, member: Member) -> Address | None:
-        mapping = member.parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return None
-        there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return there.start, there.numel, here.start
-
-    # DeepSpeed aligns parameters to 16 bytes if asked to; the addresses tell which of the two it was.
-    alignments = sorted({1, 16 // math.gcd(16, first.element_size())})
-    specs = [[m.spec for m in group] for group in trained]
-    layouts = [build_layout(specs, stage=stage, world_size=comm.world_size, param_alignment=a) for a in alignments]
-    tensors = [[groups[unit.group]["params"][0]] for unit in layouts[0].units]
-    members = [list(trained[unit.group]) for unit in layouts[0].units]
-    problems = [_find_problem(layout, members, tensors, comm, local_address) for layout in layouts]
-    layout = _agree(layouts, problems, comm)
-    _check_values(layout, members, tensors, comm, lambda m: m.parameter.detach().reshape(-1))
-    return Binding(layout, comm, _work_device(comm, tensors[0][0], first), tensors, members)
-
-
-def _bind_stage3(trained: Sequence[Sequence[Member]], first: torch.nn.Parameter, comm: Comm) -> Binding:
-    zero: Any = first._z3_optimizer  # type: ignore[attr-defined]
-    flats: list[Tensor] = _attribute(zero, "fp32_partitioned_groups_flat")
-    positions = _attribute(zero, "grad_position")
-    layout = build_layout(
-        [[m.spec for m in group] for group in trained],
-        stage=3,
-        world_size=comm.world_size,
-        sub_group_size=_attribute(zero, "sub_group_size"),
-    )
-    queue = iter([m for group in trained for m in group])
-    members = [list(islice(queue, len(unit.params))) for unit in layout.units]
-
-    def local_address(unit: Unit, param: int, member: Member) -> Address | None:
-        try:
-            number, offset, shard = positions[zero.get_param_id(member.parameter)]
-        except KeyError:
-            return None
-        start = min(comm.rank * shard, member.spec.numel)
-        held = min(shard, member.spec.numel - start)
-        if layout.units[number] is not unit:
-            return -1, -1, -1
-        return (start, held, offset) if held else None
-
-    if len(flats) == len(layout.units):
-        tensors = [[flat] for flat in flats]
-        problem = _find_problem(layout, members, tensors, comm, local_address)
-    else:
-        tensors = []
-        problem = f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({_FREEZE_HINT})"
-    _agree([layout], [problem], comm)
-    _check_values(layout, members, tensors, comm, lambda m: m.parameter.ds_tensor.detach().reshape(-1))  # type: ignore[attr-defined]
-    return Binding(layout, comm, _work_device(comm, flats[0], first), tensors, members)
-
-
-def _attribute(wrapper: Any, name: str) -> Any:
-    if not hasattr(wrapper, name):
-        raise RuntimeError(
-            f"DeepSpeed's {type(wrapper).__name__} has no {name!r}: this release lays memory out in a way that "
-            "ds_optim does not know; install a version in the declared range (see ds_optim's pyproject.toml)"
-        )
-    return getattr(wrapper, name)
-
-
-def _find_problem(
-    layout: Layout,
-    members: Sequence[Sequence[Member]],
-    tensors: Sequence[Sequence[Tensor]],
-    comm: Comm,
-    address: Callable[[Unit, int, Member], Address | None],
-) -> str | None:
-    """The first disagreement between the closed form and the addresses on this rank."""
-    for unit, unit_members, (flat,) in zip(layout.units, members, tensors, strict=True):
-        if flat.numel() != unit.partition_numel:
-            return (
-                f"a flat partition holds {flat.numel()} elements where the closed form has {unit.partition_numel} "
-                f"({_FREEZE_HINT})"
-            )
-        for param, member in enumerate(unit_members):
-            if not hasattr(member.parameter, "_hp_mapping") and unit.cut == "flat":
-                return f"{member.spec.name} has no address in ZeRO's partitions ({_FREEZE_HINT})"
-            there, here = address(unit, param, member), _address(unit.slice_of(param, comm.rank))
-            if there != here:
-                return (
-                    f"{member.spec.name} lies at {there} (start, elements, offset) where the closed form has {here} "
-                    "(round_robin_gradients is not supported: set it to false)"
-                )
-    return None
-
-
-def _address(piece: Slice | None) -> Address | None:
-    return None if piece is None else (piece.start, piece.numel, piece.offset)
-
-
-def _agree(layouts: Sequence[Layout], problems: Sequence[str | None], comm: Comm) -> Layout:
-    """The first layout that fits on every rank.
-
-    Raises:
-        RuntimeError: on every rank, with the first rank's reason, if none does or the ranks mean different ones.
-    """
-    everywhere = comm.gather_objects([(layout.digest(), p) for layout, p in zip(layouts, problems, strict=True)])
-    for number, layout in enumerate(layouts):
-        if all(candidates[number] == (layout.digest(), None) for candidates in everywhere):
-            return layout
-    for rank, candidates in enumerate(everywhere):
-        if candidates[0][1] is not None:
-            raise RuntimeError(f"ds_optim cannot step this layout (rank {rank}): {candidates[0][1]}")
-    raise RuntimeError("the ranks disagree on the model's parameters: build the same model on every rank")
-
-
-def _check_values(
-    layout: Layout,
-    members: Sequence[Sequence[Member]],
-    tensors: Sequence[Sequence[Tensor]],
-    comm: Comm,
-    weights: Callable[[Member], Tensor],
-) -> None:
-    """Compare the master slices, cast down, with the model's own weights: addresses alone may both be wrong."""
-    problem: str | None = None
-    for unit, unit_members, (flat,) in zip(layout.units, members, tensors, strict=True):
-        for piece in unit.slices(comm.rank):
-            member = unit_members[piece.param]
-            own = weights(member)
-            start = 0 if unit.cut == "each" else piece.start
-            own = own[start : start + piece.numel]
-            master = flat[piece.offset : piece.offset + piece.numel]
-            if problem is None and not _same(master, own):
-                problem = f"the master weights of {member.spec.name} are not the model's; {_SYNC_HINT}"
-    raise_everywhere(None if problem is None else RuntimeError(problem), comm)
-
-
-def _work_device(comm: Comm, flat: Tensor, parameter: torch.nn.Parameter) -> torch.device:
-    """Matrices are worked on where the model lives, which is not where an offloaded partition does."""
-    return comm.device(parameter.device if parameter.device.type != "meta" else flat.device)

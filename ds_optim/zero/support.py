@@ -63,7 +63,6 @@ def _below_one(value: Any) -> bool:
 
 # (path in the config, when it is refused, why and what to write instead)
 REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
-    (f"{_ZERO}.round_robin_gradients", is_true, "it hides where a parameter lies; set it to false"),
     (f"{_ZERO}.compute_grad_norm", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bf16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bfloat16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
@@ -111,7 +110,6 @@ _OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{_MASTERS} and
 
 # The same, as attributes of DeepSpeed's wrappers: for who steps a wrapper without its engine.
 REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
-    ("round_robin_gradients", is_true, f"set {_ZERO}.round_robin_gradients to false"),
     ("compute_grad_norm", _is_false, f"leave {_ZERO}.compute_grad_norm true"),
     ("zenflow", is_true, f"leave {_ZERO}.zenflow out"),
     ("swap_optimizer", is_true, f'set {_OFFLOAD}.device to "cpu"'),

@@ -33,11 +33,12 @@ def chosen(kind: str, **params: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """An optimizer, the dtype of weights, settings at stage 3 or of wrappers, and what else the JSON says."""
+    """An optimizer, the dtype of weights, settings at stage 3 and below, and what else the JSON says."""
 
     optimizer: Mapping[str, Any]
     dtype: str = "fp32"
-    zero3: Mapping[str, Any] | None = None
+    zero3: Mapping[str, Any] = field(default_factory=dict)
+    flat: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     sharded: bool = False
     """Whether stage 0 has no such thing."""
@@ -47,7 +48,7 @@ class Kind:
         return str(self.optimizer["params"].get("momentum_dtype", "float32"))
 
     def cell(self, stage: int) -> Cell:
-        zero = self.zero3 if stage == 3 and self.zero3 is not None else {}
+        zero = self.zero3 if stage == 3 else self.flat if stage else {}
         return Cell(stage=stage, dtype=self.dtype, zero=zero, config={**SCHEDULE, **self.config})
 
 
@@ -60,6 +61,9 @@ KINDS = {
     "aux adamw": Kind(optimizer=chosen("Muon", aux="adamw", **FP32)),
     "bf16 weights": Kind(optimizer=chosen("Muon", **FP32), dtype="bf16"),
     "sub-groups": Kind(optimizer=chosen("Signum"), zero3={"sub_group_size": 300}),
+    "round robin": Kind(
+        optimizer=chosen("LionMuon", momentum_dtype="int8", **FP32), flat={"round_robin_gradients": True}
+    ),
     "no buffer": Kind(optimizer=chosen("SignSGD")),
     "bf16 masters": Kind(
         optimizer=chosen("LionMuon", momentum_dtype="bfloat16", **FP32),
@@ -89,7 +93,8 @@ def steps(engine: Any, numbers: Iterable[int], rank: int, world_size: int) -> li
 def layout_of(engine: Any, cell: Cell, world_size: int) -> Layout:
     groups = [[m.spec for m in members] for members in own_optimizer(engine).members]
     size = cell.zero.get("sub_group_size")
-    return build_layout(groups, stage=cell.stage, world_size=world_size, sub_group_size=size)
+    robin = bool(cell.zero.get("round_robin_gradients"))
+    return build_layout(groups, stage=cell.stage, world_size=world_size, sub_group_size=size, round_robin=robin)
 
 
 def held(engine: Any, cell: Cell, rank: int, world_size: int) -> list[tuple[str, str, int, Tensor]]:

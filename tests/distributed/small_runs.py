@@ -53,6 +53,7 @@ class Cell:
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+ROUND_ROBIN = {"round_robin_gradients": True}
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 CELLS = [

@@ -217,6 +217,8 @@ def cases_at(world_size: int) -> list[Case]:
         *((s, plain) for s in (1, 2, 3)),
         *((s, {"parameter_alignment": True}) for s in (1, 2)),
         (2, {"parameter_alignment": True, **OFFLOAD}),
+        *((s, {"round_robin_gradients": True, "parameter_alignment": a}) for s in (1, 2) for a in (False, True)),
+        (2, {"round_robin_gradients": True, **OFFLOAD}),
         *((3, {"sub_group_size": size}) for size in (1, 30, 70, 0)),
         (3, {"sub_group_size": 1, **OFFLOAD}),
         (3, {"offload_param": {"device": "cpu", "pin_memory": False}}),

@@ -74,6 +74,7 @@ OPTIMIZERS = {
 }
 FP32_GRADIENTS = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, "settings": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "settings": {"offload": True}}
+ROUND_ROBIN = {"zero": {"round_robin_gradients": True}, "settings": {"round_robin": True}}
 SUB_GROUPS = {"zero": {"sub_group_size": 9_000}, "settings": {"sub_group_size": 9_000}}
 
 CASES = {
@@ -87,6 +88,10 @@ OTHERS = {
     **{f"fp32 z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, dtype="fp32") for s in (0, 1, 3)},
     **{f"fp32 gradients z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, **FP32_GRADIENTS) for s in (1, 2, 3)},
     **{f"offload z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, **OFFLOAD) for s in (2, 3)},
+    **{
+        f"round robin z{s}": Case(model=MODELS[1], optimizer="lion_muon", stage=s, momentum_dtype="int8", **ROUND_ROBIN)
+        for s in (1, 2)
+    },
     "sub-groups": Case(model=MODELS[1], optimizer="lion", stage=3, momentum_dtype="int8", **SUB_GROUPS),
     **{f"accumulation z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, accumulation=2) for s in (1, 2, 3)},
 }

@@ -173,7 +173,6 @@ def test_a_replaced_optimizer_is_an_error() -> None:
 # ------------------------------------------------------------------------- settings that the engine alone knows
 
 CLIENTS: Mapping[str, Cell] = {
-    "round_robin_gradients": Cell(stage=2, zero={"round_robin_gradients": True}),
     "check_grad_overflow": Cell(stage=2, dtype="bf16", config={"bf16": {"check_grad_overflow": False}}),
     "compute_grad_norm": Cell(stage=1, zero={"compute_grad_norm": False}),
     "zero_hpz_partition_size": Cell(stage=3, zero={"zero_hpz_partition_size": 2}),

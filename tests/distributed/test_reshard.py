@@ -86,7 +86,7 @@ def loaded(
         runs = []
         for kind, one, other in own:
             made = folder / f"{place(kind, one)}-{other[0]}x{other[1]}"
-            config = {"zero_optimization": dict(KINDS[kind].zero3 or {})}
+            config = {"zero_optimization": {**KINDS[kind].zero3, **KINDS[kind].flat}}
             reshard(saved[0] / place(kind, one), made, ranks=other[0], stage=other[1], config=config)
             runs.append((kind, other[1], made))
         every = run_ranks(ranks, load_runs, runs, timeout=600)

@@ -60,6 +60,7 @@ OPTIMIZERS: dict[str, Run] = {
 PLACES: dict[str, Run] = {
     "z1": Run(type="", stage=1),
     "z2": Run(type="", stage=2),
+    "z2-round_robin": Run(type="", stage=2, zero={"round_robin_gradients": True}),
     "z3": Run(type="", stage=3),
     "z3-sub_groups": Run(type="", stage=3, zero=SUB_GROUPS),
 }

@@ -136,7 +136,7 @@ def meetings(rank: int, world_size: int) -> dict[str, str]:
 
     quiet()
     stage2 = Cell(stage=2)
-    refused = Cell(stage=2, zero={"round_robin_gradients": True})
+    refused = Cell(stage=2, zero={"compute_grad_norm": False})
     zero = {"type": "Muon", "params": {"lr": 0.0}}
 
     def muon() -> Any:
@@ -179,7 +179,7 @@ def test_a_client_optimizer_meets_its_engine_in_initialize() -> None:
     assert "ds_optim" not in second["plain"]
     assert str([LR] * 3) in first["equal rates"], "a list of equal rates is meant"
     for found in (first, second):
-        assert "round_robin_gradients" in found["refused"]
+        assert "compute_grad_norm" in found["refused"]
         for name in ("lr 0", "lr 0 in the JSON"):
             assert "lr of 0 does not tell the part of 'aux'" in found[name]
         assert "has 2 rates and the optimizer 3 parameter groups (matrix, aux, vector)" in found["two rates"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import ds_optim.zero.bind
+import ds_optim.zero.partitions
 from ds_optim.sharding.layout import Layout, build_layout
 
 from .harness import run_ranks
@@ -50,7 +50,7 @@ def wrong_closed_form(engine: Any, model: ParityNet, rank: int) -> None:
     def swapped(groups: Any, **how: Any) -> Layout:
         return build_layout([[*group[1::-1], *group[2:]] for group in groups], **how)
 
-    ds_optim.zero.bind.build_layout = swapped
+    ds_optim.zero.partitions.build_layout = swapped
 
 
 def one_rank_differs(engine: Any, model: ParityNet, rank: int) -> None:
@@ -109,7 +109,7 @@ def _step_with_mistake(rank: int, world_size: int, mistake: str, stage: int) -> 
         take_step(engine, run, rank, world_size, 0)
     except RuntimeError as error:
         line = str(error)
-    ds_optim.zero.bind.build_layout = build_layout
+    ds_optim.zero.partitions.build_layout = build_layout
     kept = all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
     return Seen(line, kept, any(optimizer.state.values()))
 

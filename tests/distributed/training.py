@@ -242,7 +242,8 @@ def layout_of(run: Run, world_size: int) -> Layout:
     """The closed form of where a run's elements lie."""
     groups = [[member.spec for member in group[MEMBERS]] for group in ds_optim.param_groups(ParityNet())]
     size = run.zero.get("sub_group_size")
-    return build_layout(groups, stage=run.stage, world_size=world_size, sub_group_size=size)
+    robin = bool(run.zero.get("round_robin_gradients"))
+    return build_layout(groups, stage=run.stage, world_size=world_size, sub_group_size=size, round_robin=robin)
 
 
 class Recorder:

@@ -394,12 +394,12 @@ def of_two_steps(folder: Path) -> str:
     return "different steps"
 
 
-def round_robin(folder: Path) -> str:
+def elastic(folder: Path) -> str:
     path = folder / "step-3" / "mp_rank_00_model_states.pt"
     state = torch.load(path, weights_only=True)
-    state["ds_config"]["zero_optimization"]["round_robin_gradients"] = True
+    state["ds_config"]["zero_optimization"]["elastic_checkpoint"] = True
     torch.save(state, path)
-    return "round_robin_gradients"
+    return "was saved with elastic_checkpoint"
 
 
 def older(folder: Path) -> str:
@@ -409,7 +409,7 @@ def older(folder: Path) -> str:
 
 DAMAGES = [
     *(removed, last_removed, model_removed, truncated, outside, linked, folder_linked, tensor_parallel, universal),
-    *(other_addresses, not_by_element, other_weights, of_two_steps, round_robin, older),
+    *(other_addresses, not_by_element, other_weights, of_two_steps, elastic, older),
 ]
 
 

@@ -51,7 +51,6 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 # Values to refuse and values to take, as a JSON and transformers write them: strings and "auto" too.
 VALUES: Mapping[str, tuple[list[Any], list[Any]]] = {
-    "zero_optimization.round_robin_gradients": ([True, "true", 1], [False, "auto", None]),
     "zero_optimization.compute_grad_norm": ([False, "false", 0], [True, "auto"]),
     "bf16.check_grad_overflow": ([False, "False"], [True, "auto"]),
     "bfloat16.check_grad_overflow": ([False], [True]),
@@ -184,7 +183,6 @@ def test_fp16_at_stage_0_is_refused_with_a_loss_scale() -> None:
 
 
 ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
-    "round_robin_gradients": (True, False),
     "compute_grad_norm": (False, True),
     "zenflow": (True, False),
     "swap_optimizer": (True, False),
@@ -349,9 +347,9 @@ def test_parameters_and_models_that_are_treated_apart() -> None:
 
 
 def test_an_engine_is_checked_like_its_config() -> None:
-    settings = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    settings = {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}
     check_engine(types.SimpleNamespace(config={"zero_optimization": {"stage": 2}}))
-    with pytest.raises(UserError, match="round_robin_gradients"):
+    with pytest.raises(UserError, match="compute_grad_norm"):
         check_engine(types.SimpleNamespace(config=settings))
     with pytest.raises(UserError, match=r'^bf16\.enabled is "auto", which Trainer, Accelerate'):
         check_engine(types.SimpleNamespace(config={"bf16": {"enabled": "auto"}}))  # DeepSpeed trains in fp32 then

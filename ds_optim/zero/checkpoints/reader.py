@@ -7,6 +7,7 @@ at stage 3. What does not fit is refused, never guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import SCALARS, SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import without_description
-from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout
+from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout, has_padding, undealt
 from ds_optim.zero.checkpoints.described import described
 from ds_optim.zero.checkpoints.folder import Files, find_files, find_folder
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
 from ds_optim.zero.checkpoints.safe import laid_out, load
 from ds_optim.zero.checkpoints.stage0 import Names, read_stage0
 from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, plain_values, saved_groups
+from ds_optim.zero.support import is_true
 
 _OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
 _COUNTS = ("dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
@@ -62,8 +64,12 @@ def _open(files: Files, names: Names | None, state: bool) -> Portable:
         )
     saved = [_optimizer_of(path, state) for path in files.optimizers]
     stage = int(saved[0].get("zero_stage", 1))  # BF16_Optimizer, which is stage 1, does not say
-    _check_settings(models[0].get("ds_config"), files.folder)
-    return _read_stage3(files, models, saved) if stage == 3 else _read_flat(files, models, saved, stage)
+    section = _zero_section(models[0].get("ds_config"), files.folder)
+    if stage == 3:
+        return _read_stage3(files, models, saved)
+    # BF16_Optimizer deals nothing.
+    robin = "zero_stage" in saved[0] and is_true(section.get("round_robin_gradients"))
+    return _read_flat(files, models, saved, stage, robin)
 
 
 def _optimizer_of(path: Path, state: bool) -> dict[str, Any]:
@@ -79,19 +85,24 @@ def _optimizer_of(path: Path, state: bool) -> dict[str, Any]:
     return found
 
 
-def _check_settings(config: Any, folder: Path) -> None:
+def _zero_section(config: Any, folder: Path) -> Mapping[str, Any]:
+    """The saved run's settings of ZeRO; raises for one that puts state at borders that are not known."""
     zero = config.get("zero_optimization", {}) if isinstance(config, Mapping) else {}
-    if isinstance(zero, Mapping):
-        for key, value in (("round_robin_gradients", True), ("elastic_checkpoint", True)):
-            if zero.get(key) is value:
-                raise UserError(f"{folder} was saved with {key}, which puts parameters at other places")
+    section: Mapping[str, Any] = zero if isinstance(zero, Mapping) else {}
+    if section.get("elastic_checkpoint") is True:
+        raise UserError(f"{folder} was saved with elastic_checkpoint, which puts parameters at other places")
+    return section
 
 
-def _read_flat(files: Files, models: Sequence[Any], saved: Sequence[dict[str, Any]], stage: int) -> Portable:
+def _read_flat(
+    files: Files, models: Sequence[Any], saved: Sequence[dict[str, Any]], stage: int, robin: bool
+) -> Portable:
     """Stages 1 and 2, and ``BF16_Optimizer``: a flat partition for each group."""
     specs = _specs(models[0], files)
     base = [_base_of(sd.get(_BASE), files, rank) for rank, sd in enumerate(saved)]
-    layout = _flat_layout(specs, saved, stage, files)
+    if robin:  # the files name parameters in the order of memory
+        specs = [undealt(group, len(saved)) for group in specs]
+    layout = _flat_layout(specs, saved, stage, files, robin)
     numbers = [unit.group for unit in layout.units]
     flats = []
     for u, unit in enumerate(layout.units):
@@ -104,7 +115,7 @@ def _read_flat(files: Files, models: Sequence[Any], saved: Sequence[dict[str, An
             state = _state_of(base[rank][0], base[rank][1][numbers[u]]["params"])
             by_rank.append([_flats(master, state, unit, rank, files.optimizers[rank])])
         flats.append(by_rank)
-    return _portable(files, models, saved, stage, layout, flats, base, numbers)
+    return _portable(files, models, saved, stage, layout, flats, base, numbers, specs)
 
 
 _WRONG = "the layout is not one that ds-optim knows"
@@ -134,7 +145,7 @@ def _read_stage3(files: Files, models: Sequence[Any], saved: Sequence[dict[str, 
             by_rank.append([_flats(master, _state_of(base[rank][0], [u]), unit, rank, files.optimizers[rank])])
         flats.append(by_rank)
     layout = Layout(stage=3, world_size=len(saved), units=units)
-    return _portable(files, models, saved, 3, layout, flats, base, [unit.group for unit in units])
+    return _portable(files, models, saved, 3, layout, flats, base, [unit.group for unit in units], specs)
 
 
 def _specs(model: Mapping[str, Any], files: Files) -> list[list[ParamSpec]]:
@@ -157,13 +168,19 @@ def _state_of(state: Mapping[int, dict[str, Any]], numbers: Sequence[int]) -> di
 
 
 def _flat_layout(
-    specs: Sequence[Sequence[ParamSpec]], saved: Sequence[Mapping[str, Any]], stage: int, files: Files
+    specs: Sequence[Sequence[ParamSpec]], saved: Sequence[Mapping[str, Any]], stage: int, files: Files, robin: bool
 ) -> Layout:
     """The closed form whose addresses are those in the files."""
     for alignment in (1, 4, 8):  # without zero_optimization.parameter_alignment, with it in fp32, and in 16 bits
-        layout = build_layout(specs, stage=stage, world_size=len(saved), param_alignment=alignment)
-        if all(_same_addresses(layout, sd["param_slice_mappings"], rank) for rank, sd in enumerate(saved)):
-            return layout
+        plain, layout = (
+            build_layout(specs, stage=stage, world_size=len(saved), param_alignment=alignment, round_robin=order)
+            for order in (False, robin)
+        )
+        # DeepSpeed leaves the order out of the addresses that it writes, unless it has padding to account for.
+        marks = [own if has_padding(own) else before for before, own in zip(plain.units, layout.units, strict=True)]
+        for marked in (layout, replace(layout, units=tuple(marks))):
+            if all(_same_addresses(marked, sd["param_slice_mappings"], rank) for rank, sd in enumerate(saved)):
+                return layout
     raise UserError(f"the addresses in {files.folder} are not the closed form's: {_WRONG}")
 
 
@@ -202,9 +219,14 @@ def _portable(
     flats: Sequence[Sequence[Sequence[Flats]]],
     base: Sequence[tuple[dict[int, dict[str, Any]], list[dict[str, Any]], Any]],
     groups_of_units: Sequence[int],
+    specs: Sequence[Sequence[ParamSpec]],
 ) -> Portable:
+    """The checkpoint whose units hold these ``specs``, each in the order of its group."""
     state, groups, description = base[0]
-    params = [[s for unit in layout.units if unit.group == g for s in unit.params] for g in range(len(groups))]
+    params = [
+        [spec for unit, own in zip(layout.units, specs, strict=True) if unit.group == g for spec in own]
+        for g in range(len(groups))
+    ]
     scalars: dict[str, float] = {}
     entries: dict[str, dict[str, Any]] = {}
     for u, unit in enumerate(layout.units):

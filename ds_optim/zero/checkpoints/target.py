@@ -13,18 +13,19 @@ from ds_optim.errors import UserError
 from ds_optim.sharding.layout import MOST_RANKS, Layout, build_layout
 from ds_optim.zero.checkpoints.portable import Portable
 
-_SETTINGS = ("stage", "sub_group_size", "parameter_alignment")
+_SETTINGS = ("stage", "sub_group_size", "parameter_alignment", "round_robin_gradients")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """ranks, stage: of the run that is to load it. sub_group_size, parameter_alignment: its settings of these names
-    under zero_optimization, which stages 3 and 1, 2 cut by."""
+    """ranks, stage: of the run that is to load it. The rest: its settings of these names under zero_optimization, which
+    stage 3 (sub_group_size) and stages 1 and 2 cut by."""
 
     ranks: int
     stage: int
     sub_group_size: int
     parameter_alignment: bool
+    round_robin_gradients: bool = False
 
     def settings(self) -> dict[str, Any]:
         """The same under zero_optimization."""
@@ -39,6 +40,7 @@ class Target:
             world_size=self.ranks,
             param_alignment=element_alignment(dtype) if self.parameter_alignment else 1,
             sub_group_size=self.sub_group_size,
+            round_robin=self.round_robin_gradients,
         )
 
 
@@ -68,6 +70,7 @@ def choose_target(
         stage=int(zero.stage),
         sub_group_size=zero.sub_group_size,
         parameter_alignment=zero.parameter_alignment,
+        round_robin_gradients=zero.round_robin_gradients,
     )
     if not 1 <= target.ranks <= MOST_RANKS:
         raise UserError(f"--ranks is {target.ranks}: write a number of ranks from 1 to {MOST_RANKS:,}")
