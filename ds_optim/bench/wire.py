@@ -102,13 +102,13 @@ def measure(rank: int, world_size: int, stage: int, settings: WireSettings, priv
         after = ranks.loopback_bytes() if private else 0
         if counter.unknown:
             raise RuntimeError(f"collectives of unknown cost: {sorted(counter.unknown)}")
-        workers = getattr(engine.basic_optimizer, "matrix_workers", {})
+        exchanges = getattr(engine.basic_optimizer, "exchanges", {})
         found[case] = {
             "handed": counter.sent_bytes / STEPS,
             "interface": (after - before) / STEPS,
-            "planned": sum(w.sent_bytes(rank) for w in workers.values()),
-            "bytes_an_element": max((w.work.there + w.work.back for w in workers.values()), default=0),
-            "matrix_elements": sum(s.numel for w in workers.values() for s in w.plan.unit.params),
+            "planned": sum(e.plan.sent_bytes(rank) for e in exchanges.values()),
+            "bytes_an_element": max((e.plan.element_bytes for e in exchanges.values()), default=0),
+            "matrix_elements": sum(s.numel for e in exchanges.values() for s in e.plan.unit.params),
         }
         engine.destroy()
     return found

@@ -7,8 +7,9 @@ Newton-Schulz iterations (newton_schulz.py), ``svd`` is the exact reference.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ class PolarSpec:
         return replace(self, dtype=dtype, gram_from=gram_from, strips=strips)
 
     @property
+    def is_resolved(self) -> bool:
+        """Whether nothing is left to be decided, so that no call decides it again."""
+        return self.dtype != "auto" and self.gram_from is not None and self.strips is not None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the iteration's products; of a resolved spec only."""
         if self.dtype == "auto":
@@ -152,7 +158,8 @@ def polar(x: Tensor, spec: PolarSpec) -> Tensor:
     """
     if x.dim() != 3:
         raise ValueError(f"polar takes a batch (B, m, n), not a tensor of shape {tuple(x.shape)}")
-    spec = spec.resolve(x.device)
+    if not spec.is_resolved:
+        spec = spec.resolve(x.device)
     if x.dtype != spec.message_dtype:
         raise ValueError(f"polar takes messages in {spec.message_dtype} for dtype {spec.dtype}, not {x.dtype}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -161,29 +168,29 @@ def polar(x: Tensor, spec: PolarSpec) -> Tensor:
     # As it lies in memory: the factor of a transposed matrix is the transposed factor.
     turned = not x.is_contiguous() and x.mT.is_contiguous()
     source, target = (x.mT, out.mT) if turned else (x, out)
+    factor = _iteration(spec, x.shape[1], x.shape[2])
     with torch.no_grad():
         if x.device.type == "cpu":
             for matrix, result in zip(source, target, strict=True):
-                result.copy_(_polar(matrix, spec))
+                result.copy_(factor(matrix))
         else:
-            target.copy_(_polar(source, spec))
+            target.copy_(factor(source))
     return out
 
 
-def _polar(x: Tensor, spec: PolarSpec) -> Tensor:
-    """The polar factor of x, (m, n) or (B, m, n), in the compute dtype."""
-    method = spec.method_for(x.shape[-2], x.shape[-1])
+@lru_cache(maxsize=1024)
+def _iteration(spec: PolarSpec, m: int, n: int) -> Callable[[Tensor], Tensor]:
+    """What gives an (m, n) matrix, or a batch of them, its polar factor in the compute dtype; of a resolved spec."""
+    method = spec.method_for(m, n)
     if method == "svd":
-        return _polar_svd(x)
+        return _polar_svd
     assert spec.steps is not None
-    table = schedule(spec.schedule, spec.steps)
-    iterate = newton_schulz.gram if method == "gram" else newton_schulz.standard
-    return iterate(
-        x,
-        table,
+    return partial(
+        newton_schulz.gram if method == "gram" else newton_schulz.standard,
+        table=schedule(spec.schedule, spec.steps),
         dtype=spec.compute_dtype,
         schatten4=spec.normalize == "schatten4",
-        strips=spec.strips_for(x.shape[-2], x.shape[-1]),
+        strips=spec.strips_for(m, n),
     )
 
 

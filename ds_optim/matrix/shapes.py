@@ -6,50 +6,88 @@ A shape says what travels to a matrix's owner, what it computes there, and what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ds_optim.matrix.normalize import nan_where_broken, prescaled
-from ds_optim.matrix.polar import PolarSpec, cost, polar
+from ds_optim.matrix.polar import PolarSpec, cost, polar, scratch_elements
+from ds_optim.matrix.views import MatrixView
 
 COLUMN_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes into one message of an exchange: a value in ``dtype`` for each element of a matrix, or for each row."""
+
+    dtype: torch.dtype
+    per_row: bool = False
+
+    def place(self, view: MatrixView, start: int, numel: int) -> tuple[int, int]:
+        """Which of a parameter's values, first and last + 1, go with so many elements of it from ``start`` on.
+
+        Rows are counted through the parameter as it is stored, so that each one's value goes with one slice, however
+        it is cut: value k with element k x columns.
+        """
+        each = view.columns if self.per_row else 1
+        return -(-start // each), -(-(start + numel) // each)
+
+
+ELEMENTS, ROWS = Part(torch.float32), Part(torch.float32, per_row=True)
+"""fp32 values of a matrix's elements, and of its rows."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """A function of whole matrices, C (B, m, n) -> (B, m, n).
 
-    solve: (C, W or None, spec) -> the result. cost: modelled operations of one (m, n) matrix. weights: W travels
-    to the owner too, in fp32. result: the dtype of what comes back; None for C's.
+    solve: batches of what travels, in the order of ``there``, and a spec -> of what comes back, in that of ``back``.
+    cost, scratch: modelled operations, and bytes of temporaries, of one (m, n) matrix. weights: W travels to the owner
+    too, in fp32. rows: a value for each row (B, m), fp32, goes there and comes back, as state does. result: the dtype
+    of what comes back; None for C's.
     """
 
     name: str
-    solve: Callable[[Tensor, Tensor | None, PolarSpec], Tensor]
+    solve: Callable[[Sequence[Tensor], PolarSpec], Sequence[Tensor]]
     cost: Callable[[int, int, PolarSpec], float]
+    scratch: Callable[[int, int, PolarSpec], int]
     weights: bool = False
+    rows: bool = False
     result: torch.dtype | None = None
 
+    def there(self, polar: PolarSpec) -> tuple[Part, ...]:
+        """What travels to the owner: C, W, rows."""
+        return Part(polar.message_dtype), *([ELEMENTS] if self.weights else []), *([ROWS] if self.rows else [])
 
-def _polar(c: Tensor, w: Tensor | None, spec: PolarSpec) -> Tensor:
-    return polar(c, spec)
+    def back(self, polar: PolarSpec) -> tuple[Part, ...]:
+        """What comes back: the result, rows."""
+        return Part(self.result or polar.message_dtype), *([ROWS] if self.rows else [])
 
 
-def _sign_polar(c: Tensor, w: Tensor | None, spec: PolarSpec) -> Tensor:
-    return polar(c, spec).sign_().to(torch.int8)
+def _polar(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
+    return [polar(parts[0], spec)]
 
 
-def _weight_basis(c: Tensor, w: Tensor | None, spec: PolarSpec) -> Tensor:
-    assert w is not None
+def _sign_polar(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
+    return [polar(parts[0], spec).sign_().to(torch.int8)]
+
+
+def _polar_scratch(m: int, n: int, spec: PolarSpec) -> int:
+    return scratch_elements(m, n, spec) * spec.compute_dtype.itemsize
+
+
+def _weight_basis(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
+    c, w = parts
     if c.device.type != "cpu":
-        return normalized_in_weight_basis(c, w).sign_().to(torch.int8)
+        return [normalized_in_weight_basis(c, w).sign_().to(torch.int8)]
     # As in polar: each matrix alone, so that its bits do not depend on its neighbours in the stack.
     out = torch.empty(c.shape, dtype=torch.int8, device=c.device)
     for result, direction, weights in zip(out, c, w, strict=True):
         result.copy_(normalized_in_weight_basis(direction, weights).sign_())
-    return out
+    return [out]
 
 
 def _weight_basis_cost(m: int, n: int, spec: PolarSpec) -> float:
@@ -58,9 +96,21 @@ def _weight_basis_cost(m: int, n: int, spec: PolarSpec) -> float:
     return 6 * short * short * long + 9 * short**3
 
 
-POLAR = Shape("polar", _polar, cost)
-SIGN_POLAR = Shape("sign of polar", _sign_polar, cost, result=torch.int8)
-WEIGHT_BASIS = Shape("sign in the weights' basis", _weight_basis, _weight_basis_cost, weights=True, result=torch.int8)
+def _weight_basis_scratch(m: int, n: int, spec: PolarSpec) -> int:
+    """In fp32: copies of weights and direction, the product and its result; basis and Gram matrix."""
+    return 4 * (4 * m * n + 2 * min(m, n) ** 2)
+
+
+POLAR = Shape("polar", _polar, cost, _polar_scratch)
+SIGN_POLAR = Shape("sign of polar", _sign_polar, cost, _polar_scratch, result=torch.int8)
+WEIGHT_BASIS = Shape(
+    "sign in the weights' basis",
+    _weight_basis,
+    _weight_basis_cost,
+    _weight_basis_scratch,
+    weights=True,
+    result=torch.int8,
+)
 
 
 def normalized_in_weight_basis(c: Tensor, w: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -94,6 +94,17 @@ class MatrixView:
     def columns(self) -> int:
         """Columns (fan-in)."""
         return self.shape[-2] if self.transpose else math.prod(self.shape[self.batch_dims + 1 :])
+
+    @property
+    def is_cut_up(self) -> bool:
+        """Whether the matrices are taken out of the parameter by a copy; heads and experts that stack up need none."""
+        return self.transpose or len(self._parts()) > 1
+
+    @property
+    def of_rows(self) -> MatrixView:
+        """How one value for each row, (numel / columns,), is seen as matrices of one column."""
+        shape = (*self.shape[: self.batch_dims], self.rows, 1)
+        return replace(self, shape=shape, transpose=False)
 
     def matrices(self) -> list[tuple[int, int, int]]:
         """(count, m, n) of each block, in the order of ``unpack``: m rows (fan-out), n columns (fan-in)."""

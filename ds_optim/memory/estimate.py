@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ds_optim.memory.estimate_exchange import exchange_scratch, work_of
+from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
 from ds_optim.memory.estimate_model import ModelShape, numel_of
 from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
 from ds_optim.memory.estimate_terms import (
@@ -134,7 +134,7 @@ def estimate(
     """
     units = layout_of(optimizer, zero).units
     plans = [optimizer.groups[unit.group] for unit in units]
-    scratch = _exchanges(optimizer, zero, units, plans) if transients else {}
+    scratch = _exchanges(optimizer, zero, units) if transients else {}
     count = 1 if zero.stage == 0 else zero.ranks
     ranks = [_rank(rank, model, optimizer, zero, units, plans, scratch) for rank in range(count)]
     return MemoryEstimate(
@@ -252,19 +252,12 @@ def _gathered(model: ModelShape, zero: ZeroSettings) -> int:
     return min(max(0, whole), kept + model.largest_layer + ahead) * zero.itemsize
 
 
-def _exchanges(
-    optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, ...], plans: list[GroupPlan]
-) -> dict[int, int]:
+def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, ...]) -> dict[int, int]:
     """By rank, the largest scratch among the units' exchanges, which run one after another."""
     most: dict[int, int] = {}
-    for unit, plan in zip(units, plans, strict=True):
-        by_name = {parameter.name: parameter.view for parameter in plan.parameters}
-        views = {number: view for number, spec in enumerate(unit.params) if (view := by_name[spec.name]) is not None}
-        if plan.shape is None or not views:
-            continue
-        work = work_of(plan.shape, optimizer, zero)
-        for rank, size in exchange_scratch(unit, views, work).items():
-            most[rank] = max(most.get(rank, 0), size)
+    for plan in exchange_plans(units, optimizer, zero):
+        for rank in sampled_ranks(plan.unit.world_size):
+            most[rank] = max(most.get(rank, 0), plan.peak_scratch(rank))
     return most
 
 

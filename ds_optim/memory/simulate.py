@@ -5,19 +5,14 @@ The layout and the plan are those that a run makes, without weights; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_optim.memory.estimate import layout_of
-from ds_optim.memory.estimate_exchange import work_of
+from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
 from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_optimizers import OptimizerPlan
 from ds_optim.memory.estimate_terms import ZeroSettings
-from ds_optim.optimizers.matrix_work import MatrixWork
 from ds_optim.sharding.plan import ExchangePlan
-
-#: Of more ranks, so many spread evenly are looked at.
-SAMPLED_RANKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,32 +53,31 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
     Args:
         ranks_per_node: rank r is on node r // ranks_per_node.
     """
-    exchanges = list(_exchanges(optimizer, zero))
-    sampled = _sample(zero.ranks)
+    plans = list(exchange_plans(layout_of(optimizer, zero).units, optimizer, zero))
+    sampled = sampled_ranks(zero.ranks)
     sent = [(0, 0)] * len(sampled)
     scratch = 0
     busy = [0.0] * zero.ranks
     largest = 0.0
     jobs = elements = 0
-    for plan, work in exchanges:
+    for plan in plans:
         jobs += len(plan.views)
         elements += sum(plan.unit.params[param].numel for param in plan.views)
         for rank, load in enumerate(plan.loads):
             busy[rank] += load
         largest = max([largest, *plan.costs.values()])
         for place, rank in enumerate(sampled):
-            inside, between = _sent(plan, work, rank, ranks_per_node)
+            inside, between = _sent(plan, rank, ranks_per_node)
             sent[place] = sent[place][0] + inside, sent[place][1] + between
-            scratch = max(scratch, work.peak_scratch(plan, rank))
+            scratch = max(scratch, plan.peak_scratch(rank))
     mean = sum(busy) / len(busy)
     most = max(busy, default=0.0)
     totals = [inside + between for inside, between in sent]
-    works = [work for _, work in exchanges]
     return Simulated(
         stage=zero.stage,
         ranks=zero.ranks,
         matrix_elements=elements,
-        bytes_an_element=max((work.there + work.back for work in works), default=0),
+        bytes_an_element=max((plan.element_bytes for plan in plans), default=0),
         mean_bytes=sum(totals) / len(totals),
         most_bytes=max(totals),
         inside=sum(inside for inside, _ in sent) / len(sent),
@@ -95,30 +89,13 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
     )
 
 
-def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings) -> Iterator[tuple[ExchangePlan, MatrixWork]]:
-    """The plan of each unit that holds matrices, and how they are worked on."""
-    for unit in layout_of(optimizer, zero).units:
-        group = optimizer.groups[unit.group]
-        by_name = {parameter.name: parameter.view for parameter in group.parameters}
-        views = {number: view for number, spec in enumerate(unit.params) if (view := by_name[spec.name]) is not None}
-        if group.shape is None or not views:
-            continue
-        work = work_of(group.shape, optimizer, zero)
-        yield work.plan(unit, views), work
-
-
-def _sample(ranks: int) -> Sequence[int]:
-    return range(0, ranks, max(1, -(-ranks // SAMPLED_RANKS)))
-
-
-def _sent(plan: ExchangePlan, work: MatrixWork, rank: int, ranks_per_node: int) -> tuple[int, int]:
+def _sent(plan: ExchangePlan, rank: int, ranks_per_node: int) -> tuple[int, int]:
     """Bytes that a rank sends inside its node, and to others."""
     inside = between = 0
     node = rank // ranks_per_node
     for bucket in plan.buckets:
-        counts = ((plan.sent_counts(bucket, rank), work.there), (plan.received_counts(bucket, rank), work.back))
-        for by_peer, itemsize in counts:
-            near = sum(by_peer[node * ranks_per_node : (node + 1) * ranks_per_node])
-            inside += near * itemsize
-            between += (sum(by_peer) - near) * itemsize
+        by_peer = plan.bytes_by_peer(bucket, rank)
+        near = sum(by_peer[node * ranks_per_node : (node + 1) * ranks_per_node])
+        inside += near
+        between += sum(by_peer) - near
     return inside, between

@@ -26,11 +26,10 @@ from ds_optim.optimizers.grouped import GroupedOptimizer
 from ds_optim.optimizers.groups import build_groups, hyper_of
 from ds_optim.optimizers.loading import unwrap, wrapped
 from ds_optim.optimizers.local import Local, blocks_of
-from ds_optim.optimizers.matrices import MatrixWorker
 from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions, check_exchange, check_options
 from ds_optim.optimizers.parameters import step_parameters
-from ds_optim.optimizers.planning import plan_workers
+from ds_optim.optimizers.planning import plan_exchanges
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     RULES,
@@ -56,6 +55,7 @@ from ds_optim.optimizers.saved import (
 )
 from ds_optim.optimizers.unstepped import warn_if_idle, watch
 from ds_optim.sharding.binding import Binding, NotYet, bind, check_gradients, taken
+from ds_optim.sharding.exchange import Exchange
 
 __all__ = ["CommonOptions", "MatrixOptions", "ZeroOptimizer"]
 
@@ -102,7 +102,7 @@ class ZeroOptimizer(GroupedOptimizer):
             has_aux=self.has_aux,
             by_name=self.by_name,
         )
-        self._workers: dict[int, MatrixWorker] = {}
+        self._exchanges: dict[int, Exchange] = {}
         self._costs: Costs | None = None
         self._planned = False
         self._diagnostics = Diagnostics() if options.get("diagnostics") else None
@@ -191,9 +191,9 @@ class ZeroOptimizer(GroupedOptimizer):
         return self._polar
 
     @property
-    def matrix_workers(self) -> Mapping[int, MatrixWorker]:
-        """By unit of the layout, what works on its matrices; empty before the first step."""
-        return self._workers
+    def exchanges(self) -> Mapping[int, Exchange]:
+        """By unit of the layout, the exchange of its matrices; empty before the first step."""
+        return self._exchanges
 
     @property
     def diagnostics(self) -> dict[str, float]:
@@ -246,7 +246,7 @@ class ZeroOptimizer(GroupedOptimizer):
             binding = self._bind()
         if not self._planned:
             rules = [self._all_groups[unit.group]["rule"] for unit in binding.layout.units]
-            self._workers, self._costs = plan_workers(binding, rules, self._polar, self._exchange, self._costs)
+            self._exchanges, self._costs = plan_exchanges(binding, rules, self._polar, self._exchange, self._costs)
             self._planned = True
         return binding
 
@@ -320,10 +320,10 @@ class ZeroOptimizer(GroupedOptimizer):
         old = self._diagnostics.before(local) if self._diagnostics else None
         done: Outcome = {}
         if isinstance(update, MatrixUpdate):
-            opened = step_matrices(local, self._workers[number], update)
+            opened = step_matrices(local, self._exchanges[number], update)
             done = opened if update.gate is not None else {}
         elif isinstance(update, MatrixSignUpdate):
-            step_by_shaped_gradients(local, self._workers[number], update)
+            step_by_shaped_gradients(local, self._exchanges[number], update)
         elif isinstance(update, ParameterUpdate):
             done = step_parameters(local, rule, update)
         else:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ds_optim.machine.cache import cache_folder, read_table, write_table
 from ds_optim.matrix.dispatch import device_name
-from ds_optim.optimizers.matrix_work import MatrixWork
+from ds_optim.matrix.shapes import Part
+from ds_optim.sharding.plan import ExchangePlan
 
 logger = logging.getLogger("ds_optim")
 
@@ -41,45 +42,41 @@ _WARM_UP = (64, 64)
 _FILE = "costs.json"
 
 
-def job_of(work: MatrixWork, device: torch.device) -> str:
-    """The name that costs of this work stand under; a CPU's depend on its threads."""
+def job_of(plan: ExchangePlan, device: torch.device) -> str:
+    """The name that costs of a plan's matrices stand under; a CPU's depend on its threads."""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{work.shape.name}, {work.polar}{threads}, torch {torch.__version__}"
+    return f"{plan.shape.name}, {plan.polar}{threads}, torch {torch.__version__}"
 
 
-def costs_of(
-    work: MatrixWork, device: torch.device, costs: Costs, shapes: Iterable[tuple[int, int]]
-) -> dict[tuple[int, int], float] | None:
-    """The costs of ``shapes``; None where one of them was not measured, so that operations are counted for all."""
-    found = costs["jobs"].get(job_of(work, device), {})
-    known = {shape: found.get(_key(shape)) for shape in shapes}
+def costs_of(plan: ExchangePlan, device: torch.device, costs: Costs) -> dict[tuple[int, int], float] | None:
+    """Those of a plan's matrices; None where one of them was not measured, so that operations are counted for all."""
+    found = costs["jobs"].get(job_of(plan, device), {})
+    known = {size: found.get(_key(size)) for size in plan.sizes}
     return None if None in known.values() else known
 
 
-def measured(
-    works: Iterable[tuple[MatrixWork, frozenset[tuple[int, int]]]], device: torch.device, saved: Costs | None = None
-) -> Costs:
-    """Costs of each work's shapes (m, n): those of a checkpoint first, then those of the cache, then by the clock."""
+def measured(plans: Iterable[ExchangePlan], device: torch.device, saved: Costs | None = None) -> Costs:
+    """Costs of each plan's matrices: those of a checkpoint first, then those of the cache, then by the clock."""
     name = device_name(device)
     jobs: dict[str, dict[str, float]] = {}
     kept = _cached(name)
     fresh: dict[str, dict[str, _Kept]] = {}
     deadline = time.monotonic() + _PATIENCE_S
-    for work, shapes in works:
-        job = job_of(work, device)
+    for plan in plans:
+        job = job_of(plan, device)
         own = jobs.setdefault(job, {})
         from_checkpoint = saved["jobs"].get(job, {}) if saved is not None and saved["device"] == name else {}
         warm = False
-        for shape in sorted(shapes):
-            key = _key(shape)
+        for size in sorted(plan.sizes):
+            key = _key(size)
             found = own.get(key) or from_checkpoint.get(key)
             if found is None:
                 found, starts = kept.get(job, {}).get(key, (None, 0))
                 if starts < _STARTS and time.monotonic() < deadline:
                     if not warm:  # libraries start up in their first call
-                        _timed(work, _WARM_UP, device)
+                        _timed(plan, _WARM_UP, device)
                         warm = True
-                    timed = _timed(work, shape, device)
+                    timed = _timed(plan, size, device)
                     if timed is not None:
                         found = timed if found is None else min(timed, found)
                         fresh.setdefault(job, {})[key] = found, starts + 1
@@ -111,27 +108,27 @@ def _is_kept(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and _is_cost(value[0]) and type(value[1]) is int
 
 
-def _timed(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> float | None:
+def _timed(plan: ExchangePlan, size: tuple[int, int], device: torch.device) -> float | None:
     """Milliseconds of one matrix, the best of a few; None, and a line that says so, where it cannot be done."""
     generator = torch.Generator(device).manual_seed(0)  # not the user's stream of random numbers
 
-    def random() -> Tensor:
-        return torch.randn(1, *shape, generator=generator, dtype=torch.float32, device=device)
+    def random(part: Part) -> Tensor:
+        shape = (1, size[0]) if part.per_row else (1, *size)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(part.dtype)
 
     def once() -> float:
         _synchronize(device)
         begin = time.perf_counter()
-        work.shape.solve(direction, weights, work.polar)
+        plan.shape.solve(parts, plan.polar)
         _synchronize(device)
         return time.perf_counter() - begin
 
     try:
-        direction = random().to(work.polar.message_dtype)
-        weights = random() if work.shape.weights else None
+        parts = [random(part) for part in plan.there]
         first = once()
         seconds = first if first > _LONG_S else min(once() for _ in range(_SAMPLES))
     except RuntimeError as problem:  # out of memory, or a library's own
-        logger.warning("ds_optim: a %s matrix could not be timed (%s)", _key(shape), _line(problem))
+        logger.warning("ds_optim: a %s matrix could not be timed (%s)", _key(size), _line(problem))
         return None
     return float(f"{max(seconds * 1e3, _LEAST_MS):.3g}")
 
@@ -169,8 +166,8 @@ def _keep(name: str, jobs: Mapping[str, Mapping[str, _Kept]]) -> None:
         logger.warning("ds_optim: measured costs cannot be kept in %s (%s)", path, problem)
 
 
-def _key(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
+def _key(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _synchronize(device: torch.device) -> None:

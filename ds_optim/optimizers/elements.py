@@ -7,16 +7,14 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.steps import adamw_step, sign_step
 from ds_optim.optimizers.local import Local, flat
-from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, SECOND_MOMENT, AdamWUpdate, SignUpdate
+from ds_optim.optimizers.rules import MOMENTUM, SECOND_MOMENT, AdamWUpdate, SignUpdate
 
 
 def step_elements(local: Local, update: SignUpdate | AdamWUpdate) -> None:
     """Step every tensor of a unit that has a gradient, in one pass over memory."""
     if local.rounds:
-        for held in local.slices():
-            state = local.states[held.tensor]
-            m = local.momentum(held) if MOMENTUM in state or CODES_OF_MOMENTUM in state else None
-            _step(local, update, local.weights(held), m, local.second(held), local.gradient(held))
+        for piece in map(local.piece, local.slices()):
+            _step(local, update, piece.p, piece.momentum, piece.second, piece.g)
         return
     for p, g, state in zip(local.p, local.g, local.states, strict=True):
         if g is not None:

@@ -77,7 +77,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step makes for itself is made again: it holds process groups, and this rank's memory by address.
-        remade: dict[str, Any] = {"_binding": None, "_workers": {}, "_planned": False, "_waits_for_engine": True}
+        remade: dict[str, Any] = {"_binding": None, "_exchanges": {}, "_planned": False, "_waits_for_engine": True}
         remade["_alike"] = Alike()
         own = {key: value for key, value in self.__dict__.items() if key in _COPIED}
         return {**super().__getstate__(), **own, **remade}

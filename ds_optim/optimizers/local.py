@@ -69,18 +69,19 @@ class Local:
         narrow = CODES_OF_MOMENTUM in state or (MOMENTUM in state and state[MOMENTUM].dtype in NARROW)
         return narrow or self.p[0].dtype in NARROW
 
-    def weights(self, held: Slice) -> Flat:
-        """The weights of a slice, as they are stored."""
-        values = run(self.p[held.tensor], held)
-        if values.dtype not in NARROW:
-            return values
-        return Bfloat16(rounding=self._rounding(held, WEIGHTS + self.step), values=values)
-
-    def gradient(self, held: Slice) -> Flat:
-        """The gradient of a slice, to be read only."""
-        gradient = self.g[held.tensor]
-        assert gradient is not None
-        return self.read(held, run(gradient, held))
+    def piece(self, held: Slice) -> Piece:
+        """A slice of weights, gradient and the rule's buffers, as they are stored."""
+        state, p, g = self.states[held.tensor], run(self.p[held.tensor], held), self.g[held.tensor]
+        assert g is not None
+        return Piece(
+            spec=self.unit.params[held.param],
+            start=held.start,
+            p=Bfloat16(rounding=self._rounding(held, WEIGHTS + self.step), values=p) if p.dtype in NARROW else p,
+            g=self.read(held, run(g, held)),
+            momentum=self._momentum(held, state),
+            second=run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None,
+            scratch=self.scratch,
+        )
 
     def read(self, held: Slice, values: Tensor) -> Flat:
         """Values of a slice, (n,) in fp32 or bfloat16, to be read only."""
@@ -88,22 +89,15 @@ class Local:
             return values
         return Bfloat16(rounding=self._rounding(held, self.step), values=values, writable=False)
 
-    def momentum(self, held: Slice) -> Flat:
-        """The momentum of a slice, as it is stored."""
-        state = self.states[held.tensor]
+    def _momentum(self, held: Slice, state: Mapping[str, Any]) -> Flat | None:
         if CODES_OF_MOMENTUM in state:
             codes, (first, count) = run(flat(state[CODES_OF_MOMENTUM]), held), self._blocks[held.param]
             scales = state[SCALES_OF_MOMENTUM][first : first + count]
             return Int8(rounding=self._rounding(held, self.step), codes=codes, scales=scales)
+        if MOMENTUM not in state:
+            return None
         values = run(flat(state[MOMENTUM]), held)
-        if values.dtype not in NARROW:
-            return values
-        return Bfloat16(rounding=self._rounding(held, self.step), values=values)
-
-    def second(self, held: Slice) -> Tensor | None:
-        """The second buffer of a slice, of rules that keep two."""
-        state = self.states[held.tensor]
-        return run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None
+        return Bfloat16(rounding=self._rounding(held, self.step), values=values) if values.dtype in NARROW else values
 
     def _rounding(self, held: Slice, step: int) -> Rounding:
         name = self.unit.params[held.param].name
@@ -132,18 +126,6 @@ class Local:
         """The unit's parameters that take part: unsharded, those with a gradient."""
         absent = self.absent if self.unit.cut == "none" else ()
         return [param for param in range(len(self.unit.params)) if param not in absent]
-
-    def piece(self, held: Slice) -> Piece:
-        """A slice of weights, gradient and the rule's buffers."""
-        return Piece(
-            spec=self.unit.params[held.param],
-            start=held.start,
-            p=self.weights(held),
-            g=self.gradient(held),
-            m=self.momentum(held),
-            second=self.second(held),
-            scratch=self.scratch,
-        )
 
     def scalars(self, param: int) -> dict[str, float]:
         """Where the number of a parameter is kept, by the parameter's name."""

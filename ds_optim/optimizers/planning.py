@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_optim.matrix.polar import PolarSpec
+from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.alike import check_alike
 from ds_optim.optimizers.costs import Costs, costs_of, measured
-from ds_optim.optimizers.matrices import MatrixWorker, views_of
-from ds_optim.optimizers.matrix_work import MatrixWork
 from ds_optim.optimizers.rules import RULES
-from ds_optim.sharding.binding import Binding
+from ds_optim.sharding.binding import Binding, Member
+from ds_optim.sharding.exchange import Exchange
+from ds_optim.sharding.plan import ExchangePlan
 
 
-def plan_workers(
+def plan_exchanges(
     binding: Binding, rules: Sequence[str], polar: PolarSpec, exchange: Mapping[str, Any], saved: Costs | None
-) -> tuple[dict[int, MatrixWorker], Costs | None]:
-    """A worker for each unit whose rule may ask for matrices, and the costs that owners were chosen by.
+) -> tuple[dict[int, Exchange], Costs | None]:
+    """An exchange for each unit whose rule may ask for matrices, and the costs that owners were chosen by.
 
     Args:
         rules: of the units, in their order.
@@ -32,20 +33,19 @@ def plan_workers(
         RuntimeError: rank 0 could not plan; on every rank.
         UserError: plans differ all the same; on every rank.
     """
-    works = _works(binding, rules, polar, exchange)
-    choice = _guarded(binding, works, exchange["costs"] == "measured", saved) if binding.peers.rank == 0 else None
+    plans = _unresolved(binding, rules, polar, exchange)
+    choice = _guarded(binding, plans, exchange["costs"] == "measured", saved) if binding.peers.rank == 0 else None
     choice = binding.peers.gather_objects(choice)[0]
     if isinstance(choice, str):
         raise RuntimeError(f"rank 0 could not plan the exchange of matrices: {choice}")
-    workers = {}
-    for number, work in works.items():
-        work = replace(work, polar=choice.polars[number], costs=choice.costs[number])
-        unit, members = binding.layout.units[number], binding.members[number]
-        workers[number] = MatrixWorker(unit, members, binding.comm, work=work, device=binding.device)
-    plans = repr([(number, worker.digest()) for number, worker in sorted(workers.items())])
-    digest = hashlib.sha256(plans.encode()).hexdigest()[:12]
+    exchanges = {}
+    for number, plan in plans.items():
+        plan = replace(plan, polar=choice.polars[number], timed=choice.timed[number])
+        exchanges[number] = Exchange(plan, binding.comm, binding.device)
+    digests = repr([(number, exchange.plan.digest()) for number, exchange in sorted(exchanges.items())])
+    digest = hashlib.sha256(digests.encode()).hexdigest()[:12]
     check_alike(binding.peers.gather_objects({"plan of the exchange of matrices": digest}))
-    return workers, choice.table
+    return exchanges, choice.table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,64 +53,54 @@ class _Choice:
     """What rank 0 chose: by unit, how to orthogonalize and what its matrices cost; and all costs, to be saved."""
 
     polars: dict[int, PolarSpec]
-    costs: dict[int, dict[tuple[int, int], float] | None]
+    timed: dict[int, dict[tuple[int, int], float] | None]
     table: Costs | None
 
 
-def _guarded(binding: Binding, works: Mapping[int, MatrixWork], timed: bool, saved: Costs | None) -> _Choice | str:
+def _guarded(binding: Binding, plans: Mapping[int, ExchangePlan], timed: bool, saved: Costs | None) -> _Choice | str:
     """The choice, or why there is none: the other ranks wait for an answer."""
     try:
-        return _chosen(binding, works, timed, saved)
+        return _chosen(binding, plans, timed, saved)
     except Exception as problem:
         return f"{type(problem).__name__}: {' '.join(str(problem).split())}"
 
 
-def _chosen(binding: Binding, works: Mapping[int, MatrixWork], timed: bool, saved: Costs | None) -> _Choice:
-    works = {number: _resolved(work, binding, number) for number, work in works.items()}
-    table = _costs(binding, works, saved) if timed else None
-    costs: dict[int, dict[tuple[int, int], float] | None] = dict.fromkeys(works)
-    if table is not None:
-        for number, work in works.items():
-            costs[number] = costs_of(work, binding.device, table, _matrices(binding, number))
-    return _Choice(polars={number: work.polar for number, work in works.items()}, costs=costs, table=table)
+def _chosen(binding: Binding, plans: Mapping[int, ExchangePlan], timed: bool, saved: Costs | None) -> _Choice:
+    device = binding.device
+    weights = {number: binding.members[number][0].parameter.dtype for number in plans}
+    plans = {n: replace(plan, polar=plan.polar.resolve(device, weights[n])) for n, plan in plans.items()}
+    cut = [plan for plan in plans.values() if plan.cut]  # alone ask for owners
+    table = measured(cut, device, saved) if timed and cut else None
+    return _Choice(
+        polars={number: plan.polar for number, plan in plans.items()},
+        timed={number: costs_of(plan, device, table) if table is not None else None for number, plan in plans.items()},
+        table=table,
+    )
 
 
-def _works(
+def _unresolved(
     binding: Binding, rules: Sequence[str], polar: PolarSpec, exchange: Mapping[str, Any]
-) -> dict[int, MatrixWork]:
-    works = {}
-    for number, rule in enumerate(rules):
-        shape = RULES[rule].shape
-        if shape is not None:
-            works[number] = MatrixWork(
-                shape=shape,
-                polar=polar,
-                bucket_mb=exchange["bucket_mb"],
-                overlap=exchange["overlap"],
-                stacked=binding.device.type != "cpu",
-            )
-    return works
-
-
-def _resolved(work: MatrixWork, binding: Binding, number: int) -> MatrixWork:
-    weights = binding.members[number][0].parameter.dtype
-    return replace(work, polar=work.polar.resolve(binding.device, weights))
-
-
-def _costs(binding: Binding, works: Mapping[int, MatrixWork], saved: Costs | None) -> Costs | None:
-    """What the owners of cut matrices are chosen by; None where no matrix is cut."""
-    units = binding.layout.units
-    cut = {
-        number: work
-        for number, work in works.items()
-        if any(len(units[number].holders(param)) > 1 for param in range(len(units[number].params)))
+) -> dict[int, ExchangePlan]:
+    """By unit, what is planned as the user wrote it."""
+    shapes = {number: shape for number, rule in enumerate(rules) if (shape := RULES[rule].shape) is not None}
+    return {
+        number: ExchangePlan(
+            unit=binding.layout.units[number],
+            views=_views_of(binding.members[number]),
+            shape=shape,
+            polar=polar,
+            bucket_mb=exchange["bucket_mb"],
+            overlap=exchange["overlap"],
+            stacked=binding.device.type != "cpu",
+        )
+        for number, shape in shapes.items()
     }
-    if not cut:
-        return None
-    return measured([(work, _matrices(binding, number)) for number, work in cut.items()], binding.device, saved)
 
 
-def _matrices(binding: Binding, number: int) -> frozenset[tuple[int, int]]:
-    """The shapes of a unit's matrices."""
-    views = set(views_of(binding.members[number]).values())
-    return frozenset((m, n) for view in views for _, m, n in view.matrices())
+def _views_of(members: Sequence[Member]) -> dict[int, MatrixView]:
+    """How each of a unit's parameters is seen as matrices, by its number."""
+    views = {}
+    for number, member in enumerate(members):
+        assert member.view is not None, f"{member.spec.name} takes a matrix rule and has no view"
+        views[number] = member.view
+    return views

@@ -99,17 +99,22 @@ class AdamWUpdate:
 class Piece:
     """This rank's slice of a parameter: flat views (n,) of weights, gradient and state.
 
-    ``start`` is the place of its first element in the parameter ``spec``; ``m`` and ``v`` are the rule's
-    buffers, ``v`` of those that keep two; ``scratch`` is for this step.
+    ``start`` is the place of its first element in the parameter ``spec``; ``momentum`` and ``second`` are the buffers
+    of rules that keep them, which know them as ``m`` and ``v``; ``scratch`` is for this step.
     """
 
     spec: ParamSpec
     start: int
     p: Flat
     g: Flat
-    m: Flat
+    momentum: Flat | None
     second: Tensor | None
     scratch: Scratch
+
+    @property
+    def m(self) -> Flat:
+        assert self.momentum is not None
+        return self.momentum
 
     @property
     def v(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who works on which matrix: longest processing time first.
+"""Who works on which matrix: longest processing time first. And when: in runs of bounded size.
 
 The bound for the makespan is max(mean load, largest job); the greedy rule stays within 4/3 of the best
 and reaches a few percent as soon as there are several jobs a rank (Graham 1969).
@@ -7,7 +7,7 @@ and reaches a few percent as soon as there are several jobs a rank (Graham 1969)
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def assign_owners(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
@@ -35,3 +35,18 @@ def makespan_ratio(loads: Sequence[float], jobs: Sequence[float]) -> float:
     """The busiest rank's load over max(mean load, largest of the jobs that were dealt): 1.0 is the best there is."""
     bound = max([sum(loads) / len(loads), *jobs])
     return max(loads) / bound if bound else 1.0
+
+
+def in_runs(
+    ordered: Sequence[int], sizes: Mapping[int, int], kinds: Mapping[int, object], bound: int
+) -> list[tuple[int, ...]]:
+    """Cut a queue of jobs into runs of one kind with ``sizes`` of at most ``bound`` together, or of one job."""
+    runs: list[list[int]] = []
+    held = 0
+    for job in ordered:
+        if not runs or kinds[runs[-1][0]] != kinds[job] or held + sizes[job] > bound:
+            runs.append([])
+            held = 0
+        runs[-1].append(job)
+        held += sizes[job]
+    return [tuple(run) for run in runs]

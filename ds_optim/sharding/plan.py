@@ -1,21 +1,30 @@
-"""The plan of an exchange: which rank works on which matrix, in which bucket, and what travels for it.
+"""The plan of an exchange: which rank works on which matrix, in which bucket, what travels, and what is held for it.
 
-A plan is made from a :class:`Unit` alone. Every rank computes the same one, a simulator can compute that
-of a cluster which is not there, and one hash tells whether two ranks mean the same.
+A plan is made from a :class:`Unit` and settings alone. Every rank, the estimate and a simulator of a cluster which is
+not there compute the same one where operations are counted, and one hash tells whether two ranks mean the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
+from ds_optim.matrix.polar import PolarSpec
+from ds_optim.matrix.shapes import ELEMENTS, Part, Shape
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.layout import Unit
-from ds_optim.sharding.owners import assign_owners, makespan_ratio
+from ds_optim.sharding.owners import assign_owners, in_runs, makespan_ratio
 
-Cost = Callable[[MatrixView], float]
+_MIB = 1 << 20
+#: Elements that a rank sends and receives for each that it owns in a bucket. "each": it receives its own matrices and
+#: sends as many. "flat": of its partition the first and the last matrix may be cut, and both be others'.
+_MOVED = {"each": 2, "flat": 3, "none": 0}
+#: Buckets that an overlapped exchange is cut into where each then holds so many elements: smaller messages cost more
+#: in latency than they hide.
+_BUCKETS, _LEAST_BUCKET = 4, 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,56 +36,96 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangePlan:
-    """Who works on which matrix of ``unit``.
+    """Who works on which matrix of ``unit``, and all that follows from it.
 
-    ``whole[r]`` are batches of parameters that lie whole on rank r and never travel; ``buckets`` those
-    that do, the same list on every rank. Batches hold one view only, so that they can be stacked.
-    ``bucket_elements`` bounds what a rank owns in one bucket, ``batch_elements`` what is in a batch; a larger matrix
-    has one to itself.
+    views: how each parameter (by its number in the unit) is seen as matrices.
+    shape: what owners make of a matrix. polar: resolved, where anything is asked of the plan.
+    bucket_mb: MiB that the exchange may hold at once, unless one matrix asks for more. overlap: messages travel while
+    matrices are worked on. stacked: equal matrices are worked on as one batch, as on CUDA, not one by one, as on a CPU.
+    timed: measured costs, (m, n) -> milliseconds of a matrix; operations are counted where None.
     """
 
     unit: Unit
     views: Mapping[int, MatrixView]
-    whole: tuple[tuple[tuple[int, ...], ...], ...]
-    buckets: tuple[Bucket, ...]
-    bucket_elements: int
-    batch_elements: int
-    costs: Mapping[int, float]
+    shape: Shape
+    polar: PolarSpec
+    bucket_mb: float
+    overlap: bool
+    stacked: bool
+    timed: Mapping[tuple[int, int], float] | None = None
 
-    def sent_counts(self, bucket: Bucket, rank: int) -> list[int]:
-        """Elements that ``rank`` sends to each owner; what it owns itself stays where it is."""
-        return [
-            0 if owner == rank else sum(self._held(param, rank) for param in params)
-            for owner, params in enumerate(bucket.owned)
-        ]
+    @cached_property
+    def costs(self) -> dict[int, float]:
+        """Of each parameter's matrices, in any unit; only ratios matter."""
+        by_view = {view: self._cost(view) for view in set(self.views.values())}
+        return {param: by_view[view] for param, view in self.views.items()}
 
-    def received_counts(self, bucket: Bucket, rank: int) -> list[int]:
-        """Elements that ``rank``, as an owner, receives from each rank."""
-        return [
-            0 if source == rank else sum(self._held(param, source) for param in bucket.owned[rank])
-            for source in range(self.unit.world_size)
-        ]
+    def _cost(self, view: MatrixView) -> float:
+        if self.timed is not None:
+            return sum(count * self.timed[m, n] for count, m, n in view.matrices())
+        return sum(count * self.shape.cost(m, n, self.polar) for count, m, n in view.matrices())
 
-    def _held(self, param: int, rank: int) -> int:
-        held = self.unit.slice_of(param, rank)
-        return held.numel if held is not None else 0
+    @cached_property
+    def sizes(self) -> frozenset[tuple[int, int]]:
+        """(m, n) of all matrices."""
+        return frozenset((m, n) for view in set(self.views.values()) for _, m, n in view.matrices())
 
-    def traffic(self, rank: int) -> int:
-        """Elements that ``rank`` sends in one exchange: its slices out, and its results back."""
-        return self.slices_sent(rank) + self.results_sent(rank)
+    @cached_property
+    def cut(self) -> tuple[int, ...]:
+        """Parameters of which several ranks hold a part."""
+        return tuple(param for param in self.views if len(self.unit.holders(param)) > 1)
 
-    def slices_sent(self, rank: int) -> int:
-        """Elements of its slices that ``rank`` sends to their owners."""
-        return sum(sum(self.sent_counts(bucket, rank)) for bucket in self.buckets)
+    @cached_property
+    def whole(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """By rank, batches of parameters that lie whole there and never travel, each of one view, to be stacked."""
+        return tuple(tuple(self._runs(params, self.batch_elements, self.views)) for params in self._whole)
 
-    def results_sent(self, rank: int) -> int:
-        """Elements of results that ``rank``, as an owner, sends back."""
-        return sum(sum(self.received_counts(bucket, rank)) for bucket in self.buckets)
+    @cached_property
+    def _whole(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self.unit.world_size)]
+        for param in self.views.keys() - self.cut:
+            found[self.unit.holders(param)[0][0]].append(param)
+        return [sorted(params) for params in found]
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Those that travel, the same list on every rank; a matrix that is larger than a bucket has one to itself."""
+        loads = [sum(self.costs[p] for p in params) for params in self._whole]
+        owned: list[list[int]] = [[] for _ in range(self.unit.world_size)]
+        for param, owner in zip(self.cut, assign_owners([self.costs[p] for p in self.cut], loads), strict=True):
+            owned[owner].append(param)
+        queues = [self._runs(params, self.bucket_elements, dict.fromkeys(params)) for params in owned]
+        return tuple(
+            Bucket(owned=tuple(queue[k] if k < len(queue) else () for queue in queues))
+            for k in range(max(map(len, queues)))
+        )
+
+    def _runs(self, params: Sequence[int], bound: int, kinds: Mapping[int, object]) -> list[tuple[int, ...]]:
+        """The costliest first, equal ones side by side."""
+        ordered = sorted(params, key=lambda p: (-self.costs[p], repr(self.views[p]), p))
+        return in_runs(ordered, {p: self.unit.params[p].numel for p in params}, kinds, bound)
+
+    @cached_property
+    def batch_elements(self) -> int:
+        """Bound on the elements of a batch of matrices that lie whole on a rank: what ``bucket_mb`` has room for."""
+        return max(1, int(self.bucket_mb * _MIB / self.held_per_element))
+
+    @cached_property
+    def bucket_elements(self) -> int:
+        """Bound on the elements that a rank owns in one bucket.
+
+        With overlap there are some buckets even where one could hold all: nothing can be worked on while the first one
+        travels to its owners, nor while the last one travels back.
+        """
+        if not self.overlap:
+            return self.batch_elements
+        cut = sum(self.unit.params[param].numel for param in self.cut)
+        return min(self.batch_elements, max(_LEAST_BUCKET, -(-cut // (_BUCKETS * self.unit.world_size))))
 
     @cached_property
     def loads(self) -> list[float]:
         """Each rank's modelled work."""
-        found = [sum(self.costs[p] for batch in batches for p in batch) for batches in self.whole]
+        found = [sum(self.costs[p] for p in params) for params in self._whole]
         for bucket in self.buckets:
             for rank, params in enumerate(bucket.owned):
                 found[rank] += sum(self.costs[p] for p in params)
@@ -85,78 +134,134 @@ class ExchangePlan:
     @cached_property
     def makespan(self) -> float:
         """The busiest rank's modelled work over the best that any assignment could reach."""
-        return makespan_ratio(self.loads, [self.costs[p] for bucket in self.buckets for o in bucket.owned for p in o])
+        return makespan_ratio(self.loads, [self.costs[p] for p in self.cut])
 
     def digest(self) -> str:
-        """A hash that two ranks share only if they will post the same messages."""
-        text = repr((self.unit, sorted(self.views.items()), self.whole, self.buckets))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """A hash that two ranks share only if they will post the same messages and work on matrices alike."""
+        what = self.unit, sorted(self.views.items()), self.whole, self.buckets, self.shape.name, self.polar
+        return hashlib.sha256(repr(what).encode()).hexdigest()
+
+    # ------------------------------------------------------------------------------------------------- what travels
+
+    @cached_property
+    def there(self) -> tuple[Part, ...]:
+        """What travels to the owners, a message each."""
+        return self.shape.there(self.polar)
+
+    @cached_property
+    def back(self) -> tuple[Part, ...]:
+        """What travels back."""
+        return self.shape.back(self.polar)
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an element, there and back together; what travels of rows is beside it."""
+        return sum(part.dtype.itemsize for part in (*self.there, *self.back) if not part.per_row)
+
+    def sent_counts(self, bucket: Bucket, rank: int, part: Part = ELEMENTS) -> list[int]:
+        """Values that ``rank`` sends to each owner; what it owns itself stays where it is."""
+        return [
+            0 if owner == rank else sum(self._held(param, rank, part) for param in params)
+            for owner, params in enumerate(bucket.owned)
+        ]
+
+    def received_counts(self, bucket: Bucket, rank: int, part: Part = ELEMENTS) -> list[int]:
+        """Values that ``rank``, as an owner, receives from each rank."""
+        return [
+            0 if source == rank else sum(self._held(param, source, part) for param in bucket.owned[rank])
+            for source in range(self.unit.world_size)
+        ]
+
+    def _held(self, param: int, rank: int, part: Part) -> int:
+        held = self.unit.slice_of(param, rank)
+        if held is None:
+            return 0
+        first, last = part.place(self.views[param], held.start, held.numel)
+        return last - first
+
+    def sent_bytes(self, rank: int) -> int:
+        """Bytes that ``rank`` sends in one exchange: its slices out, and its results back."""
+        return sum(sum(self.bytes_by_peer(bucket, rank)) for bucket in self.buckets)
+
+    def bytes_by_peer(self, bucket: Bucket, rank: int) -> list[int]:
+        """Bytes that ``rank`` sends to each rank for a bucket."""
+        there = [(self.sent_counts(bucket, rank, part), part) for part in self.there]
+        back = [(self.received_counts(bucket, rank, part), part) for part in self.back]
+        found = [0] * self.unit.world_size
+        for counts, part in (*there, *back):
+            for peer, count in enumerate(counts):
+                found[peer] += count * part.dtype.itemsize
+        return found
+
+    # ------------------------------------------------------------------------------------------------- what is held
+
+    @cached_property
+    def held_per_element(self) -> float:
+        """The most bytes that an exchange holds for each element that a rank owns in a bucket: the c in
+        max(bucket, c x largest matrix); at stage 3 c more for each parameter, of which a rank holds an N-th, rounded
+        up.
+
+        That is a bucket in work (messages, stacks, results, temporaries), with overlap also the next one on its way
+        in and the last one on its way out.
+        """
+        return max(self._held_per_element(view) for view in set(self.views.values()))
+
+    def _held_per_element(self, view: MatrixView) -> float:
+        there, back = (_bytes_of([view], parts) / view.numel for parts in (self.there, self.back))
+        moved = _MOVED[self.unit.cut]
+        arriving = (moved + 1) * there
+        temporaries = max(self.shape.scratch(m, n, self.polar) / (m * n) for _, m, n in view.matrices())
+        working = back + (temporaries + self._copied(view) / view.numel)
+        return arriving + working + (arriving + moved * back if self.overlap and moved else 0)
+
+    def _copied(self, view: MatrixView) -> int:
+        """Bytes of the copies that take a parameter's matrices out of it and put results back into one."""
+        if not view.is_cut_up:
+            return 0
+        return _bytes_of([view], self.there) + (_bytes_of([view], self.back) if self.shape.result is not None else 0)
+
+    def peak_scratch(self, rank: int) -> int:
+        """The most bytes that a rank holds at once in an exchange: messages, stacks, results, and matrices in work."""
+        arriving = [
+            self._message_bytes(bucket, rank, self.there) + self._stack_bytes(bucket.owned[rank], self.there)
+            for bucket in self.buckets
+        ]
+        most = 0
+        for batch in self.whole[rank]:
+            held = self._stack_bytes(batch, (*self.there, *self.back)) + self._temporaries(batch)
+            most = max(most, held + sum(arriving[:1]))
+        for number, bucket in enumerate(self.buckets):
+            own = bucket.owned[rank]
+            held = arriving[number] + self._stack_bytes(own, self.back) + self._temporaries(own)
+            if self.overlap:
+                leaving = self.buckets[number - 1 : number] if number else ()
+                held += sum(arriving[number + 1 : number + 2])
+                held += sum(self._message_bytes(last, rank, self.back) for last in leaving)
+            most = max(most, held)
+        return most
+
+    def _message_bytes(self, bucket: Bucket, rank: int, parts: Sequence[Part]) -> int:
+        """What a rank sends and receives for a bucket one way."""
+        return sum(
+            (sum(self.sent_counts(bucket, rank, part)) + sum(self.received_counts(bucket, rank, part)))
+            * part.dtype.itemsize
+            for part in parts
+        )
+
+    def _stack_bytes(self, params: Sequence[int], parts: Sequence[Part]) -> int:
+        return _bytes_of([self.views[param] for param in params], parts)
+
+    def _temporaries(self, params: Sequence[int]) -> int:
+        """Bytes of the costliest run of equal matrices."""
+        most = 0
+        for view, run in groupby(params, key=self.views.__getitem__):
+            equal = len(list(run))
+            for count, m, n in view.matrices():
+                together = count * equal if self.stacked else 1
+                most = max(most, together * self.shape.scratch(m, n, self.polar) + equal * self._copied(view))
+        return most
 
 
-def plan_exchange(
-    unit: Unit,
-    views: Mapping[int, MatrixView],
-    *,
-    cost: Cost,
-    bucket_elements: int,
-    batch_elements: int | None = None,
-) -> ExchangePlan:
-    """Plan the exchange of the matrices of ``unit``.
-
-    Args:
-        views: how each parameter (by its number in the unit) is seen as matrices.
-        cost: the modelled or measured cost of a view's matrices; only ratios matter.
-        bucket_elements: bound on the elements that a rank owns in one bucket.
-        batch_elements: bound on those of a batch of matrices that lie whole on a rank; the same where None.
-    """
-    batch_elements = batch_elements or bucket_elements
-    costs = {param: cost(view) for param, view in views.items()}
-    whole: list[list[int]] = [[] for _ in range(unit.world_size)]
-    cut: list[int] = []
-    for param in views:
-        holders = unit.holders(param)
-        if len(holders) == 1:
-            whole[holders[0][0]].append(param)
-        else:
-            cut.append(param)
-    loads = [sum(costs[p] for p in params) for params in whole]
-    owners = assign_owners([costs[p] for p in cut], loads)
-    owned: list[list[int]] = [[] for _ in range(unit.world_size)]
-    for param, owner in zip(cut, owners, strict=True):
-        owned[owner].append(param)
-
-    def batches(params: Sequence[int], stackable: bool) -> list[tuple[int, ...]]:
-        ordered = sorted(params, key=lambda p: (-costs[p], repr(views[p]), p))
-        return _fill_buckets(unit, ordered, views, batch_elements if stackable else bucket_elements, stackable)
-
-    queues = [batches(params, stackable=False) for params in owned]
-    buckets = [
-        Bucket(owned=tuple(queue[k] if k < len(queue) else () for queue in queues))
-        for k in range(max(map(len, queues)))
-    ]
-    return ExchangePlan(
-        unit=unit,
-        views=dict(views),
-        whole=tuple(tuple(batches(params, stackable=True)) for params in whole),
-        buckets=tuple(buckets),
-        bucket_elements=bucket_elements,
-        batch_elements=batch_elements,
-        costs=costs,
-    )
-
-
-def _fill_buckets(
-    unit: Unit, ordered: Sequence[int], views: Mapping[int, MatrixView], bound: int, stackable: bool
-) -> list[tuple[int, ...]]:
-    """Cut a queue of parameters into runs of at most ``bound`` elements (or one parameter)."""
-    runs: list[list[int]] = []
-    held = 0
-    for param in ordered:
-        numel = unit.params[param].numel
-        mixed = stackable and bool(runs) and views[runs[-1][0]] != views[param]
-        if not runs or mixed or held + numel > bound:
-            runs.append([])
-            held = 0
-        runs[-1].append(param)
-        held += numel
-    return [tuple(run) for run in runs]
+def _bytes_of(views: Sequence[MatrixView], parts: Sequence[Part]) -> int:
+    """Of whole parameters."""
+    return sum(part.place(view, 0, view.numel)[1] * part.dtype.itemsize for view in views for part in parts)

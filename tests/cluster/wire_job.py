@@ -39,12 +39,12 @@ def measure(case: str, stage: int, interface: str) -> dict[str, float]:
         engines.train_step(engine, tokens)
     torch.distributed.barrier()
     count = (sent(interface) - before) / STEPS
-    workers = getattr(engine.basic_optimizer, "matrix_workers", {})
+    exchanges = getattr(engine.basic_optimizer, "exchanges", {})
     every = int(engines.CASES[case]["params"].get("period", 1))
     world = ranks.world_size()
-    elements = sum(s.numel for w in workers.values() for s in w.plan.unit.params)
-    itemsize = max((w.work.there + w.work.back for w in workers.values()), default=0)
-    planned = sum(w.sent_bytes(ranks.rank()) for w in workers.values()) / every
+    elements = sum(s.numel for e in exchanges.values() for s in e.plan.unit.params)
+    itemsize = max((e.plan.element_bytes for e in exchanges.values()), default=0)
+    planned = sum(e.plan.sent_bytes(ranks.rank()) for e in exchanges.values()) / every
     engine.destroy()
     formula = (world - 1) / world**2 * elements * itemsize / every if stage == 3 else planned
     return {"sent": count, "planned": planned, "formula": formula}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 
@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optim.matrix.shapes import POLAR, ROWS, WEIGHT_BASIS, Shape
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, Slice, Unit, build_layout
-from ds_optim.sharding.plan import ExchangePlan, plan_exchange
+from ds_optim.sharding.plan import ExchangePlan
 
+from ..plans import plan_exchange
 from .harness import device, run_ranks
 
 CASES = 24
@@ -32,10 +34,12 @@ class Case:
     bucket_elements: int
     dtype: torch.dtype
     overlap: bool
+    shape: Shape = POLAR
 
     def plan(self) -> ExchangePlan:
-        views = {param: MatrixView(shape=spec.shape) for param, spec in enumerate(self.unit.params)}
-        return plan_exchange(self.unit, views, cost=lambda v: v.rows * v.columns, bucket_elements=self.bucket_elements)
+        return plan_exchange(
+            self.unit, bucket_elements=self.bucket_elements, dtype=self.dtype, overlap=self.overlap, shape=self.shape
+        )
 
 
 def make_case(number: int, world_size: int) -> Case:
@@ -79,7 +83,7 @@ def _exchange(case: Case, rank: int, world_size: int) -> Seen:
     """Send known numbers to the owners and let them come back, once as they are and once worked on."""
     plan = case.plan()
     comm = Comm.of_group(dist.group.WORLD)
-    exchange = Exchange(plan, comm, device=device(), dtypes=[case.dtype], overlap=case.overlap)
+    exchange = Exchange(plan, comm, device())
     flat = torch.full((case.unit.partition_numel,), -1.0, device=device())
     for piece in case.unit.slices(rank):
         flat[piece.offset : piece.offset + piece.numel] = _numbers(piece.param, case)[piece.start :][: piece.numel]
@@ -91,7 +95,7 @@ def _exchange(case: Case, rank: int, world_size: int) -> Seen:
         (message,) = messages
         message.copy_(flat[piece.offset : piece.offset + piece.numel])
 
-    def identity(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+    def identity(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
         (stack,) = stacks
         for row in stack:
             param = int(row[0]) // 100 if case.dtype == torch.float32 else None
@@ -99,16 +103,16 @@ def _exchange(case: Case, rank: int, world_size: int) -> Seen:
             matches = [p for p in known if torch.equal(row, _numbers(p, case).to(case.dtype))]
             seen.whole &= bool(matches)
             seen.solved += matches[:1]
-        return stack
+        return [stack]
 
-    def apply(piece: Slice, result: Tensor) -> None:
+    def apply(piece: Slice, results: Sequence[Tensor]) -> None:
         seen.applied.append(piece)
-        back[piece.offset : piece.offset + piece.numel] = result.float()
+        back[piece.offset : piece.offset + piece.numel] = results[0].float()
 
     exchange.run(fill, identity, apply)
     seen.returned = torch.equal(back, flat.to(case.dtype).float())
     seen.sent_bytes = comm.sent_bytes
-    seen.planned_bytes = plan.traffic(rank) * case.dtype.itemsize
+    seen.planned_bytes = plan.sent_bytes(rank)
     exchange.run(fill, _work, apply)
     seen.filled, again = seen.filled[: len(seen.filled) // 2], seen.filled[len(seen.filled) // 2 :]
     assert again == seen.filled, "fill must be called in the same order on every run"
@@ -126,9 +130,9 @@ def _alike(case: Case, view: MatrixView) -> list[int]:
     return [param for param, spec in enumerate(case.unit.params) if spec.shape == view.shape]
 
 
-def _work(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+def _work(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
     """Something that every element of a matrix enters, to be had unsharded as well."""
-    return torch.stack([_work_alone(row) for row in stacks[0]])
+    return [torch.stack([_work_alone(row) for row in stacks[0]])]
 
 
 def _work_alone(flat: Tensor) -> Tensor:
@@ -216,18 +220,17 @@ def overlap_both_ways(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]
     for number in range(CASES):
         case = make_case(number, world_size)
         values = torch.randn(case.unit.partition_numel, generator=torch.Generator().manual_seed(rank))
-        pairs.append((_run_once(case, values, rank, True), _run_once(case, values, rank, False)))
+        overlapped, one_by_one = (replace(case, overlap=overlap) for overlap in (True, False))
+        pairs.append((_run_once(overlapped, values, rank), _run_once(one_by_one, values, rank)))
     return pairs
 
 
-def _run_once(case: Case, values: Tensor, rank: int, overlap: bool) -> Tensor:
-    exchange = Exchange(
-        case.plan(), Comm.of_group(dist.group.WORLD), device=device(), dtypes=[case.dtype], overlap=overlap
-    )
+def _run_once(case: Case, values: Tensor, rank: int) -> Tensor:
+    exchange = Exchange(case.plan(), Comm.of_group(dist.group.WORLD), device())
     back = torch.zeros_like(values)
 
-    def apply(piece: Slice, result: Tensor) -> None:
-        back[piece.offset : piece.offset + piece.numel] = result.float().cpu()
+    def apply(piece: Slice, results: Sequence[Tensor]) -> None:
+        back[piece.offset : piece.offset + piece.numel] = results[0].float().cpu()
 
     exchange.run(lambda piece, messages: messages[0].copy_(values[piece.offset :][: piece.numel]), _work, apply)
     return back
@@ -243,26 +246,26 @@ def two_there_one_back(rank: int, world_size: int) -> list[tuple[Tensor, int, in
     """Directions in 16 bits and weights in 32 go to the owners, signs come back: (signs, bytes sent, bytes planned)."""
     found = []
     for number in range(CASES):
-        case = make_case(number, world_size)
+        case = replace(make_case(number, world_size), dtype=torch.bfloat16, shape=WEIGHT_BASIS)
         plan, comm = case.plan(), Comm.of_group(dist.group.WORLD)
-        dtypes = [torch.bfloat16, torch.float32]
-        exchange = Exchange(plan, comm, device=device(), dtypes=dtypes, result=torch.int8, overlap=case.overlap)
+        exchange = Exchange(plan, comm, device())
         back = torch.zeros(case.unit.partition_numel)
 
         def fill(piece: Slice, messages: Sequence[Tensor]) -> None:
             for message, values in zip(messages, _two(piece.param, device()), strict=True):
                 message.copy_(values[piece.start : piece.start + piece.numel])
 
-        def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+        def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
             assert [stack.dtype for stack in stacks] == [torch.bfloat16, torch.float32]
-            return torch.stack([_sign_of_both(*rows) for rows in zip(*stacks, strict=True)])
+            return [torch.stack([_sign_of_both(*rows) for rows in zip(*stacks, strict=True)])]
 
-        def apply(piece: Slice, result: Tensor, back: Tensor = back) -> None:
+        def apply(piece: Slice, results: Sequence[Tensor], back: Tensor = back) -> None:
+            (result,) = results
             assert result.dtype == torch.int8
             back[piece.offset : piece.offset + piece.numel] = result.float().cpu()
 
         exchange.run(fill, solve, apply)
-        found.append((back, comm.sent_bytes, plan.slices_sent(rank) * 6 + plan.results_sent(rank)))
+        found.append((back, comm.sent_bytes, plan.sent_bytes(rank)))
     return found
 
 
@@ -293,22 +296,72 @@ def test_two_matrices_may_travel_and_a_result_of_another_dtype_come_back(world_s
                 assert torch.equal(back[piece.offset : piece.offset + piece.numel], expected)
 
 
+def rows_there_and_back(rank: int, world_size: int) -> list[tuple[Tensor, Tensor, int, int]]:
+    """Matrices travel with a value for each row: (elements, rows, bytes sent, bytes planned) as they came back."""
+    found = []
+    for number in range(CASES):
+        case = replace(make_case(number, world_size), shape=replace(POLAR, rows=True))
+        plan, comm = case.plan(), Comm.of_group(dist.group.WORLD)
+        back = [torch.zeros(case.unit.partition_numel), torch.zeros(_row_count(case.unit))]
+
+        def fill(piece: Slice, messages: Sequence[Tensor], plan: ExchangePlan = plan) -> None:
+            elements, rows = messages
+            elements.fill_(piece.param + 1)
+            first, last = ROWS.place(plan.views[piece.param], piece.start, piece.numel)
+            rows.copy_(torch.arange(first, last) + 100 * piece.param)
+
+        def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
+            elements, rows = stacks
+            assert rows.shape == (len(elements), view.rows)
+            return [elements * 2, rows + elements[:, :1].float() * 1000]
+
+        def apply(
+            piece: Slice, results: Sequence[Tensor], plan: ExchangePlan = plan, back: list[Tensor] = back
+        ) -> None:
+            back[0][piece.offset : piece.offset + piece.numel] = results[0].float().cpu()
+            before = _row_count(plan.unit, piece.param)
+            first, last = ROWS.place(plan.views[piece.param], piece.start, piece.numel)
+            back[1][before + first : before + last] = results[1].cpu()
+
+        Exchange(plan, comm, device()).run(fill, solve, apply)
+        found.append((back[0], back[1], comm.sent_bytes, plan.sent_bytes(rank)))
+    return found
+
+
+def _row_count(unit: Unit, params: int | None = None) -> int:
+    return sum(spec.shape[0] for spec in unit.params[:params])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_values_of_rows_travel_with_their_matrix(world_size: int) -> None:
+    """Each row's value is with one rank, reaches the owner in its place, and comes back there, counted to the byte."""
+    ranks = run_ranks(world_size, rows_there_and_back)
+    for number in range(CASES):
+        unit = make_case(number, world_size).unit
+        expected = [
+            torch.arange(spec.shape[0]) + 100 * param + 1000 * (param + 1) for param, spec in enumerate(unit.params)
+        ]
+        assert torch.equal(sum(found[number][1] for found in ranks), torch.cat(expected).float())
+        for rank, found in enumerate(ranks):
+            elements, _, sent, planned = found[number]
+            assert sent == planned
+            for piece in unit.slices(rank):
+                assert (elements[piece.offset : piece.offset + piece.numel] == 2 * (piece.param + 1)).all()
+
+
 def test_absent_parameters_are_left_alone_and_refused_where_others_wait() -> None:
     """Unsharded, a parameter without gradient is skipped; where a matrix is cut, no rank may leave."""
     whole = build_layout([[ParamSpec(name=n, shape=(2, 2)) for n in "ab"]], stage=0, world_size=1).units[0]
-    views = {param: MatrixView(shape=(2, 2)) for param in range(2)}
-    plan = plan_exchange(whole, views, cost=lambda v: 1.0, bucket_elements=100)
-    exchange = Exchange(plan, Comm(), device=torch.device("cpu"), dtypes=[torch.float32])
+    exchange = Exchange(plan_exchange(whole, bucket_elements=100), Comm(), torch.device("cpu"))
     called: list[int] = []
     exchange.run(
         lambda piece, message: called.append(piece.param),
-        lambda view, stacks: stacks[0],
-        lambda piece, result: called.append(piece.param),
+        lambda view, stacks: stacks,
+        lambda piece, results: called.append(piece.param),
         absent=frozenset({0}),
     )
     assert called == [1, 1]
     cut = build_layout([[ParamSpec(name="a", shape=(2, 2))]], stage=3, world_size=2).units[0]
-    plan = plan_exchange(cut, {0: views[0]}, cost=lambda v: 1.0, bucket_elements=100)
-    exchange = Exchange(plan, Comm(), device=torch.device("cpu"), dtypes=[torch.float32])
+    exchange = Exchange(plan_exchange(cut, bucket_elements=100), Comm(), torch.device("cpu"))
     with pytest.raises(ValueError, match="no other rank"):
-        exchange.run(lambda p, m: None, lambda v, s: s[0], lambda p, r: None, absent=frozenset({0}))
+        exchange.run(lambda p, m: None, lambda v, s: s, lambda p, r: None, absent=frozenset({0}))

@@ -24,7 +24,7 @@ from .test_universal import to_universal
 
 def polished(rank: int) -> Any:
     """A clock on which rank 0 finds large matrices cheap, and any other rank would say otherwise."""
-    return lambda work, shape, device: 1.0 + shape[0] if rank else 1e4 / (shape[0] * shape[1])
+    return lambda plan, size, device: 1.0 + size[0] if rank else 1e4 / (size[0] * size[1])
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def own_cache(folder: Path) -> Iterator[None]:
 
 
 def plans_of(engine: Any) -> list[str]:
-    return [worker.digest() for _, worker in sorted(own_optimizer(engine).matrix_workers.items())]
+    return [exchange.plan.digest() for _, exchange in sorted(own_optimizer(engine).exchanges.items())]
 
 
 def planned(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
@@ -148,8 +148,8 @@ def unequal(rank: int, world_size: int, folder: Path) -> tuple[list[str], list[b
         with own_cache(folder):
             engine = start(Cell(stage=3), world_size, MUON)
             one_step(engine, 0, rank, world_size)
-            workers = own_optimizer(engine).matrix_workers.values()
-            found = plans_of(engine), [worker.work.costs is not None for worker in workers]
+            exchanges = own_optimizer(engine).exchanges.values()
+            found = plans_of(engine), [exchange.plan.timed is not None for exchange in exchanges]
             engine.destroy()
     finally:
         torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def replicas(rank: int, world_size: int, folder: Path) -> list[str]:
         optimizer = {"type": "Muon", "params": {"polar": {"dtype": "float32"}}}
         engine = start(Cell(stage=0), world_size, optimizer)
         one_step(engine, 0, rank, world_size)
-        found = [str(worker.work.polar) for worker in own_optimizer(engine).matrix_workers.values()]
+        found = [str(exchange.plan.polar) for exchange in own_optimizer(engine).exchanges.values()]
         engine.destroy()
     return found
 
@@ -189,21 +189,20 @@ def held(
     engine = start(cell, world_size, {"type": KINDS[kind][0], "params": params})
     one_step(engine, 0, rank, world_size)
     found: list[tuple[int, float, int]] = []
-    for _, worker in sorted(own_optimizer(engine).matrix_workers.items()):
-        unit, work = worker.plan.unit, worker.work
-        c = work.held_per_element(unit, set(worker.plan.views.values()))
-        largest = max(unit.params[param].numel for param in worker.plan.views)
+    for _, exchange in sorted(own_optimizer(engine).exchanges.items()):
+        unit, c = exchange.plan.unit, exchange.plan.held_per_element
+        largest = max(unit.params[param].numel for param in exchange.plan.views)
         bound = max(bucket_mb * 2**20, c * largest) + (c * len(unit.params) if cell.stage == 3 else 0)
         bound += 2048  # rates, norms and the like
         if not native.is_available():  # eager steps walk in chunks
             bound += 3 * 4 * max(piece.numel for piece in unit.slices(rank))
 
-        def tracked(*args: Any, run: Any = worker.run, worker: Any = worker, bound: float = bound) -> None:
+        def tracked(*args: Any, run: Any = exchange.run, exchange: Any = exchange, bound: float = bound) -> None:
             with TensorTracker() as tracker:
                 run(*args)
-            found.append((tracker.peak_bytes - tracker.base_bytes, bound, len(worker.plan.buckets)))
+            found.append((tracker.peak_bytes - tracker.base_bytes, bound, len(exchange.plan.buckets)))
 
-        worker.run = tracked  # type: ignore[method-assign]
+        exchange.run = tracked  # type: ignore[method-assign]
     one_step(engine, 1, rank, world_size)
     engine.destroy()
     return found

@@ -143,8 +143,11 @@ def _count(run: Run, rank: int, world_size: int) -> Seen:
 
 
 def _planned(optimizer: torch.optim.Optimizer, rank: int) -> tuple[int, int]:
-    plans = [worker.plan for worker in getattr(optimizer, "_workers", {}).values()]
-    return sum(plan.slices_sent(rank) for plan in plans), sum(plan.results_sent(rank) for plan in plans)
+    """Elements of slices that a rank sends to owners, and those of results that it sends back."""
+    plans = [exchange.plan for exchange in getattr(optimizer, "exchanges", {}).values()]
+    buckets = [(plan, bucket) for plan in plans for bucket in plan.buckets]
+    there = sum(sum(plan.sent_counts(bucket, rank)) for plan, bucket in buckets)
+    return there, sum(sum(plan.received_counts(bucket, rank)) for plan, bucket in buckets)
 
 
 class _AllToAll:

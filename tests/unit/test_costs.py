@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ import torch
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import POLAR, WEIGHT_BASIS, Shape
 from ds_optim.optimizers import costs
-from ds_optim.optimizers.matrix_work import MatrixWork
+from ds_optim.sharding.layout import ParamSpec, build_layout
+from ds_optim.sharding.plan import ExchangePlan
+
+from ..plans import views_of
 
 CPU = torch.device("cpu")
-SHAPES = frozenset({(16, 48), (32, 32)})
+SIZES = [(16, 48), (32, 32)]
 
 
 @pytest.fixture
@@ -23,9 +28,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "costs.json"
 
 
-def work(shape: Shape = POLAR) -> MatrixWork:
+def plan(shape: Shape = POLAR, sizes: Sequence[tuple[int, int]] = SIZES) -> ExchangePlan:
+    """Of a matrix of each size."""
     polar = PolarSpec(dtype="float32").resolve(CPU)
-    return MatrixWork(shape=shape, polar=polar, bucket_mb=1, overlap=True, stacked=False)
+    (unit,) = build_layout([[ParamSpec(name=str(s), shape=s) for s in sizes]], stage=3, world_size=2).units
+    return ExchangePlan(
+        unit=unit, views=views_of(unit), shape=shape, polar=polar, bucket_mb=1, overlap=True, stacked=False
+    )
 
 
 def never(*args: object) -> float:
@@ -38,14 +47,14 @@ def test_each_shape_is_timed_and_kept_for_the_next_run(
 ) -> None:
     monkeypatch.setattr(costs, "_STARTS", 1)
     state = torch.random.get_rng_state()
-    found = costs.measured([(work(shape), SHAPES)], CPU)
+    found = costs.measured([plan(shape)], CPU)
     assert torch.equal(state, torch.random.get_rng_state()), "the user's random numbers are not used"
     (job,) = found["jobs"]
     assert set(found["jobs"][job]) == {"16x48", "32x32"}
     assert min(found["jobs"][job].values()) > 0
     monkeypatch.setattr(costs, "_timed", never)
-    assert costs.measured([(work(shape), SHAPES)], CPU) == found
-    known = costs.costs_of(work(shape), CPU, found, SHAPES)
+    assert costs.measured([plan(shape)], CPU) == found
+    known = costs.costs_of(plan(shape), CPU, found)
     assert known is not None
     assert known[16, 48] == found["jobs"][job]["16x48"]
 
@@ -54,8 +63,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, ms: float) -> list[tuple[int, int]]:
     """Every matrix takes so long; returns what is timed from here on."""
     timed: list[tuple[int, int]] = []
 
-    def reading(work: MatrixWork, shape: tuple[int, int], device: torch.device) -> float:
-        timed.append(shape)
+    def reading(plan: ExchangePlan, size: tuple[int, int], device: torch.device) -> float:
+        timed.append(size)
         return ms
 
     monkeypatch.setattr(costs, "_timed", reading)
@@ -69,18 +78,18 @@ def test_what_a_busy_machine_took_is_not_kept(
     """Three starts time a shape, and the smallest number of them stays."""
     for number, reading in enumerate(readings):
         clock(monkeypatch, reading)
-        (found,) = costs.measured([(work(), SHAPES)], CPU)["jobs"].values()
+        (found,) = costs.measured([plan()], CPU)["jobs"].values()
         assert set(found.values()) == {min(readings[: number + 1])}
     timed = clock(monkeypatch, 1.0)
-    (found,) = costs.measured([(work(), SHAPES)], CPU)["jobs"].values()
+    (found,) = costs.measured([plan()], CPU)["jobs"].values()
     assert (set(found.values()), timed) == ({2.0}, [])
 
 
 def test_a_resumed_run_times_nothing_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, 90.0)
-    saved = costs.measured([(work(), SHAPES)], CPU)
+    saved = costs.measured([plan()], CPU)
     timed = clock(monkeypatch, 1.0)
-    assert costs.measured([(work(), SHAPES)], CPU, saved) == saved
+    assert costs.measured([plan()], CPU, saved) == saved
     assert timed == []
 
 
@@ -88,42 +97,42 @@ def test_a_checkpoints_numbers_come_first_on_the_device_they_are_of(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(costs, "_STARTS", 1)
-    own = costs.measured([(work(), SHAPES)], CPU)
+    own = costs.measured([plan()], CPU)
     (job,) = own["jobs"]
     saved = {"device": own["device"], "jobs": {job: {"16x48": 7.0, "32x32": 9.0}}}
-    assert costs.measured([(work(), SHAPES)], CPU, saved) == saved
+    assert costs.measured([plan()], CPU, saved) == saved
     elsewhere = {**saved, "device": "another"}
-    assert costs.measured([(work(), SHAPES)], CPU, elsewhere) == own
+    assert costs.measured([plan()], CPU, elsewhere) == own
     kept = {key: [cost, 1] for key, cost in own["jobs"][job].items()}
     assert json.loads(cache.read_text())["devices"][own["device"]] == {job: kept}, "not what a checkpoint brought"
 
 
 def test_other_threads_and_other_coefficients_are_another_job(cache: Path) -> None:
-    names = {costs.job_of(work(), CPU)}
+    names = {costs.job_of(plan(), CPU)}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        names.add(costs.job_of(work(), CPU))
+        names.add(costs.job_of(plan(), CPU))
     finally:
         torch.set_num_threads(threads)
-    names.add(costs.job_of(work(WEIGHT_BASIS), CPU))
+    names.add(costs.job_of(plan(WEIGHT_BASIS), CPU))
     assert len(names) == 3
 
 
 def test_a_shape_that_cannot_be_timed_leaves_all_to_the_count(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def solve(c: torch.Tensor, w: torch.Tensor | None, spec: PolarSpec) -> torch.Tensor:
-        if c.shape[-1] == 48:
+    def solve(parts: Sequence[torch.Tensor], spec: PolarSpec) -> Sequence[torch.Tensor]:
+        if parts[0].shape[-1] == 48:
             raise RuntimeError("out of memory\nand more")
-        return c
+        return parts
 
-    broken = work(Shape("broken", solve, POLAR.cost))
-    found = costs.measured([(broken, SHAPES)], CPU)
+    broken = replace(POLAR, name="broken", solve=solve)
+    found = costs.measured([plan(broken)], CPU)
     assert "16x48 matrix could not be timed (out of memory)" in caplog.text
     assert "16x48 matrices were not timed: for theirs, operations are counted" in caplog.text
-    assert costs.costs_of(broken, CPU, found, SHAPES) is None
-    assert costs.costs_of(broken, CPU, found, [(32, 32)]) is not None
+    assert costs.costs_of(plan(broken), CPU, found) is None
+    assert costs.costs_of(plan(broken, [(32, 32)]), CPU, found) is not None
 
 
 @pytest.mark.parametrize(
@@ -134,14 +143,14 @@ def test_a_shape_that_cannot_be_timed_leaves_all_to_the_count(
 def test_a_table_that_cannot_be_read_is_measured_anew(text: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.parent.mkdir()
     cache.write_text(text.replace("%s", costs.device_name(CPU)))
-    found = costs.measured([(work(), SHAPES)], CPU)
+    found = costs.measured([plan()], CPU)
     assert "cannot be read" in caplog.text
     assert len(*found["jobs"].values()) == 2
 
 
 def test_a_run_goes_on_where_nothing_can_be_kept(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.parent.parent.joinpath("cache").write_text("a file where the folder should be")
-    found = costs.measured([(work(), SHAPES)], CPU)
+    found = costs.measured([plan()], CPU)
     assert len(*found["jobs"].values()) == 2
     assert "cannot be kept" in caplog.text
 
@@ -150,9 +159,9 @@ def test_what_is_left_after_a_minute_is_not_timed(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(costs, "_PATIENCE_S", 0.0)
-    found = costs.measured([(work(), SHAPES)], CPU)
-    assert found["jobs"] == {costs.job_of(work(), CPU): {}}
-    assert costs.costs_of(work(), CPU, found, SHAPES) is None
+    found = costs.measured([plan()], CPU)
+    assert found["jobs"] == {costs.job_of(plan(), CPU): {}}
+    assert costs.costs_of(plan(), CPU, found) is None
     assert caplog.text.count("were not timed") == 2
 
 
@@ -163,11 +172,11 @@ NO_ENTRIES = ("3.0", "[3.0]", "[3.0, 1.5]", "{}")
 @pytest.mark.parametrize("value", [*(f"[{value}, 3]" for value in NO_COSTS), *NO_ENTRIES])
 def test_numbers_that_are_no_costs_are_measured_anew(value: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, 2.0)
-    own = costs.measured([(work(), SHAPES)], CPU)
+    own = costs.measured([plan()], CPU)
     (job,) = own["jobs"]
     table = json.loads(cache.read_text())
     table["devices"][own["device"]][job] = {"16x48": "VALUE", "32x32": [7.0, 3], "8x8": [3.0, 3]}
     cache.write_text(json.dumps(table).replace('"VALUE"', value))
-    assert costs.measured([(work(), SHAPES)], CPU)["jobs"][job] == {"16x48": 2.0, "32x32": 7.0}
+    assert costs.measured([plan()], CPU)["jobs"][job] == {"16x48": 2.0, "32x32": 7.0}
     kept = json.loads(cache.read_text())["devices"][own["device"]][job]
     assert kept == {"16x48": [2.0, 1], "32x32": [7.0, 3], "8x8": [3.0, 3]}, "others' numbers stay"

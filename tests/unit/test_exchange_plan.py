@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,21 +10,20 @@ from ds_optim.matrix.polar import PolarSpec, cost
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.layout import ParamSpec, Unit, build_layout
 from ds_optim.sharding.owners import assign_owners, makespan_ratio
-from ds_optim.sharding.plan import ExchangePlan, plan_exchange
+from ds_optim.sharding.plan import ExchangePlan
+
+from ..plans import plan_exchange
+
+FP32 = 4
 
 
 def make_plan(shapes: list[tuple[int, int]], stage: int, ranks: int, bucket: int = 200) -> ExchangePlan:
-    unit = make_unit(shapes, stage, ranks)
-    return plan_exchange(unit, make_views(unit), cost=lambda v: v.rows * v.columns, bucket_elements=bucket)
+    return plan_exchange(make_unit(shapes, stage, ranks), bucket_elements=bucket)
 
 
 def make_unit(shapes: list[tuple[int, int]], stage: int, ranks: int) -> Unit:
     specs = [ParamSpec(name=f"w{number}", shape=shape) for number, shape in enumerate(shapes)]
     return build_layout([specs], stage=stage, world_size=ranks).units[0]
-
-
-def make_views(unit: Unit) -> Mapping[int, MatrixView]:
-    return {param: MatrixView(shape=spec.shape) for param, spec in enumerate(unit.params)}
 
 
 matrices = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=10)
@@ -64,7 +61,7 @@ def test_traffic_is_what_owners_lack_there_and_back(plan: ExchangePlan) -> None:
     for param, owner in owners_of(plan):
         held = plan.unit.slice_of(param, owner)
         total += 2 * (plan.unit.params[param].numel - (held.numel if held else 0))
-    assert sum(plan.traffic(rank) for rank in range(plan.unit.world_size)) == total
+    assert sum(plan.sent_bytes(rank) for rank in range(plan.unit.world_size)) == FP32 * total
 
 
 @given(plans)
@@ -136,13 +133,11 @@ def test_a_transformer_is_balanced_at_stage_3(ranks: int) -> None:
     spec = PolarSpec(dtype="float32", method="standard", gram_from=2.0)
     layer = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
     unit = make_unit(layer * 12, 3, ranks)
-    plan = plan_exchange(
-        unit, make_views(unit), cost=lambda v: cost(v.rows, v.columns, spec), bucket_elements=64 * 2**20 // 2
-    )
+    plan = plan_exchange(unit, cost=lambda m, n: cost(m, n, spec), bucket_elements=64 * 2**20 // 2)
     assert plan.makespan <= 1.1
     elements = sum(spec.numel for spec in unit.params)
-    mean = sum(plan.traffic(rank) for rank in range(ranks)) / ranks
-    assert mean == 2 * (ranks - 1) / ranks**2 * elements
+    mean = sum(plan.sent_bytes(rank) for rank in range(ranks)) / ranks
+    assert mean == FP32 * 2 * (ranks - 1) / ranks**2 * elements
 
 
 def test_a_digest_sees_owners_buckets_and_views() -> None:
@@ -150,9 +145,9 @@ def test_a_digest_sees_owners_buckets_and_views() -> None:
     base = make_plan(shapes, 3, 2)
     smaller = make_plan(shapes, 3, 2, bucket=48)
     unit = make_unit(shapes, 3, 2)
-    costly = plan_exchange(unit, make_views(unit), cost=lambda v: 100.0 if v.rows == 6 else 1.0, bucket_elements=200)
+    costly = plan_exchange(unit, cost=lambda m, n: 100.0 if m == 6 else 1.0, bucket_elements=200)
     views = {p: MatrixView(shape=s.shape, transpose=p == 0) for p, s in enumerate(unit.params)}
-    turned = plan_exchange(unit, views, cost=lambda v: v.rows * v.columns, bucket_elements=200)
+    turned = plan_exchange(unit, views, bucket_elements=200)
     again = make_plan(shapes, 3, 2)
     assert base.digest() == again.digest()
     assert len({plan.digest() for plan in (base, smaller, costly, turned)}) == 4

@@ -15,7 +15,9 @@ from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import Layout, ParamSpec, Slice, build_layout
-from ds_optim.sharding.plan import ExchangePlan, plan_exchange
+from ds_optim.sharding.plan import ExchangePlan
+
+from ..plans import plan_exchange
 
 PATIENCE_S = 20.0
 
@@ -80,12 +82,7 @@ class Drawn:
     def plans(self) -> list[ExchangePlan]:
         """Worked out from the layout alone, as each rank does."""
         return [
-            plan_exchange(
-                unit,
-                {param: MatrixView(shape=spec.shape) for param, spec in enumerate(unit.params)},
-                cost=lambda view: float(view.rows * view.columns),
-                bucket_elements=self.bucket_elements,
-            )
+            plan_exchange(unit, bucket_elements=self.bucket_elements, overlap=self.overlap)
             for unit in self.layout.units
         ]
 
@@ -146,7 +143,7 @@ def test_every_slice_comes_back_to_its_place(case: Drawn) -> None:
             plan = case.plans()[number]
             digests[rank] = plan.digest()
             comm = ThreadComm(rank, ranks, room=room)
-            exchange = Exchange(plan, comm, device=torch.device("cpu"), dtypes=[torch.float32], overlap=case.overlap)
+            exchange = Exchange(plan, comm, torch.device("cpu"))
             flat = torch.full((plan.unit.partition_numel,), -1.0)
             for held in plan.unit.slices(rank):
                 flat[held.offset : held.offset + held.numel] = wholes[held.param][held.start :][: held.numel]
@@ -155,15 +152,15 @@ def test_every_slice_comes_back_to_its_place(case: Drawn) -> None:
             def fill(held: Slice, messages: Sequence[Tensor]) -> None:
                 messages[0].copy_(flat[held.offset : held.offset + held.numel])
 
-            def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Tensor:
+            def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
                 for row in stacks[0]:
                     param = int(row[0]) // 1000 - 1
                     assert torch.equal(row, wholes[param]), "a matrix is whole where it is worked on"
                     seen.append(param)
-                return stacks[0].flip(1)
+                return [stacks[0].flip(1)]
 
-            def apply(held: Slice, result: Tensor) -> None:
-                back[held.offset : held.offset + held.numel] = result
+            def apply(held: Slice, results: Sequence[Tensor]) -> None:
+                back[held.offset : held.offset + held.numel] = results[0]
 
             exchange.run(fill, solve, apply)
             for held in plan.unit.slices(rank):

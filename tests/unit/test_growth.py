@@ -17,8 +17,9 @@ from ds_optim.optimizers.local import blocks_of
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, build_layout
-from ds_optim.sharding.plan import plan_exchange
 from ds_optim.zero.checkpoints.portable import Shards
+
+from ..plans import plan_exchange
 
 FEW, MANY = 30, 120
 CASES = [
@@ -88,8 +89,8 @@ def exchange(stage: int, count: int) -> Callable[[], Any]:
         layout = build_layout([specs], stage=stage, world_size=4, sub_group_size=10**9)
         (unit,) = layout.units
         views = {number: MatrixView.from_options(spec.name, spec.shape, {}) for number, spec in enumerate(specs)}
-        plan = plan_exchange(unit, views, cost=lambda view: 1.0, bucket_elements=10**9)
-        Exchange(plan, Comm(), device=torch.device("cpu"), dtypes=[torch.float32])
+        plan = plan_exchange(unit, views, cost=lambda m, n: 1.0, bucket_elements=10**9)
+        Exchange(plan, Comm(), torch.device("cpu"))
         assert len(layout.digest() + plan.digest()) == 128
         assert len(blocks_of(unit, 1)) > count // 8
 
