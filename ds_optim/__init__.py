@@ -22,6 +22,7 @@ from ds_optim.optimizers import (
     StoSignSGD,
     full_momentum,
     param_groups,
+    register,
     set_full_momentum,
 )
 from ds_optim.zero import from_config, initialize
@@ -50,5 +51,6 @@ __all__ = [
     "full_momentum",
     "initialize",
     "param_groups",
+    "register",
     "set_full_momentum",
 ]

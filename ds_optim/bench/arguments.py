@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, instead
 
 LEAST_ROUNDS = 2
 
@@ -30,7 +29,7 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     by_word = {_word(name): name for name in known}
     for part in parts:
         if _word(part) not in by_word:
-            raise UserError(f"{option}: unknown '{part}'; {_instead(part, known)}")
+            raise UserError(f"{option}: unknown '{part}'; {instead(part, known)}")
     return list(dict.fromkeys(by_word[_word(part)] for part in parts))
 
 
@@ -57,7 +56,7 @@ def device(name: str) -> tuple[torch.device, str | None]:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     if name not in ("cpu", "cuda"):
-        raise UserError(f"--device: unknown '{name}'; {_instead(name, ('auto', 'cpu', 'cuda'))}")
+        raise UserError(f"--device: unknown '{name}'; {instead(name, ('auto', 'cpu', 'cuda'))}")
     missing = name == "cuda" and not torch.cuda.is_available()
     return torch.device(name), "this machine has no CUDA device" if missing else None
 
@@ -65,9 +64,3 @@ def device(name: str) -> tuple[torch.device, str | None]:
 def _word(name: str) -> str:
     """What two ways to write a name have in common: LionMuon is lion_muon in other commands."""
     return name.lower().replace("_", "")
-
-
-def _instead(wrong: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(wrong, known, n=1)
-    return (f"did you mean '{near[0]}'? " if near else "") + f"write one of {', '.join(known)}"

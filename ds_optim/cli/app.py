@@ -27,6 +27,7 @@ from ds_optim.cli.simulate import simulate
 from ds_optim.cli.train import train
 from ds_optim.errors import UserError
 from ds_optim.job.exits import RunStopped
+from ds_optim.optimizers.registry import PLUGINS, load_plugins
 from ds_optim.survival.preemption import unblock
 
 INTERRUPTED = 130
@@ -64,18 +65,27 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print ds-optim's version.")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A Python file or module that registers an optimizer (ds_optim.register); anywhere in the line, any "
+            f"number of times. {PLUGINS} in the environment does the same.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    pass  # --plugin is taken out before, so that it may stand anywhere
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status: 0, 2 for a user's mistake, or one that a command documents."""
     _prefer_own_scripts()
-    arguments = take_local_rank(list(sys.argv[1:] if argv is None else argv))
+    arguments, plugins = take_plugins(take_local_rank(list(sys.argv[1:] if argv is None else argv)))
     if arguments[:1] != ["train"]:
         unblock()
     command = typer.main.get_command(app)
     try:
+        load_plugins(plugins)
         status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)
     except UserError as error:
         fail(str(error))
@@ -116,6 +126,23 @@ def take_local_rank(arguments: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
+
+
+def take_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without ``--plugin FILE``, wherever it stands, and the files."""
+    kept: list[str] = []
+    plugins: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--plugin":
+            kept.append(argument)
+            continue
+        given = value if equals else next(rest, "")
+        if not given:
+            fail("--plugin names no file: write --plugin my_rule.py")
+        plugins.append(given)
+    return kept, plugins
 
 
 @app.command()

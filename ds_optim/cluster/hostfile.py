@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from ds_optim.errors import UserError
-from ds_optim.job.settings import did_you_mean
+from ds_optim.errors import UserError, did_you_mean
 
 #: Files in which a batch system or an MPI names a job's hosts; in most of them a line is a slot.
 HOST_FILES = (

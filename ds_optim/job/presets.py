@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from ds_optim.optimizers.registry import DESCRIBED, canonical_type, plain_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -60,28 +62,18 @@ PRESETS: dict[str, Preset] = {
 # What a model given by its own config is fed where the command does not say.
 MODEL_DEFAULTS = {"tokenizer": "bytes", "seq_len": 512, "micro_batch": 4}
 
-# For short runs of qwen3-tiny: the best of two to five settings each at 150 steps of 1,024 bytes in fp32. Longer runs
-# and larger models want lower rates: tune them there.
-TINY_PARAMS: dict[str, dict[str, Any]] = {
+# Of optimizers that are not this package's. For short runs of qwen3-tiny: the best of two to five settings each at 150
+# steps of 1,024 bytes in fp32, as the tuned arguments of registered ones are too. Longer runs and larger models want
+# lower rates: tune them there.
+_TINY_PARAMS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
-    "lion": {"lr": 1e-3, "weight_decay": 0.1},
-    "signsgd": {"lr": 5e-4, "weight_decay": 0.1},
-    "signum": {"lr": 1e-3, "weight_decay": 0.1},
-    "muon": {"lr": 2e-2, "aux_lr": 3e-3, "weight_decay": 0.1},
-    "muonlight": {"lr": 1e-2, "aux_lr": 1e-3, "weight_decay": 0.1},
-    "lionmuon": {"lr": 1e-2, "sign_lr_ratio": 10, "aux_lr": 2e-3, "weight_decay": 0.1},
-    "signmuon": {"lr": 1e-2, "sign_lr_ratio": 10, "aux_lr": 1e-3, "weight_decay": 0.1},
     "deepspeed:muon": {"lr": 2e-2, "weight_decay": 0.1},
 }
 
 
-def plain_name(optimizer: str) -> str:
-    """The name with case, dashes and underscores taken out: ``lion_muon`` and ``LionMuon`` are one."""
-    return optimizer.lower().replace("_", "").replace("-", "")
-
-
 def tuned_params(preset: str | None, optimizer: str) -> dict[str, Any]:
     """The tuned parameters of a preset, or nothing: then the optimizer's own defaults hold."""
-    if preset != "qwen3-tiny":
-        return {}
-    return dict(TINY_PARAMS.get(plain_name(optimizer), {}))
+    described = DESCRIBED.get(canonical_type(optimizer))
+    if described is not None:
+        return dict(described.tuned.get(preset, {})) if preset is not None else {}
+    return dict(_TINY_PARAMS.get(plain_name(optimizer), {})) if preset == "qwen3-tiny" else {}

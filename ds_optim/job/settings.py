@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, did_you_mean
 from ds_optim.job.presets import MODEL_DEFAULTS, PRESETS, tuned_params
 from ds_optim.zero.complaints import reword
 from ds_optim.zero.reading import parse_json
@@ -168,12 +167,6 @@ class TrainSettings(BaseModel):
 def default_warmup(steps: int) -> int:
     """Steps of warmup where nothing is said of them."""
     return steps // 10
-
-
-def did_you_mean(word: str, known: Any) -> str:
-    """`` (did you mean 'x'?)``, or nothing where no known name is near."""
-    near = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def make_settings(**given: Any) -> TrainSettings:

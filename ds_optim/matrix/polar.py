@@ -6,7 +6,6 @@ Newton-Schulz iterations (newton_schulz.py), ``svd`` is the exact reference.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, instead
 from ds_optim.matrix import dispatch, newton_schulz, symmetric
 from ds_optim.matrix.normalize import nan_where_broken, prescaled
 from ds_optim.matrix.schedules import SCHEDULES, schedule
@@ -75,7 +74,7 @@ class PolarSpec:
         keys = [field.name for field in fields(PolarSpec) if field.name not in _RESOLVED]
         for key in options:
             if key not in keys:
-                raise UserError(f"polar: unknown key '{key}'; {_instead(key, keys)}")
+                raise UserError(f"polar: unknown key '{key}'; {instead(key, keys)}")
         return PolarSpec(**options)
 
     def resolve(self, device: torch.device, weights: torch.dtype = torch.float32) -> PolarSpec:
@@ -253,9 +252,4 @@ def _cpu_has_bf16() -> bool:
 
 def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"polar.{key}: unknown value {value!r}; {_instead(value, list(choices))}")
-
-
-def _instead(wrong: object, choices: list[str]) -> str:
-    near = difflib.get_close_matches(str(wrong), choices, n=1)
-    return (f"did you mean '{near[0]}'? " if near else "") + f"write one of {', '.join(choices)}"
+        raise UserError(f"polar.{key}: unknown value {value!r}; {instead(str(value), choices)}")

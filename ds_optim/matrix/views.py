@@ -11,7 +11,6 @@ A view cuts in four steps, each optional, always in this order:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, instead
 
 OPTIONS = ("transpose", "split", "heads", "batch_dims")
 
@@ -156,9 +155,7 @@ def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a MatrixView from JSON options, types checked."""
     for key in options:
         if key not in OPTIONS:
-            near = difflib.get_close_matches(str(key), OPTIONS, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UserError(f"unknown key '{key}'; {hint}write one of {', '.join(OPTIONS)}")
+            raise UserError(f"unknown key '{key}'; {instead(str(key), OPTIONS)}")
     transpose, batch_dims = options.get("transpose", False), options.get("batch_dims", 0)
     if not isinstance(transpose, bool):
         raise UserError(f"transpose is {transpose!r}; write true or false")

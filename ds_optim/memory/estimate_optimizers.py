@@ -16,6 +16,7 @@ from ds_optim.memory.estimate_model import ModelShape, Parameter
 from ds_optim.optimizers import OPTIMIZERS
 from ds_optim.optimizers.checks import check_choice
 from ds_optim.optimizers.options import EXCHANGE_DEFAULTS, check_exchange
+from ds_optim.optimizers.registry import DESCRIBED
 from ds_optim.optimizers.routing import MEMBERS, ROLES, ROUTING_OPTIONS
 from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT
 from ds_optim.sharding.binding import Member
@@ -74,8 +75,8 @@ class OptimizerPlan:
 def takes_momentum_dtype(name: str) -> bool:
     """Whether an optimizer keeps one buffer, which may be stored in fewer bits."""
     check_type(name)
-    kind = canonical_type(name)
-    return kind in OPTIMIZERS and kind not in ("Lamb", "StableAdamW", "SignSGD")
+    described = DESCRIBED.get(canonical_type(name))
+    return described is not None and described.narrow
 
 
 def plan_optimizer(
@@ -130,11 +131,10 @@ def plan_optimizer(
 
 def _ours(name: str, parameters: Sequence[Parameter], momentum_dtype: str) -> GroupPlan:
     rule = RULES[name]
-    itemsize = DTYPES[momentum_dtype].itemsize if rule.keeps_one else _FP32
     return GroupPlan(
         parameters=tuple(parameters),
-        buffers=dict.fromkeys(rule.state_keys(DTYPES[momentum_dtype]), itemsize),
-        int8=rule.keeps_one and momentum_dtype == "int8",
+        buffers={key: dtype.itemsize for key, dtype in rule.element_dtypes(DTYPES[momentum_dtype]).items()},
+        int8=rule.narrow and momentum_dtype == "int8",
         shape=rule.shape,
         scalar=8 if rule.scalar else 0,
     )

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, did_you_mean
 from ds_optim.job.architectures import described_model
 from ds_optim.job.deepspeed_json import section_of
 from ds_optim.job.models import model_config, preset_config
 from ds_optim.job.presets import PRESETS
-from ds_optim.job.settings import did_you_mean
 from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
 from ds_optim.zero.auto import AUTO, at, sizes_by_width
 from ds_optim.zero.reading import read_json

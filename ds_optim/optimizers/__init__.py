@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ds_optim.optimizers import adamw as _adamw  # noqa: F401  (registers the aux rule)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.cautious_lion import CautiousLion
 from ds_optim.optimizers.clion import CLion
@@ -14,6 +16,7 @@ from ds_optim.optimizers.mimuon import MiMuon
 from ds_optim.optimizers.momenta import full_momentum, set_full_momentum
 from ds_optim.optimizers.muon import Muon, Muonlight
 from ds_optim.optimizers.options import known_keys
+from ds_optim.optimizers.registry import OPTIMIZERS, canonical_type, register
 from ds_optim.optimizers.routing import param_groups
 from ds_optim.optimizers.signum import SignSGD, Signum
 from ds_optim.optimizers.spectral_lion import SpectralLion
@@ -21,21 +24,33 @@ from ds_optim.optimizers.stable_adamw import StableAdamW
 from ds_optim.optimizers.stable_lion import StableLion
 from ds_optim.optimizers.sto_sign_sgd import StoSignSGD
 
-_CLASSES: tuple[type[ZeroOptimizer], ...] = (
-    *(Lion, SignSGD, Signum, CautiousLion, CLion, StableLion, LASM, StoSignSGD),
-    *(Muon, Muonlight, LionMuon, SignMuon, MiMuon, SpectralLion),
-    *(Lamb, StableAdamW),
-)
-
-OPTIMIZERS = {cls.__name__: cls for cls in _CLASSES}
-"""The JSON types that mean this package."""
+# A file here that registers an optimizer needs no other line to be known; those above are for who types their names.
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "LASM",
     "OPTIMIZERS",
+    "CLion",
+    "CautiousLion",
+    "Lamb",
+    "Lion",
+    "LionMuon",
+    "MiMuon",
+    "Muon",
+    "Muonlight",
+    "SignMuon",
+    "SignSGD",
+    "Signum",
+    "SpectralLion",
+    "StableAdamW",
+    "StableLion",
+    "StoSignSGD",
     "ZeroOptimizer",
+    "canonical_type",
     "full_momentum",
     "known_keys",
     "param_groups",
+    "register",
     "set_full_momentum",
-    *OPTIMIZERS,
 ]

@@ -6,11 +6,11 @@ As a yardstick for a whole model use DeepSpeed's own AdamW, which the JSON type 
 from __future__ import annotations
 
 from ds_optim.optimizers.checks import check_betas
-from ds_optim.optimizers.rules import MOMENTUM, SECOND_MOMENT, AdamWUpdate, Group, rule
+from ds_optim.optimizers.rules import ROOT_SQUARES, WIDE_MEAN, AdamWUpdate, Group, rule
 
 EPS = 1e-8
 
 
-@rule("adamw", hyper={"betas": check_betas}, buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("adamw", hyper={"betas": check_betas}, aux={"lr": 3e-4, "betas": (0.9, 0.95)}, buffers=(WIDE_MEAN, ROOT_SQUARES))
 def adamw(group: Group, step: int) -> AdamWUpdate:
     return AdamWUpdate(lr=group["lr"], decay=group["weight_decay"], betas=tuple(group["betas"]), eps=EPS, step=step + 1)

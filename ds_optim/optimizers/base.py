@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
+from ds_optim.elementwise.momentum import DTYPES, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, options_of, parameters_of, steps_of
@@ -107,7 +107,8 @@ class ZeroOptimizer(GroupedOptimizer):
         self._planned = False
         self._diagnostics = Diagnostics() if options.get("diagnostics") else None
         self._momentum_dtype = DTYPES[options.get("momentum_dtype", "float32")]
-        if self._momentum_dtype != torch.float32 and len(RULES[rule].buffers) > 1:
+        own = RULES[rule]
+        if self._momentum_dtype != torch.float32 and own.elements and not own.narrow:
             raise UserError(
                 f"{type(self).__name__} keeps two values a parameter here, and momentum_dtype is for optimizers that "
                 'keep one: write momentum_dtype "float32" or leave it out'
@@ -289,10 +290,8 @@ class ZeroOptimizer(GroupedOptimizer):
         """State of a tensor that holds (slices of) the parameters ``names``, in so many blocks of int8 momentum."""
         state, own = self.state[tensor], RULES[group["rule"]]
         settle_state(state, own, self._momentum_dtype, carried=self._universal)
-        for key in own.state_keys(self._momentum_dtype):
+        for key, dtype in own.element_dtypes(self._momentum_dtype, wide(tensor.dtype)).items():
             if key not in state:
-                narrow = own.keeps_one and self._momentum_dtype in NARROW
-                dtype = self._momentum_dtype if narrow else wide(tensor.dtype)
                 state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
         if CODES_OF_MOMENTUM in state and SCALES_OF_MOMENTUM not in state:
             state[SCALES_OF_MOMENTUM] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.sign_rules import agreement, cautious_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
 from ds_optim.sharding.layout import ParamSpec
 
@@ -41,6 +42,14 @@ def cautious_lion(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=agreeing, decide=decide, apply=apply, decay=group["weight_decay"])
 
 
+@register(
+    rules="cautious_lion",
+    step="Lion, only where the gradient agrees",
+    moves="a count",
+    when="for a Lion that never steps against the gradient",
+    paper="Liang et al. 2024, arXiv 2411.16085",
+    claim="up to 1.47 times faster (shown for AdamW's variant)",
+)
 class CautiousLion(ZeroOptimizer):
     """CautiousLion (C-Lion), for every parameter.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, closest
 
 Check = Callable[[str, Any], Any]
 """(name of a value, the value as somebody wrote it) -> the value as it is used; UserError where it is no good."""
@@ -50,10 +49,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` where a known name is close or means the same, else the list of known names."""
     names = sorted(known)
     meant = [name for name in PEERS.get(word.lower(), ()) if name in names or name.partition("=")[0] in names]
-    close = meant or difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    close = meant[0] if meant else closest(word.lower(), names)
     if not close and word.lower() in _WITHOUT:
         return f": {_WITHOUT[word.lower()]}"
-    return f" (did you mean {close[0]!r}?)" if close else f"; known: {', '.join(names)}"
+    return f" (did you mean {close!r}?)" if close else f"; known: {', '.join(names)}"
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from ds_optim.elementwise.sign_rules import count_from, gated_step, raw_step, sm
 from ds_optim.elementwise.steps import sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_at_least_zero, check_betas, check_choice
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
 from ds_optim.sharding.layout import ParamSpec
 
@@ -49,6 +50,14 @@ def clion_coordinate(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay)
 
 
+@register(
+    rules={"": "clion_coordinate", 'gate: "tensor"': "clion_tensor"},
+    step="Lion, the blend itself where it is below `nu`",
+    moves='nothing; `gate: "tensor"` a minimum',
+    when="when gradients near zero should not cause whole steps",
+    paper="arXiv 2604.14587",
+    claim="lower generalization error than Lion's (a bound)",
+)
 class CLion(ZeroOptimizer):
     """CLion, for every parameter.
 

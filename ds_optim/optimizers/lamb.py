@@ -12,9 +12,10 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.moments import Moments, lamb_measure, lamb_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import (
-    MOMENTUM,
-    SECOND_MOMENT,
+    ROOT_SQUARES,
+    WIDE_MEAN,
     Decision,
     Group,
     Measure,
@@ -27,7 +28,7 @@ from ds_optim.sharding.layout import ParamSpec
 LARGEST_NORM = 10.0
 
 
-@rule("lamb", hyper={"betas": check_betas, "eps": check_positive}, buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("lamb", hyper={"betas": check_betas, "eps": check_positive}, buffers=(WIDE_MEAN, ROOT_SQUARES))
 def lamb(group: Group, step: int) -> ParameterUpdate:
     moments = Moments(betas=group["betas"], eps=group["eps"], step=step + 1)
     decay = group["weight_decay"]
@@ -55,6 +56,13 @@ def lamb(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=measure, decide=decide, apply=apply)
 
 
+@register(
+    rules="lamb",
+    step="AdamW times a trust ratio",
+    moves="two norms",
+    when="as a yardstick",
+    paper="You et al. 2019, arXiv 1904.00962",
+)
 class Lamb(ZeroOptimizer):
     """Lamb, for every parameter: a yardstick whose norms are those of parameters under ZeRO too.
 

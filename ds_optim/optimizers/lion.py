@@ -8,14 +8,24 @@ from typing_extensions import Unpack
 
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Group, SignUpdate, lion_blend, rule
 
 
-@rule("lion", hyper={"betas": check_betas})
+@rule("lion", hyper={"betas": check_betas}, aux={"lr": 1e-4, "betas": (0.9, 0.99)})
 def lion(group: Group, step: int) -> SignUpdate:
     return SignUpdate(blend=lion_blend(group["betas"]), lr=group["lr"], decay=group["weight_decay"])
 
 
+@register(
+    rules="lion",
+    step="sign of a blend of momentum and gradient",
+    moves="nothing",
+    when="for half of AdamW's state and nothing else new",
+    paper="Chen et al. 2023, arXiv 2302.06675",
+    claim="less memory than Adam",
+    tuned={"qwen3-tiny": {"lr": 1e-3, "weight_decay": 0.1}},
+)
 class Lion(ZeroOptimizer):
     """Lion, for every parameter.
 

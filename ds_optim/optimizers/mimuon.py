@@ -11,6 +11,7 @@ from ds_optim.errors import UserError
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_at_least_zero, check_new_weight, one_of
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import SCALES, Gate, Group, MatrixUpdate, rule
 
 _HYPER = {
@@ -34,6 +35,14 @@ def mimuon(group: Group, step: int) -> MatrixUpdate:
     )
 
 
+@register(
+    rules="mimuon",
+    step="Muon, the momentum itself where it is too small",
+    moves="a norm; cut matrices where gates open",
+    when="when momentum fades and Muon would amplify noise",
+    paper="arXiv 2605.19619",
+    claim="lower generalization error than Muon's (a bound)",
+)
 class MiMuon(ZeroOptimizer):
     """MiMuon for matrices, the aux rule for the rest.
 

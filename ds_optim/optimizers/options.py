@@ -9,12 +9,7 @@ from typing import Any, TypedDict
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers.checks import check_bool, check_choice, check_keys, check_positive, check_seed
-
-AUX_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lion": {"lr": 1e-4, "betas": (0.9, 0.99)},
-    "adamw": {"lr": 3e-4, "betas": (0.9, 0.95)},
-    "signum": {"lr": 1e-4, "beta": 0.9},
-}
+from ds_optim.optimizers.rules import RULES
 
 EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 256, "overlap": True, "costs": "measured"}
 COST_MODELS = ("measured", "modelled")
@@ -94,8 +89,9 @@ def check_exchange(options: Any) -> dict[str, Any]:
 
 def aux_options(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The aux rule's name, and its "lr" and hyperparameters as written or by default, under their own names."""
-    name = check_choice("aux", options.get("aux", "lion"), AUX_DEFAULTS)
-    defaults = AUX_DEFAULTS[name]
+    known = {name: rule.aux for name, rule in RULES.items() if rule.aux is not None}
+    name = check_choice("aux", options.get("aux", "lion"), known)
+    defaults = known[name]
     takes, other = ("aux_beta", "aux_betas") if "beta" in defaults else ("aux_betas", "aux_beta")
     if other in options:
         raise UserError(f"the aux rule {name!r} takes no {other}: write {takes}")

@@ -103,7 +103,7 @@ def with_placeholders(state: Mapping[str, Any], rule: Rule, tensor: Tensor) -> d
 
 def own_state(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """A tensor's saved state without placeholders, and with the codes of int8 momentum under their own name."""
-    found = {key: value for key, value in state.items() if key not in UNIVERSAL_BUFFERS or key in rule.buffers}
+    found = {key: value for key, value in state.items() if key not in UNIVERSAL_BUFFERS or key in rule.elements}
     if SCALES_OF_MOMENTUM in found and MOMENTUM in found:
         there = found.pop(MOMENTUM)  # a placeholder, or the codes themselves, as earlier releases wrote them
         found.setdefault(CODES_OF_MOMENTUM, there)
@@ -287,7 +287,7 @@ def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype,
     Raises:
         UserError: it was of another one, whose second moment stands there.
     """
-    strays = [key for key in UNIVERSAL_BUFFERS if key in state and key not in rule.state_keys(momentum_dtype)]
+    strays = [key for key in UNIVERSAL_BUFFERS if key in state and key not in rule.element_dtypes(momentum_dtype)]
     if strays and not carried:
         raise UserError(
             f"the loaded state has {strays[0]}, which this optimizer does not keep: the checkpoint is of another "
@@ -295,7 +295,7 @@ def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype,
         )
     for key in strays:
         del state[key]
-    if carried and rule.keeps_one and MOMENTUM in state:  # DeepSpeed made it fp32, which holds bfloat16 exactly
+    if carried and rule.narrow and MOMENTUM in state:  # DeepSpeed made it fp32, which holds bfloat16 exactly
         state[MOMENTUM] = state[MOMENTUM].to(momentum_dtype)
 
 

@@ -9,10 +9,11 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.blend import Blend
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Group, SignUpdate, average, rule
 
 
-@rule("signum", hyper={"beta": check_beta})
+@rule("signum", hyper={"beta": check_beta}, aux={"lr": 1e-4, "beta": 0.9})
 def signum(group: Group, step: int) -> SignUpdate:
     return SignUpdate(blend=average(group["beta"]), lr=group["lr"], decay=group["weight_decay"])
 
@@ -22,6 +23,14 @@ def sign_sgd(group: Group, step: int) -> SignUpdate:
     return SignUpdate(blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=group["lr"], decay=group["weight_decay"])
 
 
+@register(
+    rules="signum",
+    step="sign of the momentum",
+    moves="nothing",
+    when="for the simplest rule with momentum",
+    paper="Bernstein et al. 2018, arXiv 1802.04434",
+    tuned={"qwen3-tiny": {"lr": 1e-3, "weight_decay": 0.1}},
+)
 class Signum(ZeroOptimizer):
     """Signum, for every parameter.
 
@@ -54,6 +63,14 @@ class Signum(ZeroOptimizer):
         )
 
 
+@register(
+    rules="sign_sgd",
+    step="sign of the gradient",
+    moves="nothing",
+    when="when no state fits",
+    paper="Bernstein et al. 2018, arXiv 1802.04434",
+    tuned={"qwen3-tiny": {"lr": 5e-4, "weight_decay": 0.1}},
+)
 class SignSGD(ZeroOptimizer):
     """SignSGD, for every parameter: theta <- theta (1 - lr wd) - lr sign(g).
 

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from ds_optim.matrix.shapes import POLAR, SIGN_POLAR, WEIGHT_BASIS
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_choice
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Group, MatrixSignUpdate, MatrixUpdate, lion_blend, rule
 
 
@@ -24,6 +25,17 @@ def spectral_lion_of_gradients(group: Group, step: int) -> MatrixSignUpdate:
     return MatrixSignUpdate(blend=lion_blend(group["betas"]), lr=group["lr"], decay=group["weight_decay"])
 
 
+@register(
+    rules={
+        "": "spectral_lion_momentum",
+        'basis: "weight"': "spectral_lion_weight",
+        'basis: "gradient"': "spectral_lion_gradient",
+    },
+    step="sign of Lion's direction, evened out in a spectral basis",
+    moves='cut matrices, with `basis: "weight"` fp32 weights too; signs back (`"gradient"`: factors)',
+    when='to study it: an eigenproblem (`"momentum"`: an SVD) a matrix and step',
+    claim="15% slower",
+)
 class SpectralLion(ZeroOptimizer):
     """SpectralLion for matrices, the aux rule for the rest.
 

@@ -12,9 +12,10 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.moments import Moments, stable_measure, stable_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import (
-    MOMENTUM,
-    SECOND_MOMENT,
+    ROOT_SQUARES,
+    WIDE_MEAN,
     Decision,
     Group,
     Measure,
@@ -25,7 +26,7 @@ from ds_optim.optimizers.rules import (
 from ds_optim.sharding.layout import ParamSpec
 
 
-@rule("stable_adamw", hyper={"betas": check_betas, "eps": check_positive}, buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("stable_adamw", hyper={"betas": check_betas, "eps": check_positive}, buffers=(WIDE_MEAN, ROOT_SQUARES))
 def stable_adamw(group: Group, step: int) -> ParameterUpdate:
     moments = Moments(betas=group["betas"], eps=group["eps"], step=step + 1)
     decay = group["weight_decay"]
@@ -44,6 +45,13 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay)
 
 
+@register(
+    rules="stable_adamw",
+    step="AdamW, slower where gradients outgrow their history",
+    moves="a sum",
+    when="as a yardstick",
+    paper="arXiv 2304.13013",
+)
 class StableAdamW(ZeroOptimizer):
     """StableAdamW, for every parameter: a yardstick whose RMS is that of parameters under ZeRO too.
 

@@ -13,6 +13,7 @@ from ds_optim.elementwise.steps import sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
 from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales, layer_scale
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
 from ds_optim.sharding.layout import ParamSpec
 from ds_optim.sharding.sums import square_sum
@@ -49,6 +50,13 @@ def stable_lion(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=norms, decide=decide, apply=apply, decay=group["weight_decay"])
 
 
+@register(
+    rules="stable_lion",
+    step="Lion times min(weight norm / gradient norm, 3)",
+    moves="two norms",
+    when="if its diagnostics show ratios below 3: else it is Lion at 3 `lr`",
+    claim="30% less memory than adaptive methods",
+)
 class StableLion(ZeroOptimizer):
     """StableLion, for every parameter.
 

@@ -11,9 +11,14 @@ from ds_optim.elementwise.noise import stream_of
 from ds_optim.elementwise.sign_rules import move_momentum, stochastic_element_step, stochastic_sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_choice
+from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import (
-    MOMENTUM,
+    MEAN,
+    PARAMETER,
+    SCALARS,
     SECOND_MOMENT,
+    WIDE_MEAN,
+    Buffer,
     Decision,
     Group,
     Measure,
@@ -25,9 +30,11 @@ from ds_optim.optimizers.rules import (
 from ds_optim.sharding.layout import ParamSpec
 
 _HYPER = {"beta": check_beta}
+_BOUND = Buffer(SCALARS, PARAMETER, "the largest momentum so far")
+_BOUNDS = Buffer(SECOND_MOMENT, means="the largest momentum so far")
 
 
-@rule("sto_sign_sgd", hyper=_HYPER, scalar=True)
+@rule("sto_sign_sgd", hyper=_HYPER, buffers=(MEAN, _BOUND))
 def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
     blend = average(group["beta"])
 
@@ -42,7 +49,7 @@ def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
     return ParameterUpdate(measure=peak, decide=decide, apply=apply, decay=group["weight_decay"])
 
 
-@rule("sto_sign_sgd_element", hyper=_HYPER, buffers=(MOMENTUM, SECOND_MOMENT))
+@rule("sto_sign_sgd_element", hyper=_HYPER, buffers=(WIDE_MEAN, _BOUNDS))
 def sto_sign_sgd_element(group: Group, step: int) -> ParameterUpdate:
     blend = average(group["beta"])
 
@@ -68,6 +75,14 @@ def _common(group: Group, step: int, piece: Piece, chosen: Decision) -> dict[str
     }
 
 
+@register(
+    rules={"": "sto_sign_sgd", 'bound: "element"': "sto_sign_sgd_element"},
+    step="sign of momentum and noise, unbiased",
+    moves='a maximum; `"element"` nothing',
+    when="when signs must keep the momentum on average",
+    paper="arXiv 2604.15416",
+    claim="1.44 to 2.14 times faster in FP8 pretraining",
+)
 class StoSignSGD(ZeroOptimizer):
     """StoSignSGD, for every parameter.
 

@@ -6,27 +6,25 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ds_optim.elementwise.momentum import DTYPES
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, did_you_mean
 from ds_optim.job.deepspeed_json import section_of
-from ds_optim.job.presets import PRESETS, plain_name
-from ds_optim.job.settings import TrainSettings, did_you_mean, make_settings
+from ds_optim.job.presets import PRESETS
+from ds_optim.job.settings import TrainSettings, make_settings
 from ds_optim.memory.estimate_optimizers import takes_momentum_dtype
+from ds_optim.optimizers.registry import plugins
+from ds_optim.zero.config import DEEPSPEED_PREFIX, check_type
 
 #: Steps left out of the timing: kernels warm up, optimizer state is made, and memory is counted.
 UNTIMED_STEPS = 3
-DEEPSPEED = "deepspeed:"
 #: What momentum is kept in where nothing else is asked for.
 FP32 = "float32"
-#: DeepSpeed's own optimizers, by the names that its JSON knows.
-_DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon")
-#: Of them, those that a bare name means: DeepSpeed's Lion and Muon are written ``deepspeed:Lion``, ``deepspeed:Muon``.
-_BARE_DEEPSPEED_NAMES = ("adagrad", "adam", "adamw")
 
 
 class CompareSettings(BaseModel):
@@ -125,25 +123,8 @@ def momentum_dtypes(optimizer: str, asked: Sequence[str]) -> Sequence[str]:
 
 def check_optimizers(settings: CompareSettings) -> None:
     """Raise ``UserError`` for a name that neither this package, DeepSpeed nor torch has."""
-    import torch
-
-    from ds_optim.optimizers import OPTIMIZERS
-
-    known = [plain_name(name) for name in OPTIMIZERS] + list(_BARE_DEEPSPEED_NAMES)
     for name in settings.optimizers:
-        if name.lower().startswith(DEEPSPEED):
-            own = name[len(DEEPSPEED) :]
-            if own.lower() not in _DEEPSPEED_NAMES:
-                raise UserError(
-                    f"DeepSpeed has no optimizer {own!r}{did_you_mean(own.lower(), _DEEPSPEED_NAMES)};"
-                    f" it has {', '.join(_DEEPSPEED_NAMES)}"
-                )
-        elif plain_name(name) not in known and not _is_optimizer(getattr(torch.optim, name, None)):
-            shown = ", ".join([*OPTIMIZERS, *_BARE_DEEPSPEED_NAMES])
-            raise UserError(
-                f"unknown optimizer {name!r}{did_you_mean(plain_name(name), known)};"
-                f" there are {shown} and deepspeed:Muon"
-            )
+        check_type(name)
     for name in settings.optimizer_params:
         if name not in settings.optimizers:
             raise UserError(
@@ -154,7 +135,8 @@ def check_optimizers(settings: CompareSettings) -> None:
 
 def reproduce(settings: CompareSettings, command: str = "compare") -> str:
     """The command line that runs this sweep again; settings left at their defaults are left out."""
-    words = ["ds-optim", command, "--optimizers", ",".join(settings.optimizers)]
+    words = ["ds-optim", command, *chain(*(("--plugin", name) for name in plugins()))]
+    words += ["--optimizers", ",".join(settings.optimizers)]
     words += ["--stages", ",".join(map(str, settings.stages)), "--ranks", str(settings.ranks)]
     words += ["--steps", str(settings.steps)] if command == "compare" else []
     for name, field in type(settings).model_fields.items():
@@ -193,7 +175,7 @@ def _cell(settings: CompareSettings, optimizer: str, dtype: str, stage: int, rep
     zero = {**bucket_settings(settings.preset), **section_of(settings.deepspeed, "zero_optimization")}
     given["deepspeed"] = {**settings.deepspeed, "zero_optimization": zero}
     notes = []
-    if optimizer.lower() == DEEPSPEED + "muon":
+    if optimizer.lower() == DEEPSPEED_PREFIX + "muon":
         notes.append("DeepSpeed's Muon clips the orthogonalized update, not the gradient; clipping is left as it is.")
         if settings.dtype != "fp32":
             notes.append(f"DeepSpeed's Muon keeps its momentum in {settings.dtype}, not in fp32.")
@@ -241,9 +223,3 @@ def bucket_settings(preset: str) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": 10 * hidden,
     }
-
-
-def _is_optimizer(thing: Any) -> bool:
-    import torch
-
-    return isinstance(thing, type) and issubclass(thing, torch.optim.Optimizer)

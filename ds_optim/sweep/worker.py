@@ -58,9 +58,11 @@ def _train_and_measure(folder: Path) -> None:
     from ds_optim.job.settings import TrainSettings
     from ds_optim.machine import ranks
     from ds_optim.machine.files import write_atomic
+    from ds_optim.optimizers.registry import load_plugins
     from ds_optim.sweep.result import CellResult
     from ds_optim.train.loop import train
 
+    load_plugins()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     told = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
     settings = TrainSettings(**told["train"])

@@ -10,13 +10,12 @@ import dis
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ds_optim.errors import UserError
+from ds_optim.errors import UserError, did_you_mean
 
 #: Sections of a config by the name of the model that DeepSpeed reads them with.
 SECTIONS: Mapping[str, str] = {
@@ -123,9 +122,9 @@ def _once(choices: str) -> list[str]:
 
 
 def _hint(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, n=1)
+    near = did_you_mean(word, known)
     if near:
-        return f" (did you mean {near[0]!r}?)"
+        return near
     return f"; known: {', '.join(known)}" if 0 < len(known) <= _LISTED else ": take it out"
 
 

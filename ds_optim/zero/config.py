@@ -12,6 +12,7 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer, known_keys, param_groups
 from ds_optim.optimizers.checks import check_keys, nearest
+from ds_optim.optimizers.registry import canonical_type
 from ds_optim.optimizers.routing import ROUTING_OPTIONS
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
@@ -23,15 +24,10 @@ from ds_optim.zero.versions import check_versions
 
 DEEPSPEED_PREFIX = "deepspeed:"
 _SECTION_KEYS = ("type", "params", "legacy_fusion")
-_DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
+DEEPSPEED_NAMES = ("adagrad", "adam", "adamw", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
+"""DeepSpeed's own optimizers, by the names that its JSON knows."""
 
 Config = dict[str, Any]
-
-
-def canonical_type(name: str) -> str:
-    """The name of one of our classes for ``name`` ("LionMuon", "lion_muon", "lionmuon"); others as they are."""
-    plain = {key.lower(): key for key in OPTIMIZERS}
-    return plain.get(name.replace("_", "").replace("-", "").lower(), name)
 
 
 def is_ours(name: str) -> bool:
@@ -40,16 +36,16 @@ def is_ours(name: str) -> bool:
 
 def check_type(name: str) -> None:
     """Refuse a type that is neither ours, nor DeepSpeed's, nor torch's."""
-    if is_ours(name) or name.lower() in _DEEPSPEED_NAMES:
+    if is_ours(name) or name.lower() in DEEPSPEED_NAMES:
         return
     if name.startswith(DEEPSPEED_PREFIX):
         theirs = name.removeprefix(DEEPSPEED_PREFIX)
-        if theirs.lower() not in _DEEPSPEED_NAMES:
-            raise UserError(f"DeepSpeed has no optimizer {theirs!r}{nearest(theirs, _DEEPSPEED_NAMES)}")
+        if theirs.lower() not in DEEPSPEED_NAMES:
+            raise UserError(f"DeepSpeed has no optimizer {theirs!r}{nearest(theirs, DEEPSPEED_NAMES)}")
         return
     candidate = getattr(torch.optim, name, None)
     if not (isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer)):
-        known = [*OPTIMIZERS, *_DEEPSPEED_NAMES, *(f"{DEEPSPEED_PREFIX}{n}" for n in ("Lion", "Muon", "Lamb"))]
+        known = [*OPTIMIZERS, *DEEPSPEED_NAMES, *(f"{DEEPSPEED_PREFIX}{n}" for n in ("Lion", "Muon", "Lamb"))]
         by_lower = {k.lower(): k for k in reversed(known)}
         hint = nearest(name, by_lower)
         for lower, proper in by_lower.items():

@@ -39,7 +39,7 @@ def never_called(job: CellJob) -> CellOutcome:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"optimizers": ["lion_muonn"]}, r"unknown optimizer 'lion_muonn' \(did you mean 'lionmuon'\?\); there are"),
+        ({"optimizers": ["lion_muonn"]}, r"unknown optimizer type 'lion_muonn' \(did you mean 'LionMuon'\?\)"),
         ({"optimizers": ["deepspeed:Muom"]}, r"DeepSpeed has no optimizer 'Muom' \(did you mean 'muon'\?\)"),
         ({"optimizer_params": {"lin": {}}}, r"'lin', which is not compared \(did you mean 'lion'\?\)"),
         ({"preset": "qwen3-tyni"}, r"unknown preset 'qwen3-tyni' \(did you mean 'qwen3-tiny'\?\)"),

@@ -91,13 +91,13 @@ def test_momentum_is_rounded_where_the_target_stores_it_so(dtype: str, loss: flo
 
 
 REFUSED = [
-    ("SignSGD", {}, "Lion", {}, "no exp_avg"),
-    ("Lion", {}, "StableAdamW", {}, "second buffer"),
-    ("Lion", {}, "Muon", {"aux": "adamw"}, "second buffer"),
-    ("Lion", {}, "LASM", {}, "damped"),
-    ("LASM", {}, "Lion", {}, "damped"),
-    ("Lion", {}, "StoSignSGD", {}, "number for each parameter"),
-    ("StoSignSGD", {"bound": "element"}, "Lamb", {}, "second buffer"),
+    ("SignSGD", {}, "Lion", {}, r"the mean of gradients \(exp_avg\) for .*, and the checkpoint holds no buffer"),
+    ("Lion", {}, "StableAdamW", {}, r"squared gradients \(exp_avg_sq\) for .* holds exp_avg, the mean of gradients"),
+    ("Lion", {}, "Muon", {"aux": "adamw"}, "'adamw' keeps the root of the mean of squared gradients"),
+    ("Lion", {}, "LASM", {}, "keeps a mean of damped gradients .* holds exp_avg, the mean of gradients"),
+    ("LASM", {}, "Lion", {}, "keeps the mean of gradients .* holds exp_avg, a mean of damped gradients"),
+    ("Lion", {}, "StoSignSGD", {}, r"keeps the largest momentum so far \(scalars\)"),
+    ("StoSignSGD", {"bound": "element"}, "Lamb", {}, "exp_avg_sq, the largest momentum so far"),
     ("Lion", {}, "AdamW", {}, "second buffer"),
 ]
 

@@ -17,17 +17,13 @@ import torch
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer
-from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT, STEP, Rule
+from ds_optim.optimizers.rules import MEAN, MOMENTUM, ROOT_SQUARES, RULES, STEP, Rule
 from ds_optim.optimizers.saved import PARAMETERS, describe
 from ds_optim.zero.checkpoints.module import Module
 from ds_optim.zero.checkpoints.portable import Portable, SavedGroup
 from ds_optim.zero.checkpoints.skeleton import check_routable, skeleton
 from ds_optim.zero.config import build_optimizer, canonical_type
 
-_SQUARES = frozenset({"adamw", "lamb", "stable_adamw"})
-"""Rules whose second buffer is Adam's mean of squared gradients."""
-_OWN_MEANING = frozenset({"lasm", "lasm_element"})
-"""Rules whose momentum is not the mean of plain gradients."""
 _ADAM_NAMES = ("adam", "adamw")
 
 
@@ -89,11 +85,11 @@ def _with_state(made: Portable, portable: Portable, optimizer: ZeroOptimizer) ->
     for name, group in new.items():
         rule = RULES[str(group.rule)]
         check_goes_over(portable, name, old[name], rule)
-        buffers[name], entries[name] = rule.buffers, {STEP: step}
+        buffers[name], entries[name] = rule.elements, {STEP: step}
         if rule.scalar:
             scalars[name] = portable.scalars[name]
-        if MOMENTUM in rule.buffers:
-            stored[name] = kept if rule.keeps_one else torch.float32
+        if MOMENTUM in rule.elements:
+            stored[name] = kept if rule.narrow else torch.float32
     return replace(made, buffers=buffers, entries=entries, scalars=scalars, stored_as=stored)
 
 
@@ -105,22 +101,24 @@ def check_goes_over(portable: Portable, name: str, old: SavedGroup, rule: Rule) 
     """
     if old.rule == rule.name:
         return
-    reason = None
     held = portable.buffers[name]
-    if old.rule in _OWN_MEANING or rule.name in _OWN_MEANING:
-        reason = "LASM's momentum is of damped gradients, and no other optimizer's is"
-    elif rule.scalar:
-        reason = f"the rule {rule.name!r} keeps a number for each parameter that no other optimizer has"
-    elif MOMENTUM in rule.buffers and MOMENTUM not in held:
-        reason = f"the checkpoint holds {', '.join(held) or 'no buffer'} for {name}, and no {MOMENTUM}"
-    elif SECOND_MOMENT in rule.buffers and not (rule.name in _SQUARES and _has_squares(old, held)):
-        reason = f"the rule {rule.name!r} keeps a second buffer for {name} that the checkpoint does not hold"
-    if reason is not None:
-        raise UserError(f"{reason}: write --reset-optimizer to start the new optimizer's state anew")
+    meant = _meanings(old, held)
+    for buffer in rule.buffers:
+        if meant.get(buffer.key) == buffer.means:
+            continue
+        there = ", ".join(f"{key}, {meant[key]}" if key in meant else key for key in held) or "no buffer"
+        raise UserError(
+            f"the rule {rule.name!r} keeps {buffer.means} ({buffer.key}) for {name}, and the checkpoint holds {there}: "
+            "write --reset-optimizer to start the new optimizer's state anew"
+        )
 
 
-def _has_squares(old: SavedGroup, held: tuple[str, ...]) -> bool:
-    return SECOND_MOMENT in held and (old.rule in _SQUARES if old.rule is not None else "eps" in old.hyper)
+def _meanings(old: SavedGroup, held: tuple[str, ...]) -> dict[str, str]:
+    """What a saved group's buffers hold, by key; of one that is not ours, as Adam's kin have it."""
+    if old.rule is not None:
+        return {buffer.key: buffer.means for buffer in RULES[old.rule].buffers}
+    adams = [MEAN, *([ROOT_SQUARES] if "eps" in old.hyper else [])]
+    return {buffer.key: buffer.means for buffer in adams if buffer.key in held}
 
 
 # --------------------------------------------------------------------------------------------------- AdamW

@@ -71,7 +71,7 @@ def _fault_of_state(portable: Portable, name: str, rule: Rule) -> str | None:
     held = portable.buffers[name]
     if portable.stage == 0 and not held:
         return None  # it never had a gradient
-    missing = [key for key in rule.buffers if key not in held]
+    missing = [key for key in rule.elements if key not in held]
     if missing:
         return f"it has no {missing[0]}"
     steps = portable.entries[name].get(STEP)
@@ -79,10 +79,10 @@ def _fault_of_state(portable: Portable, name: str, rule: Rule) -> str | None:
         return "it has no number of steps"
     if rule.scalar and not isinstance(portable.scalars.get(name), (int, float)):
         return "it has no number of the whole parameter"
-    if MOMENTUM not in rule.buffers:
+    if MOMENTUM not in rule.elements:
         return None
     stored = portable.momentum_dtype(name)
     wanted = DTYPES[portable.description["momentum_dtype"]] if portable.description is not None else stored
-    if rule.keeps_one and stored != wanted:
+    if rule.narrow and stored != wanted:
         return f"its momentum is {stored} and described as {wanted}"
     return "codes and scales do not go together" if portable.scaled(name) != (stored == torch.int8) else None

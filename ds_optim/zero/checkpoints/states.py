@@ -23,7 +23,10 @@ def saved_groups(groups: Iterable[Mapping[str, Any]], params: Sequence[Sequence[
     found = []
     for group, specs in zip(groups, params, strict=True):
         if group.get("rule") is not None and group["rule"] not in RULES:
-            raise UserError(f"the checkpoint's rule {group['rule']!r} is none of this release of ds_optim")
+            raise UserError(
+                f"the checkpoint's rule {group['rule']!r} is none of this release of ds_optim: if a file of your own "
+                "registers it, import that, or write --plugin FILE"
+            )
         hyper = {key: value for key, value in group.items() if key not in ("params", SAVED, PARAMETERS)}
         found.append(SavedGroup(hyper=hyper, params=tuple(specs)))
     return found
