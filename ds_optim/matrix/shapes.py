@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_optim.matrix.normalize import nan_where_broken, prescaled
 from ds_optim.matrix.polar import PolarSpec, cost, polar, scratch_elements
-from ds_optim.matrix.views import MatrixView
+from ds_optim.matrix.views import MatrixView, row_range
 
 COLUMN_EPS = 1e-8
 
@@ -27,13 +27,8 @@ class Part:
     per_row: bool = False
 
     def place(self, view: MatrixView, start: int, numel: int) -> tuple[int, int]:
-        """Which of a parameter's values, first and last + 1, go with so many elements of it from ``start`` on.
-
-        Rows are counted through the parameter as it is stored, so that each one's value goes with one slice, however
-        it is cut: value k with element k x columns.
-        """
-        each = view.columns if self.per_row else 1
-        return -(-start // each), -(-(start + numel) // each)
+        """Which of a parameter's values, first and last + 1, go with so many elements of it from ``start`` on."""
+        return row_range(view.columns if self.per_row else 1, start, numel)
 
 
 ELEMENTS, ROWS = Part(torch.float32), Part(torch.float32, per_row=True)

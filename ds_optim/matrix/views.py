@@ -151,6 +151,15 @@ class MatrixView:
         return [cut.unflatten(1, (heads, -1)) for cut, (_, heads) in zip(cuts, parts, strict=True)]
 
 
+def row_range(columns: int, start: int, numel: int) -> tuple[int, int]:
+    """Which rows' values, first and last + 1, go with so many elements of a parameter from ``start`` on.
+
+    Rows are counted through the parameter as it is stored, so that each one's value goes with one slice, however it is
+    cut: value k with element k x columns.
+    """
+    return -(-start // columns), -(-(start + numel) // columns)
+
+
 def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a MatrixView from JSON options, types checked."""
     for key in options:

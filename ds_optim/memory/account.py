@@ -179,6 +179,9 @@ def _optimizer_state(inner: Any, ledger: _Ledger) -> tuple[dict[str, int], int]:
     scalars = 0
     for entries in getattr(inner, "state", {}).values():
         for key, value in entries.items():
+            if isinstance(value, Mapping):  # by parameter, values for each row of its matrices
+                held = ledger.take_all(_tensors_in(value, 1))
+                state.update({key: state.get(key, 0) + held} if held else {})
             if not torch.is_tensor(value):
                 continue
             if value.numel() <= SCALAR_NUMEL:

@@ -19,6 +19,7 @@ from ds_optim.memory.estimate_terms import (
     buckets,
     chunk_scratch,
     gradients,
+    rows,
     shares,
     step_gradients,
 )
@@ -189,6 +190,11 @@ def _rank(
                 extra_gradients += numel * itemsize  # and updates beside the gradients that they were made from
         if plan.int8:
             state[SCALES_OF_MOMENTUM] = state.get(SCALES_OF_MOMENTUM, 0) + share.blocks * _FP32
+        for key in plan.rows:
+            state[key] = (
+                state.get(key, 0)
+                + rows(unit, tuple(plan.views[spec.name].columns for spec in unit.params))[rank] * _FP32
+            )
         padding += empty * zero.master_itemsize if zero.stage else 0
         scalars += plan.scalar * len(unit.params)
         scalars += optimizer.step_scalar * (len(unit.params) if unit.cut == "none" else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import Shape
+from ds_optim.matrix.views import MatrixView
 from ds_optim.memory.estimate_model import ModelShape, Parameter
 from ds_optim.optimizers import OPTIMIZERS
 from ds_optim.optimizers.checks import check_choice
@@ -46,6 +48,7 @@ class GroupPlan:
 
     buffers: bytes an element of each state buffer. int8: momentum is int8, with one fp32 scale for each block.
     shape: what the group's matrices travel for; None where they do not. scalar: bytes for each parameter.
+    rows: keys of what is kept in fp32 for each row of a matrix.
     whole: DeepSpeed's Muon at stages 1 and 2, which keeps a buffer of every whole matrix that a partition touches.
     """
 
@@ -54,7 +57,13 @@ class GroupPlan:
     int8: bool = False
     shape: Shape | None = None
     scalar: int = 0
+    rows: tuple[str, ...] = ()
     whole: bool = False
+
+    @cached_property
+    def views(self) -> dict[str, MatrixView]:
+        """Of its matrices, by the parameter's name."""
+        return {parameter.name: parameter.view for parameter in self.parameters if parameter.view is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +146,7 @@ def _ours(name: str, parameters: Sequence[Parameter], momentum_dtype: str) -> Gr
         int8=rule.narrow and momentum_dtype == "int8",
         shape=rule.shape,
         scalar=8 if rule.scalar else 0,
+        rows=rule.rows,
     )
 
 

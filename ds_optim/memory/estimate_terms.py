@@ -15,6 +15,7 @@ import torch
 from ds_optim.elementwise.chunks import CPU_CHUNK, CUDA_CHUNK
 from ds_optim.elementwise.momentum import scales_numel
 from ds_optim.errors import UserError
+from ds_optim.matrix.views import row_range
 from ds_optim.sharding.layout import MOST_RANKS, Unit
 
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -125,6 +126,17 @@ def shares(unit: Unit) -> tuple[Share, ...]:
             touched[rank] += spec.numel
             blocks[rank] += scales_numel(piece.start, piece.numel)
     return tuple(Share(*numbers) for numbers in zip(held, touched, blocks, strict=True))
+
+
+@lru_cache(maxsize=256)
+def rows(unit: Unit, columns: tuple[int, ...]) -> tuple[int, ...]:
+    """Of how many rows every rank keeps values; columns: of the matrices of each parameter."""
+    found = [0] * unit.world_size
+    for param, each in enumerate(columns):
+        for rank, piece in unit.holders(param):
+            first, last = row_range(each, piece.start, piece.numel)
+            found[rank] += last - first
+    return tuple(found)
 
 
 def gradients(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:

@@ -30,6 +30,7 @@ from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matr
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions, check_exchange, check_options
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.planning import plan_exchanges
+from ds_optim.optimizers.row_state import init_rows
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     RULES,
@@ -40,6 +41,7 @@ from ds_optim.optimizers.rules import (
     MatrixSignUpdate,
     MatrixUpdate,
     ParameterUpdate,
+    Rule,
 )
 from ds_optim.optimizers.saved import (
     COSTS,
@@ -155,8 +157,9 @@ class ZeroOptimizer(GroupedOptimizer):
         """What is to be loaded, and its description; raises as ``load_state_dict``."""
         plain, description = without_description(state_dict)
         check_saved(plain["param_groups"], description, self.identity())
-        for entry in plain["state"].values():
-            check_stored_dtype(entry, self._momentum_dtype)
+        for group in plain["param_groups"]:
+            for number in group["params"]:
+                check_stored_dtype(plain["state"].get(number, {}), RULES[group["rule"]], self._momentum_dtype)
         return plain, description
 
     def _keep_costs(self, description: Mapping[str, Any] | None) -> None:
@@ -279,16 +282,20 @@ class ZeroOptimizer(GroupedOptimizer):
 
     def _init_states(self, binding: Binding) -> None:
         # All units at once: DeepSpeed links the state of all groups after the first group's step.
-        for unit, tensors in zip(binding.layout.units, binding.tensors, strict=True):
+        for unit_number, (unit, tensors) in enumerate(zip(binding.layout.units, binding.tensors, strict=True)):
             blocks = blocks_of(unit, binding.comm.rank)
             for number, tensor in enumerate(tensors):
                 params = range(len(unit.params)) if binding.sharded else [number]
                 count = sum(blocks[param][1] for param in params if param in blocks)
-                self._init_state(self._all_groups[unit.group], tensor, [unit.params[p].name for p in params], count)
+                own = RULES[self._all_groups[unit.group]["rule"]]
+                self._init_state(own, tensor, [unit.params[p].name for p in params], count)
+                if own.rows:
+                    views = [member.view for member in binding.members[unit_number]]
+                    init_rows(self.state[tensor], own, tensor.device, unit, views, binding.comm.rank, params)
 
-    def _init_state(self, group: Group, tensor: Tensor, names: Sequence[str], blocks: int) -> None:
+    def _init_state(self, own: Rule, tensor: Tensor, names: Sequence[str], blocks: int) -> None:
         """State of a tensor that holds (slices of) the parameters ``names``, in so many blocks of int8 momentum."""
-        state, own = self.state[tensor], RULES[group["rule"]]
+        state = self.state[tensor]
         settle_state(state, own, self._momentum_dtype, carried=self._universal)
         for key, dtype in own.element_dtypes(self._momentum_dtype, wide(tensor.dtype)).items():
             if key not in state:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _Wrapped:
-    tensor: Tensor
+    value: Tensor | dict[str, Any]
 
 
 def wrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
     """``state_dict`` for torch's ``load_state_dict``, after which ``unwrap`` is due."""
     state = {
-        number: {key: _Wrapped(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        number: {key: _Wrapped(value) if isinstance(value, (Tensor, dict)) else value for key, value in entry.items()}
         for number, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
@@ -32,4 +32,11 @@ def unwrap(optimizer: torch.optim.Optimizer) -> None:
     for parameter, entry in optimizer.state.items():
         for key, value in entry.items():
             if isinstance(value, _Wrapped):
-                entry[key] = value.tensor.to(parameter.device)
+                entry[key] = _on(value.value, parameter.device)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A tensor, or those in a dict by parameter, on a device."""
+    if isinstance(value, dict):
+        return {key: _on(one, device) for key, one in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value

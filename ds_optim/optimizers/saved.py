@@ -269,6 +269,8 @@ def check_universal(description: Mapping[str, Any], own: Identity) -> None:
             f"{own.momentum_dtype}: load it with the momentum_dtype it was saved with"
         )
     what = "the scales of its int8 momentum" if own.momentum_dtype == "int8" else None
+    if any(RULES[rule].rows for rule in rules):
+        what = "the values that it keeps for each row of a matrix"
     if any(RULES[rule].scalar for rule in rules):
         what = "the numbers that it keeps for each parameter"
     if what is not None:
@@ -299,10 +301,10 @@ def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype,
         state[MOMENTUM] = state[MOMENTUM].to(momentum_dtype)
 
 
-def check_stored_dtype(saved: Mapping[str, Any], wanted: torch.dtype) -> None:
+def check_stored_dtype(saved: Mapping[str, Any], rule: Rule, wanted: torch.dtype) -> None:
     """Refuse a saved momentum that may be stored in fewer bits and was in another dtype than ``wanted``."""
     momentum = saved.get(CODES_OF_MOMENTUM, saved.get(MOMENTUM))
-    if momentum is None or SECOND_MOMENT in saved:
+    if momentum is None or not rule.narrow:
         return
     dtype = momentum.dtype
     if dtype != wanted:

@@ -195,6 +195,7 @@ def _portable(layout: Any, specs: list[list[ParamSpec]], flats: Any) -> Portable
         stage=layout.stage,
         ranks=layout.world_size,
         description=None,
+        rows={},
         scalars={},
         entries={},
         groups=tuple(SavedGroup(hyper={}, params=tuple(group)) for group in specs),

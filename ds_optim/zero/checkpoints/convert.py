@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
@@ -31,7 +32,7 @@ def reset_optimizer(portable: Portable) -> Portable:
     """Without the optimizer's state: weights, schedule and the place in the data stay."""
     names = [spec.name for spec in portable.specs]
     nothing: dict[str, dict[str, Any]] = {name: {} for name in names}
-    return replace(portable, has_state=False, scalars={}, entries=nothing, buffers=dict.fromkeys(names, ()))
+    return replace(portable, has_state=False, scalars={}, rows={}, entries=nothing, buffers=dict.fromkeys(names, ()))
 
 
 def change_optimizer(portable: Portable, name: str, params: Mapping[str, Any], *, reset: bool = False) -> Portable:
@@ -80,6 +81,7 @@ def _with_state(made: Portable, portable: Portable, optimizer: ZeroOptimizer) ->
     kept = DTYPES[optimizer.identity().momentum_dtype]
     stored: dict[str, torch.dtype] = {}
     buffers, entries, scalars = {}, {}, {}
+    rows: dict[str, dict[str, Tensor]] = {}
     steps = [int(entry[STEP]) for entry in portable.entries.values() if STEP in entry]
     step = max(steps, default=portable.step - int(portable.models[0].get("skipped_steps", 0)))
     for name, group in new.items():
@@ -88,9 +90,11 @@ def _with_state(made: Portable, portable: Portable, optimizer: ZeroOptimizer) ->
         buffers[name], entries[name] = rule.elements, {STEP: step}
         if rule.scalar:
             scalars[name] = portable.scalars[name]
+        for key in rule.rows:
+            rows.setdefault(key, {})[name] = portable.rows[key][name]
         if MOMENTUM in rule.elements:
             stored[name] = kept if rule.narrow else torch.float32
-    return replace(made, buffers=buffers, entries=entries, scalars=scalars, stored_as=stored)
+    return replace(made, buffers=buffers, entries=entries, scalars=scalars, rows=rows, stored_as=stored)
 
 
 def check_goes_over(portable: Portable, name: str, old: SavedGroup, rule: Rule) -> None:

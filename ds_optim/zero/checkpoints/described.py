@@ -77,6 +77,9 @@ def _fault_of_state(portable: Portable, name: str, rule: Rule) -> str | None:
     steps = portable.entries[name].get(STEP)
     if not isinstance(steps, (int, Tensor)) or steps < 0:
         return "it has no number of steps"
+    for key in rule.rows:
+        if name not in portable.rows.get(key, {}):
+            return f"it has no {key}"
     if rule.scalar and not isinstance(portable.scalars.get(name), (int, float)):
         return "it has no number of the whole parameter"
     if MOMENTUM not in rule.elements:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.momentum import decode, scales_numel
 from ds_optim.elementwise.quantized import quantize, recut
+from ds_optim.matrix.views import row_range
 from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import MOMENTUM, SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Unit
@@ -66,6 +67,19 @@ def flat_state(portable: Portable, unit: Unit, rank: int) -> dict[str, Tensor]:
                 first, count = blocks[s.param]
                 flats[SCALES_OF_MOMENTUM][first : first + count] = scales
     return flats
+
+
+def rows_held(portable: Portable, unit: Unit, rank: int) -> dict[str, dict[str, Tensor]]:
+    """By key and parameter, what one rank keeps of the rows of its matrices."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, by_name in portable.rows.items():
+        for held in unit.slices(rank):
+            spec = unit.params[held.param]
+            if spec.name in by_name:
+                values = by_name[spec.name]
+                first, last = row_range(spec.numel // len(values), held.start, held.numel)
+                found.setdefault(key, {})[spec.name] = values[first:last].clone()
+    return found
 
 
 def whole_state(portable: Portable, unit: Unit, param: int) -> dict[str, Tensor]:

@@ -109,10 +109,11 @@ class Portable:
 
     stage, ranks: of the run that saved it. groups: of its optimizer. description: what ``ds_optim.optimizers.saved``
     wrote, if it did. shards: master weights and buffers. scalars: by parameter, where the rule keeps a number for
-    each. entries: by parameter the rest of its state, such as the step count. has_state: False before a first step.
-    wrapper: loss scale and such of DeepSpeed's wrapper. models: the model files' contents, one a rank at stage 3.
-    prefix: of the names of optimizer files. version: of DeepSpeed. buffers: by parameter the names of its optimizer's
-    buffers. stored_as: by parameter the dtype that its momentum is to have, where not as it is.
+    each. rows: by key and parameter, values for each row of its matrices. entries: by parameter the rest of its state,
+    such as the step count. has_state: False before a first step. wrapper: loss scale and such of DeepSpeed's wrapper.
+    models: the model files' contents, one a rank at stage 3. prefix: of the names of optimizer files. version: of
+    DeepSpeed. buffers: by parameter the names of its optimizer's buffers. stored_as: by parameter the dtype that its
+    momentum is to have, where not as it is.
     """
 
     stage: int
@@ -121,6 +122,7 @@ class Portable:
     description: dict[str, Any] | None
     shards: Shards
     scalars: dict[str, float]
+    rows: dict[str, dict[str, Tensor]]
     entries: dict[str, dict[str, Any]]
     has_state: bool
     wrapper: dict[str, Any]

@@ -23,7 +23,14 @@ from ds_optim.zero.checkpoints.folder import Files, find_files, find_folder
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
 from ds_optim.zero.checkpoints.safe import laid_out, load
 from ds_optim.zero.checkpoints.stage0 import Names, read_stage0
-from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, plain_values, saved_groups
+from ds_optim.zero.checkpoints.states import (
+    buffers_by_name,
+    entries_of,
+    joined_rows,
+    numbered,
+    plain_values,
+    saved_groups,
+)
 from ds_optim.zero.support import is_true
 
 _OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
@@ -229,6 +236,7 @@ def _portable(
     ]
     scalars: dict[str, float] = {}
     entries: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Tensor]] = {}
     for u, unit in enumerate(layout.units):
         number = u if stage == 3 else groups[groups_of_units[u]]["params"][0]
         for rank, (of_rank, _, _) in enumerate(base):
@@ -236,6 +244,8 @@ def _portable(
                 raise UserError(f"{files.optimizers[rank]} and the first rank's file are of different steps")
         own = state.get(number, {})
         scalars |= own.get(SCALARS, {})
+        for key, by_name in joined_rows(unit, [[s.get(number, {})] for s, _, _ in base], files.folder).items():
+            rows.setdefault(key, {}).update(by_name)
         entries |= {spec.name: entries_of(own) for spec in unit.params}
     return Portable(
         stage=stage,
@@ -244,6 +254,7 @@ def _portable(
         description=description,
         shards=Shards(layout=layout, flats=flats),
         scalars=scalars,
+        rows=rows,
         entries=entries,
         has_state=bool(state),
         wrapper={key: saved[0][key] for key in _WRAPPER if key in saved[0]},

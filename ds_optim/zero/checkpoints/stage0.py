@@ -16,7 +16,7 @@ from ds_optim.optimizers.saved import PARAMETERS, without_description
 from ds_optim.sharding.layout import ParamSpec, build_layout
 from ds_optim.zero.checkpoints.folder import Files
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
-from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, saved_groups
+from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, rows_of, saved_groups
 
 Shape = tuple[int, ...]
 Names = Sequence[Sequence[ParamSpec]]
@@ -47,6 +47,7 @@ def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = No
     flats: list[list[list[Flats]]] = []
     scalars: dict[str, float] = {}
     entries: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Tensor]] = {}
     for unit in layout.units:
         tensors: list[Flats] = []
         for param, (spec, number) in enumerate(zip(unit.params, groups[unit.group]["params"], strict=True)):
@@ -58,6 +59,8 @@ def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = No
             master = masters[unit.group][param] if masters is not None else model["module"][spec.name]
             tensors.append(_flats(spec, master.detach(), own, files))
             scalars |= own.get(SCALARS, {})
+            for key, by_name in rows_of(own).items():
+                rows.setdefault(key, {}).update(by_name)
             entries[spec.name] = entries_of(own)
         flats.append([tensors])
     return Portable(
@@ -67,6 +70,7 @@ def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = No
         description=description,
         shards=Shards(layout=layout, flats=flats),
         scalars=scalars,
+        rows=rows,
         entries=entries,
         has_state=bool(states),
         wrapper={"dynamic_loss_scale": bool(wrapper.get("dynamic_loss_scale", False))},

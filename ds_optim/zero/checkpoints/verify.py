@@ -53,6 +53,7 @@ def differences(made: Portable, original: Portable, target: Target) -> list[str]
             ("groups", made.groups, original.groups),
             ("description", made.description, original.description),
             ("scalars", made.scalars, original.scalars),
+            ("rows", made.rows, original.rows),
             ("steps", _entries(made), _entries(original)),
             ("state", made.has_state, original.has_state),
             ("settings", made.config, config_of(original, target)),

@@ -20,7 +20,7 @@ from ds_optim.optimizers.saved import SAVED, with_placeholders
 from ds_optim.sharding.layout import Layout, Unit
 from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimizer_file
 from ds_optim.zero.checkpoints.module import Module, common_entries
-from ds_optim.zero.checkpoints.pieces import flat_state, whole_state
+from ds_optim.zero.checkpoints.pieces import flat_state, rows_held, whole_state
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
 from ds_optim.zero.checkpoints.stamp import Stamps, stamped
 from ds_optim.zero.checkpoints.states import as_saved
@@ -88,7 +88,7 @@ def _optimizer_states(portable: Portable, target: Target, layout: Layout, rank: 
         numbers[unit.group].append(number)
     for number, (unit, own) in enumerate(zip(layout.units, flats, strict=True)):
         if portable.has_state:
-            state[number] = _tensor_state(portable, unit, range(len(unit.params)), own)
+            state[number] = _tensor_state(portable, unit, rank, own)
     build = _stage3 if target.stage == 3 else _stages_1_2
     base = {"state": state, "param_groups": _packed(portable, numbers)}
     states = build(portable, layout, rank, [own[MASTER] for own in flats], base)
@@ -107,10 +107,11 @@ def _packed(portable: Portable, numbers: Sequence[Sequence[int]]) -> list[dict[s
     ]
 
 
-def _tensor_state(portable: Portable, unit: Unit, params: Sequence[int], flats: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state of one tensor, which holds (slices of) these parameters of its unit."""
-    names = [unit.params[param].name for param in params]
+def _tensor_state(portable: Portable, unit: Unit, rank: int, flats: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of one rank's flat partition."""
+    names = [spec.name for spec in unit.params]
     state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER})
+    state |= rows_held(portable, unit, rank)
     if any(name in portable.scalars for name in names):
         state[SCALARS] = {name: portable.scalars[name] for name in names}
     state |= _joined([portable.entries[name] for name in names])
@@ -251,4 +252,5 @@ def _unsharded_state(portable: Portable, unit: Unit, param: int, flats: Mapping[
     state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER})
     if name in portable.scalars:
         state[SCALARS] = {name: portable.scalars[name]}
+    state |= {key: {name: by_name[name].clone()} for key, by_name in portable.rows.items() if name in by_name}
     return {**state, **portable.entries[name]}
