@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ds_optim.errors import UserError
 from ds_optim.optimizers import (
     LASM,
+    OPTIMIZERS,
     CautiousLion,
     CLion,
     Lamb,
@@ -20,6 +23,7 @@ from ds_optim.optimizers import (
     StableAdamW,
     StableLion,
     StoSignSGD,
+    ZeroOptimizer,
     full_momentum,
     param_groups,
     register,
@@ -54,3 +58,11 @@ __all__ = [
     "register",
     "set_full_momentum",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[ZeroOptimizer]:
+        """Whatever else is registered: a user's own, and those that no line above names."""
+        if name in OPTIMIZERS:
+            return OPTIMIZERS[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

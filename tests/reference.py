@@ -240,6 +240,17 @@ def muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     return decay(theta, h) - h["eta"] * shape_scale(h["scale"], *theta.shape) * polar(u, h)
 
 
+def nor_muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
+    """arXiv 2510.05491, its last two lines in one: W - eta s sqrt(min(m, n)) / ||N||_F N."""
+    b1, b2 = h["betas"]
+    s["m"] = blend(s.get("m", 0.0), g, b1)
+    o = polar(blend(s["m"], g, b1) if h["nesterov"] else s["m"], h)
+    s["v"] = blend(s.get("v", 0.0), np.mean(o**2, axis=1), b2)
+    n = o / (np.sqrt(s["v"]) + h["eps"])[:, None]
+    n = n * np.sqrt(min(theta.shape)) / (np.linalg.norm(n) or 1.0)
+    return decay(theta, h) - h["eta"] * shape_scale(h["scale"], *theta.shape) * n
+
+
 def lion_muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     """period_mode "fixed"; with an infinite period no step is spectral, the first included."""
     c = lion_direction(g, s, h)
@@ -323,6 +334,12 @@ RULES = {
     "StoSignSGD": Rule(sto_sign_sgd, {"lr": 1e-4, "beta": 0.9, "weight_decay": 0.1, "seed": 0, "bound": "tensor"}),
     "Muon": Rule(muon, MUON, matrix=True),
     "Muonlight": Rule(muon, MUON | {"scale": "match_rms_adamw", "lr": 1e-3, "weight_decay": 0.1}, matrix=True),
+    "NorMuon": Rule(
+        nor_muon,
+        {"lr": 1e-3, "betas": (0.95, 0.95), "weight_decay": 0.1, "eps": 1e-8, "nesterov": False}
+        | {"scale": "match_rms_adamw"},
+        matrix=True,
+    ),
     "LionMuon": Rule(lion_muon, LION_MUON, matrix=True),
     "SignMuon": Rule(sign_muon, LION_MUON | {"beta": 0.9, "lr": 3e-3, "sign_lr_ratio": 30}, matrix=True),
     "MiMuon": Rule(mimuon, MIMUON | {"lr": 1e-3, "weight_decay": 0.1}, matrix=True),

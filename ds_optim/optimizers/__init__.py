@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.cautious_lion import CautiousLion
@@ -54,3 +55,11 @@ __all__ = [
     "register",
     "set_full_momentum",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[ZeroOptimizer]:
+        """Whatever else is registered: a user's own, and those that no line above names."""
+        if name in OPTIMIZERS:
+            return OPTIMIZERS[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

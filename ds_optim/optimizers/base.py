@@ -326,7 +326,7 @@ class ZeroOptimizer(GroupedOptimizer):
         old = self._diagnostics.before(local) if self._diagnostics else None
         done: Outcome = {}
         if isinstance(update, MatrixUpdate):
-            opened = step_matrices(local, self._exchanges[number], update)
+            opened = step_matrices(local, rule, self._exchanges[number], update)
             done = opened if update.gate is not None else {}
         elif isinstance(update, MatrixSignUpdate):
             step_by_shaped_gradients(local, self._exchanges[number], update)

@@ -19,6 +19,7 @@ from ds_optim.optimizers.rules import (
     SECOND_MOMENT,
     STEP,
     Piece,
+    Rule,
 )
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
@@ -126,6 +127,11 @@ class Local:
         """The unit's parameters that take part: unsharded, those with a gradient."""
         absent = self.absent if self.unit.cut == "none" else ()
         return [param for param in range(len(self.unit.params)) if param not in absent]
+
+    def rows(self, held: Slice, rule: Rule) -> Tensor:
+        """The values that a rule keeps of the rows that begin in a slice."""
+        values: Tensor = self.states[held.tensor][rule.rows[0]][self.unit.params[held.param].name]
+        return values
 
     def scalars(self, param: int) -> dict[str, float]:
         """Where the number of a parameter is kept, by the parameter's name."""

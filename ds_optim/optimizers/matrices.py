@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
-from ds_optim.optimizers.rules import SCALES
+from ds_optim.optimizers.rules import SCALES, Finish
 from ds_optim.sharding.exchange import Exchange, Solve, Values
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import ExchangePlan
@@ -23,24 +23,42 @@ def scale_of(view: MatrixView, name: str | None) -> float:
     return SCALES[name](rows, columns)
 
 
-def shaped(plan: ExchangePlan, scale: str | None) -> Solve:
+def shaped(plan: ExchangePlan, scale: str | None, finish: Finish | None = None) -> Solve:
     """The work of a plan's owners: (B, numel) parameters of one view -> (B, numel) results, in proportion to the first
-    matrix's scale."""
+    matrix's scale; finish: see :class:`MatrixUpdate`."""
 
     def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
-        return _whole(plan, view, stacks) if not view.is_cut_up else _cut_up(plan, view, stacks, scale)
+        return _whole(plan, view, stacks, finish) if not view.is_cut_up else _cut_up(plan, view, stacks, scale, finish)
 
     return solve
 
 
-def _whole(plan: ExchangePlan, view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
+def _solved(plan: ExchangePlan, parts: Sequence[Tensor], finish: Finish | None) -> Sequence[Tensor]:
+    """What goes back of batches of matrices: the shape's result, finished, and rows, which the finish has moved on."""
+    results = plan.shape.solve(parts, plan.polar)
+    if finish is None:
+        return results
+    weights = parts[1] if plan.shape.weights else None
+    rows = parts[-1].flatten(1) if plan.shape.rows else None
+    many = len(results[0])
+    # As in polar: on a CPU each matrix alone, so that its bits do not depend on its neighbours in the stack.
+    each = many if plan.stacked else 1
+    for first in range(0, many, each):
+        chosen = [None if values is None else values[first : first + each] for values in (weights, rows)]
+        finish(results[0][first : first + each], *chosen)
+    return [results[0], *([parts[-1]] if plan.shape.rows else [])]
+
+
+def _whole(plan: ExchangePlan, view: MatrixView, stacks: Sequence[Tensor], finish: Finish | None) -> Sequence[Tensor]:
     """Whole parameters, or stacks of heads or experts."""
     ((_, m, n),) = view.matrices()
     seen = [stack.view((-1, m) if part.per_row else (-1, m, n)) for stack, part in zip(stacks, plan.there, strict=True)]
-    return [result.view(len(stacks[0]), -1) for result in plan.shape.solve(seen, plan.polar)]
+    return [result.view(len(stacks[0]), -1) for result in _solved(plan, seen, finish)]
 
 
-def _cut_up(plan: ExchangePlan, view: MatrixView, stacks: Sequence[Tensor], scale: str | None) -> Sequence[Tensor]:
+def _cut_up(
+    plan: ExchangePlan, view: MatrixView, stacks: Sequence[Tensor], scale: str | None, finish: Finish | None
+) -> Sequence[Tensor]:
     """Matrices that are taken out of their parameters by a copy, and results that are put back into such."""
     blocks = view.matrices()
     unpacked = [
@@ -48,7 +66,7 @@ def _cut_up(plan: ExchangePlan, view: MatrixView, stacks: Sequence[Tensor], scal
     ]
     solved: list[list[Sequence[Tensor]]] = []  # by block, part that goes back, and parameter
     for number, (count, m, n) in enumerate(blocks):
-        results = plan.shape.solve([torch.cat([row[number] for row in rows]) for rows in unpacked], plan.polar)
+        results = _solved(plan, [torch.cat([row[number] for row in rows]) for rows in unpacked], finish)
         relative = 1.0 if scale is None else SCALES[scale](m, n) / scale_of(view, scale)
         if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV
             for matrix in results[0]:

@@ -17,7 +17,7 @@ from ds_optim.matrix.shapes import smallest_gap
 from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.matrices import flags, scale_of, shaped
 from ds_optim.optimizers.parameters import measured
-from ds_optim.optimizers.rules import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece
+from ds_optim.optimizers.rules import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece, Rule
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import Slice
 
@@ -28,7 +28,7 @@ Opened = Mapping[int, bool]
 """By parameter, whether its gate is open: of all, or of those that this rank holds a part of."""
 
 
-def step_matrices(local: Local, exchange: Exchange, update: MatrixUpdate) -> Opened:
+def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUpdate) -> Opened:
     """Carry out ``update`` on every matrix of a unit; says which gates were open (all, for rules without)."""
     opened = dict.fromkeys(local.params(), True)
     if update.gate is not None:
@@ -40,20 +40,22 @@ def step_matrices(local: Local, exchange: Exchange, update: MatrixUpdate) -> Ope
     def fill(held: Slice, messages: Sequence[Tensor]) -> None:
         piece = local.piece(held)
         blend_into(messages[0], piece.m, piece.g, update.blend, local.scratch)
-        for weights in messages[1:]:
-            weights.copy_(run(local.p[held.tensor], held))
+        for message, part in zip(messages[1:], exchange.plan.there[1:], strict=True):
+            message.copy_(local.rows(held, rule) if part.per_row else run(local.p[held.tensor], held))
 
     views = exchange.plan.views
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
         piece = local.piece(held)
+        for moved in results[1:]:
+            local.rows(held, rule).copy_(moved)
         if opened[held.param]:
             scale = scale_of(views[held.param], update.scale)
             apply_update(piece.p, results[0], lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
         else:
             _apply_raw(piece, update)
 
-    exchange.run(fill, shaped(exchange.plan, update.scale), apply, local.absent)
+    exchange.run(fill, shaped(exchange.plan, update.scale, update.finish), apply, local.absent)
     return opened
 
 

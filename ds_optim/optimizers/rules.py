@@ -24,6 +24,7 @@ from ds_optim.optimizers.checks import Check
 from ds_optim.sharding.layout import ParamSpec
 
 Group = dict[str, Any]
+Finish = Callable[[Tensor, Tensor | None, Tensor | None], None]
 
 # The names that DeepSpeed's universal checkpoints carry, whatever the optimizer calls its buffers.
 MOMENTUM = "exp_avg"
@@ -50,7 +51,9 @@ class SignUpdate:
 class MatrixUpdate:
     """W <- W (1 - lr decay) - lr s(m, n) F(direction), for each matrix of the view; F is the rule's shape.
 
-    scale: the name of s in SCALES; None for 1. gate: decides for which parameters this is done.
+    scale: the name of s in SCALES; None for 1. gate: decides for which parameters this is done. finish: what is made of
+    F's result at a matrix's owner, in place, before it goes back: (results (B, m, n), the weights (B, m, n) where the
+    rule's shape takes them along, the values of rows (B, m) where the rule keeps such) -> nothing.
     """
 
     blend: Blend
@@ -58,6 +61,7 @@ class MatrixUpdate:
     decay: float
     scale: str | None
     gate: Gate | None = None
+    finish: Finish | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,14 +271,16 @@ def rule(
     """
 
     def register(function: Callable[[Group, int], Update]) -> Callable[[Group, int], Update]:
-        _check_new(name, function, buffers)
-        RULES[name] = Rule(name, buffers, function, hyper or {}, shape, aux)
+        _check_new(name, function, buffers, shape)
+        kept = any(buffer.kind == ROW for buffer in buffers)
+        seen = replace(shape, rows=True) if shape is not None and kept else shape
+        RULES[name] = Rule(name, buffers, function, hyper or {}, seen, aux)
         return function
 
     return register
 
 
-def _check_new(name: str, function: Callable[..., Any], buffers: Sequence[Buffer]) -> None:
+def _check_new(name: str, function: Callable[..., Any], buffers: Sequence[Buffer], shape: Shape | None) -> None:
     known = RULES.get(name)
     if known is not None and (known.update.__module__, known.update.__qualname__) != (
         function.__module__,
@@ -289,6 +295,8 @@ def _check_new(name: str, function: Callable[..., Any], buffers: Sequence[Buffer
                 f"the rule {name!r} has no place for {buffer}: a value by element is {MOMENTUM!r} or "
                 f"{SECOND_MOMENT!r}, a number by parameter {SCALARS!r}, and a value by row has a key of its own"
             )
+    if sum(buffer.kind == ROW for buffer in buffers) > (shape is not None):
+        raise ValueError(f"the rule {name!r}: one value a row at most, of a rule with a shape")
     if len(set(keys)) < len(keys) or (SECOND_MOMENT in keys and any(buffer.narrow for buffer in buffers)):
         raise ValueError(f"the rule {name!r}: each buffer has its own key, and of two by element none is narrow")
 

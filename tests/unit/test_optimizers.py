@@ -34,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Muonlight", {"aux_lr": 0.005}),
     ("Muonlight", {"aux_lr": 0.005, "aux": "adamw", "aux_weight_decay": 0.2}),
     ("Muonlight", {"aux_lr": 0.005, "aux": "signum", "aux_beta": 0.8, "decay_1d": True}),
+    ("NorMuon", {"aux_lr": 0.005}),
     ("LionMuon", {}),
     ("LionMuon", {"period": 5, "betas": (0.95, 0.98), "aux": "adamw", "aux_betas": (0.8, 0.9)}),
     ("LionMuon", {"period": "inf"}),
