@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import Int8, Rounding
+from ds_optim.matrix.views import row_range
 from ds_optim.optimizers.local import blocks_of
 from ds_optim.sharding.layout import Layout, build_layout
 
@@ -58,6 +59,8 @@ KINDS = {
     "bf16 momentum": Kind(optimizer=chosen("Lion", momentum_dtype="bfloat16")),
     "int8 momentum": Kind(optimizer=chosen("LionMuon", momentum_dtype="int8", **FP32)),
     "scalars": Kind(optimizer=chosen("LASM", layer_scales={"square": 1.5})),
+    "rows": Kind(optimizer=chosen("NorMuon", aux_lr=1e-3, **FP32)),
+    "rows beside int8": Kind(optimizer=chosen("NorMuon", momentum_dtype="int8", **FP32), dtype="bf16"),
     "aux adamw": Kind(optimizer=chosen("Muon", aux="adamw", **FP32)),
     "bf16 weights": Kind(optimizer=chosen("Muon", **FP32), dtype="bf16"),
     "sub-groups": Kind(optimizer=chosen("Signum"), zero3={"sub_group_size": 300}),
@@ -100,6 +103,7 @@ def layout_of(engine: Any, cell: Cell, world_size: int) -> Layout:
 def held(engine: Any, cell: Cell, rank: int, world_size: int) -> list[tuple[str, str, int, Tensor]]:
     """(parameter, what, first element, values) of all slices on this rank; int8 momentum as numbers."""
     state, tensors = own_optimizer(engine).state, local_tensors(engine)
+    views = {m.spec.name: m.view for members in own_optimizer(engine).members for m in members}
     found = []
     position = 0
     for unit in layout_of(engine, cell, world_size).units:
@@ -113,6 +117,10 @@ def held(engine: Any, cell: Cell, rank: int, world_size: int) -> list[tuple[str,
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state[tensor]:
                     found.append((name, key, s.start, state[tensor][key].reshape(-1)[run].clone()))
+            for key, rows in state[tensor].items():
+                if isinstance(rows, Mapping) and key != "scalars" and len(rows[name]):
+                    first, _ = row_range(views[name].columns, s.start, s.numel)
+                    found.append((name, key, first, rows[name].clone()))
             if "exp_avg_codes" in state[tensor]:
                 first, count = blocks_of(unit, rank)[s.param]
                 scales = state[tensor]["exp_avg_scale"][first : first + count]

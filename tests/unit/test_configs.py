@@ -16,31 +16,14 @@ from ds_optim.job.deepspeed_json import settings_from_json
 from ds_optim.job.models import build_model, preset_config
 from ds_optim.job.presets import PRESETS
 from ds_optim.job.settings import make_settings
-from ds_optim.optimizers import OPTIMIZERS
+from ds_optim.optimizers import OPTIMIZERS, canonical_type
 from tests.distributed.harness import device, run_ranks
 from tests.distributed.models import TinyNet, batch, share
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
 YARDSTICKS = {"adamw": "AdamW", "deepspeed_muon": "deepspeed:Muon"}
-OURS = {
-    "lion": ds_optim.Lion,
-    "sign_sgd": ds_optim.SignSGD,
-    "signum": ds_optim.Signum,
-    "muon": ds_optim.Muon,
-    "muonlight": ds_optim.Muonlight,
-    "lion_muon": ds_optim.LionMuon,
-    "sign_muon": ds_optim.SignMuon,
-    "mimuon": ds_optim.MiMuon,
-    "spectral_lion": ds_optim.SpectralLion,
-    "stable_lion": ds_optim.StableLion,
-    "lasm": ds_optim.LASM,
-    "clion": ds_optim.CLion,
-    "cautious_lion": ds_optim.CautiousLion,
-    "sto_sign_sgd": ds_optim.StoSignSGD,
-    "lamb": ds_optim.Lamb,
-    "stable_adamw": ds_optim.StableAdamW,
-}
+OURS = {stem: OPTIMIZERS[canonical_type(stem)] for stem in FILES if canonical_type(stem) in OPTIMIZERS}
 # DeepSpeed drops a top-level key that it does not know without a word, so the test has to know them.
 TOP_LEVEL = {
     "optimizer",
