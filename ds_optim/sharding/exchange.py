@@ -10,7 +10,7 @@ stack of the matrices that this rank owns in it. A profiler's trace names the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -34,26 +34,34 @@ Solve = Callable[[MatrixView, Sequence[Tensor]], Sequence[Tensor]]
 """Stacks (B, values) of equal parameters, one for each part that came -> of the results, one for each part that goes
 back."""
 
+_Place = tuple[Slice, list[slice], list[slice]]
+"""A slice, and where its values of each part stand: in the messages, and in a row of the stacks."""
 _Pieces = Iterator[tuple[Slice, list[Tensor]]]
-_Counts = Mapping[bool, list[int]]
-"""Values to or from each rank, of elements and of rows (``Part.per_row``)."""
 
 
 @dataclass(frozen=True)
 class _Route:
-    """What one bucket means for one rank, worked out once.
+    """What one bucket means for one rank on the way there or back, worked out once.
 
     ``outgoing`` are this rank's slices of other owners' matrices, ``incoming`` the others' slices of its own ones, both
-    in the order of their messages, and ``kept`` its slices of its own ones. ``runs``: the parameters that it owns,
-    neighbours of one view together, to be stacked.
+    in the order of their messages, and ``kept`` its slices of its own ones. ``sent`` and ``received`` say for each part
+    how many values of them stand in messages to or from each owner, and each holder. ``runs``: the parameters that it
+    owns, neighbours of one view together, to be stacked; ``rows``: the run of each, and its row there.
     """
 
-    sent: _Counts
-    received: _Counts
-    outgoing: list[Slice]
-    incoming: list[Slice]
-    kept: list[Slice]
+    sent: list[list[int]]
+    received: list[list[int]]
+    outgoing: list[_Place]
+    incoming: list[_Place]
+    kept: list[_Place]
     runs: list[list[int]]
+    rows: dict[int, tuple[int, int]]
+
+    def in_stacks(self, places: Sequence[_Place], stacks: Sequence[Sequence[Tensor]]) -> _Pieces:
+        """Slices, each with its values in the stacks of all runs."""
+        for held, _, spans in places:
+            run, row = self.rows[held.param]
+            yield held, [stack[row, span] for stack, span in zip(stacks[run], spans, strict=True)]
 
 
 class Exchange:
@@ -67,7 +75,7 @@ class Exchange:
         self.plan = plan
         self.comm = comm
         self.device = device
-        self._routes = [self._route(bucket) for bucket in plan.buckets]
+        self._routes = [(self._route(bucket, plan.there), self._route(bucket, plan.back)) for bucket in plan.buckets]
         self._whole = [self._slices(batch, comm.rank) for batch in plan.whole[comm.rank]]
 
     def _slices(self, params: Sequence[int], rank: int) -> list[Slice]:
@@ -75,19 +83,32 @@ class Exchange:
         held = (self.plan.unit.slice_of(param, rank) for param in params)
         return [part for part in held if part is not None]
 
-    def _route(self, bucket: Bucket) -> _Route:
+    def _route(self, bucket: Bucket, parts: Sequence[Part]) -> _Route:
         plan, rank = self.plan, self.comm.rank
         own = bucket.owned[rank]
         others = [peer for peer in range(plan.unit.world_size) if peer != rank]
-        kinds = {part.per_row: part for part in (*plan.there, *plan.back)}
+        runs = [list(run) for _, run in groupby(own, key=plan.views.__getitem__)]
         return _Route(
-            sent={kind: plan.sent_counts(bucket, rank, part) for kind, part in kinds.items()},
-            received={kind: plan.received_counts(bucket, rank, part) for kind, part in kinds.items()},
-            outgoing=[held for owner in others for held in self._slices(bucket.owned[owner], rank)],
-            incoming=[held for source in others for held in self._slices(own, source)],
-            kept=self._slices(own, rank),
-            runs=[list(run) for _, run in groupby(own, key=plan.views.__getitem__)],
+            sent=[plan.sent_counts(bucket, rank, part) for part in parts],
+            received=[plan.received_counts(bucket, rank, part) for part in parts],
+            outgoing=self._places((held for peer in others for held in self._slices(bucket.owned[peer], rank)), parts),
+            incoming=self._places((held for peer in others for held in self._slices(own, peer)), parts),
+            kept=self._places(self._slices(own, rank), parts),
+            runs=runs,
+            rows={param: (number, row) for number, run in enumerate(runs) for row, param in enumerate(run)},
         )
+
+    def _places(self, slices: Iterable[Slice], parts: Sequence[Part]) -> list[_Place]:
+        """Of slices that stand in messages one behind the other."""
+        found: list[_Place] = []
+        begins = [0] * len(parts)
+        for held in slices:
+            view = self.plan.views[held.param]
+            in_rows = [slice(*part.place(view, held.start, held.numel)) for part in parts]
+            ends = [begin + span.stop - span.start for begin, span in zip(begins, in_rows, strict=True)]
+            found.append((held, [slice(*span) for span in zip(begins, ends, strict=True)], in_rows))
+            begins = ends
+        return found
 
     def run(self, fill: Values, solve: Solve, apply: Values, absent: frozenset[int] = frozenset()) -> None:
         """Give every matrix of the plan its update.
@@ -98,7 +119,7 @@ class Exchange:
         """
         if absent and self.plan.buckets:
             raise ValueError("only parameters that no other rank shares can be left out of an exchange")
-        buckets = [self._bucket(route, fill, solve, apply) for route in self._routes]
+        buckets = [self._bucket(there, back, fill, solve, apply) for there, back in self._routes]
         for first in buckets[:1]:
             next(first)
         for batch in self._whole:
@@ -116,96 +137,64 @@ class Exchange:
         """Matrices of one view that lie whole on this rank."""
         if not batch:
             return
-        run = [held.param for held in batch]
-        stacks = self._stacks(run)
-        _call(fill, self._in_stacks(batch, [run], [stacks], self.plan.there))
+        stacks = self._stacks([held.param for held in batch])
+        for row, held in enumerate(batch):
+            fill(held, [stack[row] for stack in stacks])
         with record_function(SOLVE):
-            results = solve(self.plan.views[run[0]], stacks)
-        _call(apply, self._in_stacks(batch, [run], [results], self.plan.back))
+            results = solve(self.plan.views[batch[0].param], stacks)
+        for row, held in enumerate(batch):
+            apply(held, [result[row] for result in results])
 
-    def _bucket(self, route: _Route, fill: Values, solve: Solve, apply: Values) -> Iterator[None]:
+    def _bucket(self, there: _Route, back: _Route, fill: Values, solve: Solve, apply: Values) -> Iterator[None]:
         """The way of a bucket in three stages, that others' stages run between: there, work, back."""
-        there, back = self.plan.there, self.plan.back
         with record_function(SEND):
-            messages = [self._message(route.sent, part) for part in there]
-            _call(fill, self._in_messages(route.outgoing, messages, there))
-            arrived, pending = self._post(messages, there, route.sent, route.received)
-            stacks = [self._stacks(run) for run in route.runs]
-            _call(fill, self._in_stacks(route.kept, route.runs, stacks, there))
+            messages = self._messages(self.plan.there, there.sent)
+            _call(fill, _in_messages(there.outgoing, messages))
+            arrived, pending = self._post(messages, there.sent, there.received)
+            stacks = [self._stacks(run) for run in there.runs]
+            _call(fill, there.in_stacks(there.kept, stacks))
         yield
         _wait(pending)
-        _copy(
-            self._in_messages(route.incoming, arrived, there),
-            self._in_stacks(route.incoming, route.runs, stacks, there),
-        )
+        _copy(_in_messages(there.incoming, arrived), there.in_stacks(there.incoming, stacks))
         with record_function(SOLVE):
-            views = [self.plan.views[run[0]] for run in route.runs]
-            results = [solve(view, stack) for view, stack in zip(views, stacks, strict=True)]
-        messages = [
-            arrived[number] if part == there[number] else self._message(route.received, part)
-            for number, part in enumerate(back)
-        ]
-        del arrived, stacks  # they are worked into the results
-        _copy(
-            self._in_stacks(route.incoming, route.runs, results, back),
-            self._in_messages(route.incoming, messages, back),
-        )
-        returned, pending = self._post(messages, back, route.received, route.sent)
-        _call(apply, self._in_stacks(route.kept, route.runs, results, back))
+            views = [self.plan.views[run[0]] for run in there.runs]
+            results = [solve(view, of_run) for view, of_run in zip(views, stacks, strict=True)]
+        # What came is worked into the results: its messages go back in place of others where they can.
+        messages = arrived if self.plan.there == self.plan.back else []
+        del arrived, stacks
+        messages = messages or self._messages(self.plan.back, back.received)
+        _copy(back.in_stacks(back.incoming, results), _in_messages(back.incoming, messages))
+        returned, pending = self._post(messages, back.received, back.sent)
+        _call(apply, back.in_stacks(back.kept, results))
         del results
         yield
         _wait(pending)
         with record_function(APPLY):
-            _call(apply, self._in_messages(route.outgoing, returned, back))
+            _call(apply, _in_messages(back.outgoing, returned))
 
-    def _message(self, counts: _Counts, part: Part) -> Tensor:
-        return torch.empty(sum(counts[part.per_row]), dtype=part.dtype, device=self.device)
+    def _messages(self, parts: Sequence[Part], counts: Sequence[list[int]]) -> list[Tensor]:
+        sizes = [sum(by_rank) for by_rank in counts]
+        return [torch.empty(n, dtype=part.dtype, device=self.device) for n, part in zip(sizes, parts, strict=True)]
 
     def _stacks(self, run: Sequence[int]) -> list[Tensor]:
         """Room for equal parameters, for each part that travels to their owner."""
         view = self.plan.views[run[0]]
-        sizes = [(len(run), part.place(view, 0, view.numel)[1], part.dtype) for part in self.plan.there]
-        return [torch.empty(many, values, dtype=dtype, device=self.device) for many, values, dtype in sizes]
+        sizes = [(part.place(view, 0, view.numel)[1], part.dtype) for part in self.plan.there]
+        return [torch.empty(len(run), size, dtype=dtype, device=self.device) for size, dtype in sizes]
 
     def _post(
-        self, messages: Sequence[Tensor], parts: Sequence[Part], counts: _Counts, out_counts: _Counts
+        self, messages: Sequence[Tensor], counts: Sequence[list[int]], out_counts: Sequence[list[int]]
     ) -> tuple[list[Tensor], list[Pending]]:
-        """Send a message for each part; what arrives, once it has been waited for."""
-        arrived = [self._message(out_counts, part) for part in parts]
-        pending = [
-            self.comm.all_to_all(out, out_counts[part.per_row], message, counts[part.per_row])
-            for out, message, part in zip(arrived, messages, parts, strict=True)
-        ]
-        return arrived, pending
+        """What arrives for messages that are sent, and the requests to wait for."""
+        arrived = [m.new_empty(sum(n)) for m, n in zip(messages, out_counts, strict=True)]
+        each = zip(arrived, out_counts, messages, counts, strict=True)
+        return arrived, [self.comm.all_to_all(*one) for one in each]
 
-    def _in_messages(self, slices: Sequence[Slice], messages: Sequence[Tensor], parts: Sequence[Part]) -> _Pieces:
-        """Slices, in the order in which they stand in messages, each with its values in them."""
-        begins = [0] * len(parts)
-        for held in slices:
-            sizes = [last - first for first, last in self._places(held, parts)]
-            yield held, [m[begin : begin + size] for m, begin, size in zip(messages, begins, sizes, strict=True)]
-            begins = [begin + size for begin, size in zip(begins, sizes, strict=True)]
 
-    def _in_stacks(
-        self,
-        slices: Sequence[Slice],
-        runs: Sequence[Sequence[int]],
-        stacks: Sequence[Sequence[Tensor]],
-        parts: Sequence[Part],
-    ) -> _Pieces:
-        """Slices, each with its values in the stacks of runs of equal parameters."""
-        rows = {
-            param: [stack[number] for stack in of_run]
-            for run, of_run in zip(runs, stacks, strict=True)
-            for number, param in enumerate(run)
-        }
-        for held in slices:
-            places = self._places(held, parts)
-            yield held, [row[first:last] for row, (first, last) in zip(rows[held.param], places, strict=True)]
-
-    def _places(self, held: Slice, parts: Sequence[Part]) -> list[tuple[int, int]]:
-        view = self.plan.views[held.param]
-        return [part.place(view, held.start, held.numel) for part in parts]
+def _in_messages(places: Sequence[_Place], messages: Sequence[Tensor]) -> _Pieces:
+    """Slices, each with its values in the messages."""
+    for held, spans, _ in places:
+        yield held, [message[span] for message, span in zip(messages, spans, strict=True)]
 
 
 def _call(function: Values, pieces: _Pieces) -> None:
