@@ -11,13 +11,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_optim.bench.fused_adamw import deepspeed_adamw, torch_adamw
-from ds_optim.bench.timing import Case, NotMeasured, Outcome, Times, ratio, take_turns
+from ds_optim.bench.timing import (
+    Case,
+    NotMeasured,
+    Outcome,
+    Times,
+    ratio,
+    take_turns_of,
+    with_times,
+    without_times,
+)
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, blend_into
 from ds_optim.elementwise.chunks import Scratch
@@ -48,21 +58,6 @@ class ElementwiseSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One case: what it is, its path (ours have two), bytes per element, and what makes the call to time."""
-
-    name: str
-    what: str
-    bytes_per_element: float
-    made: Callable[[], Callable[[], object]]
-    path: str = ""
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} {self.path}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Flat:
     """The tensors that all cases share, (n,) each, fp32."""
 
@@ -71,80 +66,48 @@ class Flat:
     out: Tensor
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One case: its name and kind, bytes per element, what makes the call to time, and its path (ours have two)."""
+
+    name: str
+    what: str
+    bytes_per_element: float
+    made: Callable[[Flat], Callable[[], object]]
+    path: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.path}"
+
+
 def rows(settings: ElementwiseSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
     """A row for each case."""
     before = {switch: os.environ.get(switch) for switch in _SWITCHES}
     try:
-        passes = list(all_passes(settings))
-        outcomes = measure(passes, settings)
+        outcomes = measure(settings)
     finally:
         _use(before)
-    for item in passes:
+    for item in all_passes():
         yield to_row(item, outcomes, settings, stamp)
 
 
-def all_passes(settings: ElementwiseSettings) -> Iterator[Pass]:
-    """The cases; their tensors are made when the first is."""
-    held: list[Flat] = []
-
-    def flat() -> Flat:
-        if not held:
-            generator = torch.Generator(settings.device).manual_seed(0)
-            p, g = (torch.empty(settings.elements, dtype=torch.float32, device=settings.device) for _ in range(2))
-            p.normal_(0, 0.02, generator=generator)
-            g.normal_(0, 1e-3, generator=generator)
-            held.append(Flat(p=p, g=g, out=torch.empty_like(p)))
-        return held[0]
-
-    yield Pass(name=COPY, what="limits", bytes_per_element=8, made=lambda: _copy(flat()))
-    yield Pass(name=IN_PLACE, what="limits", bytes_per_element=8, made=lambda: _in_place(flat()))
-    yield Pass(
-        name=TORCH_ADAMW,
-        what="sign step",
-        bytes_per_element=28,
-        made=lambda: torch_adamw(flat().p, flat().g, lr=_LR, decay=_DECAY),
-    )
-    yield Pass(
-        name=DEEPSPEED_ADAMW,
-        what="sign step",
-        bytes_per_element=28,
-        made=lambda: deepspeed_adamw(flat().p, flat().g, lr=_LR, decay=_DECAY),
-    )
+def all_passes() -> Iterator[Pass]:
+    """The cases."""
+    yield Pass(COPY, "limits", 8, lambda flat: lambda: flat.out.copy_(flat.g))
+    yield Pass(IN_PLACE, "limits", 8, lambda flat: lambda: flat.out.mul_(1.0))
+    yield Pass(TORCH_ADAMW, "sign step", 28, lambda flat: torch_adamw(flat.p, flat.g, lr=_LR, decay=_DECAY))
+    yield Pass(DEEPSPEED_ADAMW, "sign step", 28, lambda flat: deepspeed_adamw(flat.p, flat.g, lr=_LR, decay=_DECAY))
     for path in (COMPILED, EAGER):
         for dtype, width in MOMENTUM_BYTES.items():
-            yield Pass(
-                name=f"sign step, {dtype} momentum",
-                what="sign step",
-                path=path,
-                bytes_per_element=12 + 2 * width,
-                made=lambda dtype=dtype: _sign_step(flat(), dtype),  # type: ignore[misc]
-            )
-        yield Pass(
-            name=MASTERS,
-            what="sign step",
-            path=path,
-            bytes_per_element=10,
-            made=lambda: _masters_step(flat()),
-        )
-        yield Pass(name=ADAMW, what="sign step", path=path, bytes_per_element=28, made=lambda: _adamw(flat()))
+            made = partial(_sign_step, dtype=dtype)
+            yield Pass(f"sign step, {dtype} momentum", "sign step", 12 + 2 * width, made, path)
+        yield Pass(MASTERS, "sign step", 10, _masters_step, path)
+        yield Pass(ADAMW, "sign step", 28, _adamw, path)
     for what, make, others in (("blend into", _blend, 12), ("apply", _apply, 8)):
         for path in (COMPILED, EAGER):
             for dtype, width in (("float32", 4), ("bfloat16", 2)):
-                yield Pass(
-                    name=f"{what} {dtype}",
-                    what=what,
-                    path=path,
-                    bytes_per_element=others + width,
-                    made=lambda make=make, dtype=dtype: make(flat(), dtype),  # type: ignore[misc]
-                )
-
-
-def _copy(flat: Flat) -> Callable[[], object]:
-    return lambda: flat.out.copy_(flat.g)
-
-
-def _in_place(flat: Flat) -> Callable[[], object]:
-    return lambda: flat.out.mul_(1.0)
+                yield Pass(f"{what} {dtype}", what, others + width, partial(make, dtype=dtype), path)
 
 
 def _sign_step(flat: Flat, dtype: str) -> Callable[[], object]:
@@ -198,23 +161,29 @@ def stored_momentum(like: Tensor, dtype: str) -> Tensor | Stored:
     return torch.zeros_like(like)
 
 
-def measure(passes: list[Pass], settings: ElementwiseSettings) -> dict[str, Outcome]:
+def measure(settings: ElementwiseSettings) -> dict[str, Outcome]:
     """Times by ``key``; the reason where a case was left out."""
-    outcomes: dict[str, Outcome] = {}
-    cases = []
-    for item in passes:
-        reason = settings.missing
-        if reason is None and item.path == COMPILED:
-            reason = no_compiled_path(settings.device)
-        if reason is None:
-            try:
-                _choose(item.path)
-                cases.append(Case(name=item.key, run=item.made(), prepare=_chooser(item.path)))
-            except (RuntimeError, MemoryError, ImportError) as problem:
-                reason = " ".join(str(problem).split())[:300]
-        if reason is not None:
-            outcomes[item.key] = NotMeasured(reason=reason)
-    return outcomes | take_turns(cases, settings.device, settings.rounds)
+    makers: dict[str, str | Callable[[], Case]] = {}
+    flat = None if settings.missing else _flat(settings)
+    uncompiled = None if settings.missing else no_compiled_path(settings.device)
+    for item in all_passes():
+        reason = settings.missing or (uncompiled if item.path == COMPILED else None)
+        makers[item.key] = partial(_case, item, flat) if reason is None and flat is not None else str(reason)
+    return take_turns_of(makers, settings.device, settings.rounds)
+
+
+def _flat(settings: ElementwiseSettings) -> Flat:
+    generator = torch.Generator(settings.device).manual_seed(0)
+    p, g = (torch.empty(settings.elements, dtype=torch.float32, device=settings.device) for _ in range(2))
+    p.normal_(0, 0.02, generator=generator)
+    g.normal_(0, 1e-3, generator=generator)
+    return Flat(p=p, g=g, out=torch.empty_like(p))
+
+
+def _case(item: Pass, flat: Flat) -> Case:
+    prepare = partial(_choose, item.path)
+    prepare()
+    return Case(name=item.key, run=item.made(flat), prepare=prepare)
 
 
 def no_compiled_path(device: torch.device) -> str | None:
@@ -226,10 +195,6 @@ def no_compiled_path(device: torch.device) -> str | None:
         return None
     missing = {"cpu": "no C compiler was found", "cuda": "Triton is missing, or cannot compile"}
     return missing.get(device.type, f"there are no compiled kernels for {device.type}")
-
-
-def _chooser(path: str) -> Callable[[], None]:
-    return lambda: _choose(path)
 
 
 def _choose(path: str) -> None:
@@ -264,11 +229,8 @@ def to_row(item: Pass, outcomes: Mapping[str, Outcome], settings: ElementwiseSet
         **stamp,
     }
     if isinstance(outcome, NotMeasured):
-        row.extra["not_measured"] = outcome.reason
-        row.notes.append(f"not measured: {outcome.reason}")
-        return row
-    low, high = outcome.quartiles
-    row.ms_per_step, row.ms_low, row.ms_high = (round(ms, 5) for ms in (outcome.median, low, high))
+        return without_times(row, outcome.reason)
+    with_times(row, outcome, 5)
     row.extra["gb_s"] = _gb_s(item, outcome, settings)
     row.extra["ratios"] = {
         f"time / {title}": ratio(outcome, outcomes.get(f"{name} "))

@@ -7,11 +7,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ds_optim.bench.tables import bars
 from ds_optim.errors import UserError
 from ds_optim.machine.files import write_atomic
 from ds_optim.machine.kept_results import refuse
 from ds_optim.report.machine import describe_machine
-from ds_optim.report.plots import Plot, colour_map, draw
+from ds_optim.report.plots import colour_map, draw
 from ds_optim.report.schema import Row, append_row, write_rows
 from ds_optim.report.table import TableSpec, build_table, markdown_text, to_markdown, to_rich
 
@@ -65,22 +66,20 @@ def show(title: str, rows: Sequence[Row], spec: TableSpec) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write(title: str, rows: Sequence[Row], spec: TableSpec, plots: Sequence[Plot], out: Path) -> None:
-    """``table.md`` and ``plots/*.png`` in ``out``."""
-    from ds_optim.bench.tables import plot_names
-
-    drawn = [draw(plot, out, colour_map(plot_names(plot))) for plot in plots]
-    date = rows[0].extra["date"] if rows else ""
-    machine = rows[0].extra["machine"] if rows else {}
+def write(title: str, rows: Sequence[Row], spec: TableSpec, out: Path) -> None:
+    """``table.md`` and, where there is something to draw, ``plots/*.png`` in ``out``."""
     parts = [
         f"# {title}",
-        date,
+        rows[0].extra["date"],
         to_markdown(build_table(rows, spec)),
         "\n".join(f"- {markdown_text(line)}" for line in remarks(rows)),
-        "\n".join(f"![{markdown_text(plot.title)}]({plot.png})" for plot in drawn),
-        "## Machine",
-        "\n".join(markdown_text(f"- {name}: {value}") for name, value in machine.items()),
     ]
+    plot = bars(title, rows)
+    if plot is not None:
+        labels = [label for group in plot.groups.values() for label, _ in group]
+        parts.append(f"![{markdown_text(title)}]({draw(plot, out, colour_map(labels)).png})")
+    parts.append("## Machine")
+    parts.append("\n".join(markdown_text(f"- {name}: {value}") for name, value in rows[0].extra["machine"].items()))
     write_atomic(out / TABLE, "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n")
 
 

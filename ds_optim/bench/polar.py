@@ -10,13 +10,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from ds_optim.bench.limits import DTYPES, MATRIX_SIZES, Limits, measure_limits
-from ds_optim.bench.timing import Case, NotMeasured, Outcome, ratio, take_turns
+from ds_optim.bench.timing import Case, NotMeasured, Outcome, ratio, take_turns_of, with_times, without_times
 from ds_optim.matrix.polar import PolarSpec, cost, polar
 from ds_optim.report.schema import Row
 
@@ -74,9 +74,10 @@ def rows(settings: PolarSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
             dtypes=tuple(dict.fromkeys((*settings.dtypes, *deepspeed_dtypes(settings.device)))),
         )
     for m, n in settings.shapes:
-        reason = settings.missing or too_large(m * n, settings)
+        too_large = f"more than --max-elements {settings.max_elements}" if m * n > settings.max_elements else None
+        reason = settings.missing or too_large
         if reason is not None:
-            yield missing_row("every routine", (m, n), reason, stamp)
+            yield without_times(_row("every routine", (m, n), "", stamp), reason)
             continue
         jobs = [*own_jobs(m, n, settings), *deepspeed_jobs(m, n, settings)]
         outcomes = measure(jobs, settings, limits)
@@ -174,25 +175,14 @@ def random_matrix(m: int, n: int, device: torch.device, dtype: torch.dtype) -> t
 
 def measure(jobs: list[Job], settings: PolarSettings, limits: Limits | None) -> dict[str, Outcome]:
     """Times by ``key``; the reason where a case was left out."""
-    outcomes: dict[str, Outcome] = {}
-    cases = []
-    for job in jobs:
-        reason = too_slow(job, settings, limits)
-        if reason is None:
-            try:
-                cases.append(Case(name=key(job), run=job.made()))
-            except (RuntimeError, MemoryError, ImportError) as problem:
-                reason = " ".join(str(problem).split())[:300]
-        if reason is not None:
-            outcomes[key(job)] = NotMeasured(reason=reason)
+    makers = {key(job): too_slow(job, settings, limits) or partial(_case, job) for job in jobs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of what torch.compile still calls
-        return outcomes | take_turns(cases, settings.device, settings.rounds)
+        return take_turns_of(makers, settings.device, settings.rounds)
 
 
-def too_large(numel: int, settings: PolarSettings) -> str | None:
-    """Why a shape is left out, if it is."""
-    return f"more than --max-elements {settings.max_elements}" if numel > settings.max_elements else None
+def _case(job: Job) -> Case:
+    return Case(name=key(job), run=job.made())
 
 
 def too_slow(job: Job, settings: PolarSettings, limits: Limits | None) -> str | None:
@@ -201,11 +191,8 @@ def too_slow(job: Job, settings: PolarSettings, limits: Limits | None) -> str | 
     if least is None:
         return None
     whole = least * (settings.rounds + 2) / 1e3
-    return (
-        f"would take at least {whole:.0f} s, more than --seconds {settings.seconds:g}"
-        if whole > settings.seconds
-        else None
-    )
+    reason = f"would take at least {whole:.0f} s, more than --seconds {settings.seconds:g}"
+    return reason if whole > settings.seconds else None
 
 
 def key(job: Job) -> str:
@@ -220,12 +207,11 @@ def to_row(
     outcome = outcomes[key(job)]
     operations = {"operations": job.operations, "operations_as_whole": job.whole}
     facts = {**operations, "limits": limits.record() if limits else None, **job.facts, **stamp}
+    row = _row(job.name, shape, job.dtype, facts)
     if isinstance(outcome, NotMeasured):
-        return missing_row(job.name, shape, outcome.reason, facts, job.dtype)
-    row = Row(kind="polar", optimizer=job.name, dtype=job.dtype, extra={"shape": f"{shape[0]}x{shape[1]}", **facts})
+        return without_times(row, outcome.reason)
     row.extra["threads"] = torch.get_num_threads()
-    low, high = outcome.quartiles
-    row.ms_per_step, row.ms_low, row.ms_high = (round(ms, 4) for ms in (outcome.median, low, high))
+    with_times(row, outcome, 4)
     # Done, and as if symmetric products were done in whole, as in libraries that have no other.
     row.extra["tflops"] = float(f"{job.operations / outcome.median / 1e9:.4g}")
     row.extra["tflops_as_whole"] = float(f"{job.whole / outcome.median / 1e9:.4g}")
@@ -236,9 +222,5 @@ def to_row(
     return row
 
 
-def missing_row(
-    name: str, shape: tuple[int, int], reason: str, facts: Mapping[str, Any], dtype: str | None = None
-) -> Row:
-    """The row of what was not measured."""
-    extra = {"shape": f"{shape[0]}x{shape[1]}", **facts, "not_measured": reason}
-    return Row(kind="polar", optimizer=name, dtype=dtype or "", notes=[f"not measured: {reason}"], extra=extra)
+def _row(name: str, shape: tuple[int, int], dtype: str, facts: Mapping[str, Any]) -> Row:
+    return Row(kind="polar", optimizer=name, dtype=dtype, extra={"shape": f"{shape[0]}x{shape[1]}", **facts})

@@ -18,7 +18,7 @@ import torch
 from ds_optim.bench import engines, ranks
 from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON, ModelShape
 from ds_optim.bench.limits import Limits, measure_limits
-from ds_optim.bench.timing import NotMeasured, Outcome, Times, ratio
+from ds_optim.bench.timing import NotMeasured, Outcome, Times, ratio, with_times, without_times
 from ds_optim.bench.trace import Overlap, traced
 from ds_optim.matrix.polar import PolarSpec, cost
 from ds_optim.optimizers import param_groups
@@ -141,10 +141,9 @@ def least_work(case: str, shape: ModelShape, world_size: int, device: torch.devi
 
 def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
     """The rows of one stage, in the order of the cases."""
-    whole = {
-        case: slowest([r.whole.get(case) for r in by_rank], by_rank[0].missing.get(case)) for case in settings.cases
-    }
-    step = {case: slowest([r.step.get(case) for r in by_rank], by_rank[0].missing.get(case)) for case in settings.cases}
+    missing = by_rank[0].missing
+    whole = {case: slowest([r.whole.get(case) for r in by_rank], missing.get(case)) for case in settings.cases}
+    step = {case: slowest([r.step.get(case) for r in by_rank], missing.get(case)) for case in settings.cases}
     for case in settings.cases:
         row = Row(kind="step_time", optimizer=case, stage=stage, ranks=settings.ranks, dtype="bf16")
         row.extra = {
@@ -155,8 +154,7 @@ def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, sta
         }
         outcome, inside = whole[case], step[case]
         if isinstance(outcome, Times) and isinstance(inside, Times):
-            low, high = outcome.quartiles
-            row.ms_per_step, row.ms_low, row.ms_high = (round(ms, 2) for ms in (outcome.median, low, high))
+            with_times(row, outcome, 2)
             row.extra["optimizer_ms"] = round(inside.median, 2)
             row.extra["optimizer_quartiles_ms"] = [round(ms, 2) for ms in inside.quartiles]
             row.extra["ratios"] = {
@@ -169,8 +167,7 @@ def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, sta
             row.extra["ratios"][f"step at the limit / {ADAMW}"] = at_the_limit(case, by_rank, whole.get(ADAMW))
             row.extra["overlap"] = covered([r.overlap[case] for r in by_rank])
         elif isinstance(outcome, NotMeasured):
-            row.extra["not_measured"] = outcome.reason
-            row.notes.append(f"not measured: {outcome.reason}")
+            without_times(row, outcome.reason)
         yield row
 
 

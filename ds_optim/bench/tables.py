@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON
-from ds_optim.report.plots import Bars, Plot
+from ds_optim.report.plots import Bars
 from ds_optim.report.schema import Row
 from ds_optim.report.table import Column, TableSpec, Value
-from ds_optim.report.units import fixed, milliseconds, significant, size
+from ds_optim.report.units import fixed, milliseconds, significant, size, span
 
 NOT_MEASURED = "not measured"
 
@@ -29,17 +29,11 @@ def _sent(row: Row) -> Value:
     return NOT_MEASURED if row.wire_bytes_per_step is None else row.wire_bytes_per_step
 
 
-def _quartiles(row: Row) -> Value:
-    if row.ms_low is None or row.ms_high is None:
-        return None
-    return f"{significant(row.ms_low)} to {significant(row.ms_high)}"
-
-
 _OPTIMIZER = Column(title="Case", value=lambda row: row.optimizer)
 _STAGE = Column(title="Stage", value=lambda row: row.stage)
 _TIMES = (
     Column(title="Time", value=_time, text=milliseconds),
-    Column(title="Quartiles (ms)", value=_quartiles),
+    Column(title="Quartiles (ms)", value=lambda row: span(row.ms_low, row.ms_high) or None),
 )
 
 STEP = TableSpec(
@@ -102,26 +96,15 @@ ELEMENTWISE = TableSpec(
 )
 
 
-def bars(name: str, title: str, rows: Sequence[Row], group: Callable[[Row], str], unit: str) -> list[Plot]:
-    """Bars of the times (``unit`` "ms") or of the bytes of the rows that have them; none where no row has."""
-    values = [(group(row), _label(row), row.ms_per_step if unit == "ms" else row.wire_bytes_per_step) for row in rows]
-    groups: dict[str, list[tuple[str, float | None]]] = {}
-    for of, label, value in values:
+def bars(title: str, rows: Sequence[Row]) -> Bars | None:
+    """Times, or bytes on the wire, of the rows that have them, by stage, shape or kind of step; None where none has."""
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for row in rows:
+        value = row.wire_bytes_per_step if row.kind == "wire_bytes" else row.ms_per_step
         if value is not None:
-            groups.setdefault(of, []).append((label, value))
-    return [Bars(name=name, title=title, groups=groups, text=milliseconds if unit == "ms" else size)] if groups else []
-
-
-def _label(row: Row) -> str:
-    """What a row is within its group of bars."""
-    parts = [row.optimizer]
-    if row.kind == "polar":
-        parts.append(row.dtype)
-    elif row.kind == "elementwise" and row.extra.get("path"):
-        parts.append(row.extra["path"])
-    return ", ".join(parts)
-
-
-def plot_names(plot: Plot) -> list[str]:
-    """The bars' labels, of which each has a colour."""
-    return [label for group in plot.groups.values() for label, _ in group] if isinstance(plot, Bars) else []
+            what = row.extra.get("shape") if row.kind == "polar" else row.extra.get("what")
+            part = row.dtype if row.kind == "polar" else row.extra.get("path")
+            label = f"{row.optimizer}, {part}" if part else row.optimizer
+            groups.setdefault(str(what) if row.stage is None else f"ZeRO-{row.stage}", []).append((label, value))
+    text = size if rows[0].kind == "wire_bytes" else milliseconds
+    return Bars(name=rows[0].kind, title=title, groups=groups, text=text) if groups else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ds_optim.machine.child import reason_line
+from ds_optim.report.schema import Row
 
 #: A sample of less is repeated and divided: the clock and the launch of a kernel would be a part of it.
 _SHORTEST_MS = 2.0
@@ -105,6 +106,36 @@ def take_turns(cases: Sequence[Case], device: torch.device, rounds: int) -> dict
                 samples[case.name].append(elapsed_ms(case.run, device, repeats[case.name]))
     outcomes |= {name: Times(samples=tuple(values)) for name, values in samples.items()}
     return {case.name: outcomes[case.name] for case in cases}
+
+
+def take_turns_of(
+    makers: Mapping[str, str | Callable[[], Case]], device: torch.device, rounds: int
+) -> dict[str, Outcome]:
+    """``take_turns`` of cases that are made here, by name; or the reason why one is left out."""
+    outcomes: dict[str, Outcome] = {}
+    cases = []
+    for name, maker in makers.items():
+        try:
+            if isinstance(maker, str):
+                outcomes[name] = NotMeasured(reason=maker)
+            else:
+                cases.append(maker())
+        except (RuntimeError, MemoryError, ImportError) as problem:
+            outcomes[name] = NotMeasured(reason=" ".join(str(problem).split())[:300])
+    return outcomes | take_turns(cases, device, rounds)
+
+
+def with_times(row: Row, times: Times, digits: int) -> Row:
+    """``row`` with the median and the quartiles."""
+    row.ms_per_step, row.ms_low, row.ms_high = (round(ms, digits) for ms in (times.median, *times.quartiles))
+    return row
+
+
+def without_times(row: Row, reason: str) -> Row:
+    """``row``, which says why it has no numbers."""
+    row.extra["not_measured"] = reason
+    row.notes.append(f"not measured: {reason}")
+    return row
 
 
 def ratio(outcome: Outcome, reference: Outcome | None) -> float | None:

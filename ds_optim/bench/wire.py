@@ -22,11 +22,15 @@ import torch
 
 from ds_optim.bench import engines, ranks
 from ds_optim.bench.engines import ADAMW, ModelShape
+from ds_optim.bench.timing import without_times
+from ds_optim.memory.interfaces import sent_bytes
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.report.schema import Row
 
 STEPS = 4
 _TOKENS = 64
+#: What a process does that has a network namespace of its own; its argument is the file of the settings.
+_JOB = "import sys; from ds_optim.bench.wire import run_job; run_job(sys.argv[1])"
 Measured = dict[str, dict[str, float]]
 
 
@@ -52,9 +56,8 @@ def rows(settings: WireSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
         for stage in left:
             for case in settings.cases:
                 row = Row(kind="wire_bytes", optimizer=case, stage=stage, ranks=settings.ranks, dtype="bf16")
-                row.extra = {"shape": str(settings.shape), "not_measured": str(problem), **stamp}
-                row.notes = [f"not measured: {problem}"]
-                yield row
+                row.extra = {"shape": str(settings.shape), **stamp}
+                yield without_times(row, str(problem))
 
 
 def _here(settings: WireSettings, private: bool) -> Iterator[tuple[int, list[Measured]]]:
@@ -68,8 +71,9 @@ def _in_namespace(prefix: tuple[str, ...], settings: WireSettings) -> list[tuple
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job"
         path.write_bytes(pickle.dumps(settings))
-        command = [*prefix, sys.executable, "-m", "ds_optim.bench.wire_job", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", _JOB, str(path)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no reason was given"]
             raise ranks.RankFailedError(f"the ranks in a network of their own failed: {last[0]}")
@@ -77,8 +81,9 @@ def _in_namespace(prefix: tuple[str, ...], settings: WireSettings) -> list[tuple
         return found
 
 
-def run_job(path: Path) -> None:
-    """Measure what ``path`` says, and leave the result in its place."""
+def run_job(name: str) -> None:
+    """Measure what the file says, and leave the result in its place."""
+    path = Path(name)
     settings: WireSettings = pickle.loads(path.read_bytes())
     path.write_bytes(pickle.dumps(list(_here(settings, True))))
 
@@ -92,14 +97,11 @@ def measure(rank: int, world_size: int, stage: int, settings: WireSettings, priv
         engines.train_step(engine, tokens)  # binds, and makes state
         engines.train_step(engine, tokens)
         counter = TrafficCounter()
-        _quiet()
-        before = ranks.loopback_bytes() if private else 0
-        _quiet()
+        before = _loopback_bytes(private)
         with counter:
             for _ in range(STEPS):
                 engines.train_step(engine, tokens)
-        _quiet()
-        after = ranks.loopback_bytes() if private else 0
+        after = _loopback_bytes(private)
         if counter.unknown:
             raise RuntimeError(f"collectives of unknown cost: {sorted(counter.unknown)}")
         exchanges = getattr(engine.basic_optimizer, "exchanges", {})
@@ -114,9 +116,12 @@ def measure(rank: int, world_size: int, stage: int, settings: WireSettings, priv
     return found
 
 
-def _quiet() -> None:
-    """Let every rank's messages arrive before a counter is read."""
+def _loopback_bytes(private: bool) -> int:
+    """What this namespace's ranks have sent, once all of it has arrived, and before they send more."""
     torch.distributed.barrier()
+    sent = sent_bytes() if private else None
+    torch.distributed.barrier()
+    return 0 if sent is None else sent.inside
 
 
 def stage_rows(

@@ -66,15 +66,7 @@ def step(
         traces=None if traces is None else traces.absolute(),
     )
     title = f"Training steps, {ranks} ranks, {shape}, {tokens} tokens a rank"
-    return _run(
-        title,
-        lambda: step.rows(settings, output.stamp()),
-        tables.STEP,
-        out,
-        force,
-        "step_time",
-        lambda row: f"ZeRO-{row.stage}",
-    )
+    return _run(title, lambda: step.rows(settings, output.stamp()), tables.STEP, out, force)
 
 
 @app.command()
@@ -105,15 +97,7 @@ def wire(
         shape=shape,
     )
     title = f"Bytes on the wire, {ranks} ranks, {shape}"
-    return _run(
-        title,
-        lambda: wire.rows(settings, output.stamp()),
-        tables.WIRE,
-        out,
-        force,
-        "wire_bytes",
-        lambda row: f"ZeRO-{row.stage}",
-    )
+    return _run(title, lambda: wire.rows(settings, output.stamp()), tables.WIRE, out, force)
 
 
 @app.command()
@@ -162,15 +146,8 @@ def polar(
         seconds=seconds,
         compiled=compiled,
     )
-    status = _run(
-        f"Orthogonalization, {place.type}",
-        lambda: polar.rows(settings, output.stamp()),
-        tables.POLAR,
-        out,
-        force,
-        "polar",
-        lambda row: str(row.extra["shape"]),
-    )
+    title = f"Orthogonalization, {place.type}"
+    status = _run(title, lambda: polar.rows(settings, output.stamp()), tables.POLAR, out, force)
     if store:
         for line in polar_table.measure_and_store(settings):
             typer.echo(line)
@@ -192,34 +169,18 @@ def elementwise(
     arguments.at_least("--rounds", rounds, arguments.LEAST_ROUNDS)
     place, missing = arguments.device(device)
     settings = elementwise.ElementwiseSettings(device=place, missing=missing, elements=elements, rounds=rounds)
-    return _run(
-        f"One flat tensor of {elements:,} elements, {place.type}",
-        lambda: elementwise.rows(settings, output.stamp()),
-        tables.ELEMENTWISE,
-        out,
-        force,
-        "elementwise",
-        lambda row: str(row.extra["what"]),
-    )
+    title = f"One flat tensor of {elements:,} elements, {place.type}"
+    return _run(title, lambda: elementwise.rows(settings, output.stamp()), tables.ELEMENTWISE, out, force)
 
 
-def _run(
-    title: str,
-    measure: Callable[[], Iterable[Row]],
-    spec: TableSpec,
-    out: Path | None,
-    force: bool,
-    name: str,
-    group: Callable[[Row], str],
-) -> int:
+def _run(title: str, measure: Callable[[], Iterable[Row]], spec: TableSpec, out: Path | None, force: bool) -> int:
     """Measure, show, and write what ``out`` asks for. The status to exit with: 1 where nothing could be measured."""
-    from ds_optim.bench import output, tables
+    from ds_optim.bench import output
 
     output.open_folder(out, force=force)
     rows = output.collect(measure(), out)
     output.show(title, rows, spec)
     if out is not None:
-        unit = "bytes" if name == "wire_bytes" else "ms"
-        output.write(title, rows, spec, tables.bars(name, title, rows, group, unit), out)
+        output.write(title, rows, spec, out)
         typer.echo(f"rows, table and plot: {out}")
     return int(all("not_measured" in row.extra for row in rows))

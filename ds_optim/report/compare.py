@@ -6,19 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from ds_optim.report.cells import BASELINE, merge_cells, peak_kinds, run_column, what_ran
 from ds_optim.report.plots import Bars, Curves, Plot
 from ds_optim.report.render import Report, render
 from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import Column, TableSpec
-from ds_optim.report.units import fixed, milliseconds, significant, size
-
-BASELINE = "adamw"
-
-
-def _spread(row: Row) -> str:
-    if row.ms_low is None or row.ms_high is None:
-        return ""
-    return f"{significant(row.ms_low)} to {significant(row.ms_high)}"
+from ds_optim.report.units import fixed, milliseconds, significant, size, span
 
 
 def _by_node(row: Row, where: str) -> float | None:
@@ -31,19 +24,20 @@ _COLUMNS = (
     Column(title="Optimizer", value=lambda row: row.label),
     Column(title="Stage", value=lambda row: row.stage),
     Column(title="Val loss", value=lambda row: row.val_loss, text=lambda v: fixed(v, 3), compare=True),
-    Column(title="Time/step", value=lambda row: row.ms_per_step, text=milliseconds, compare=True, detail=_spread),
+    Column(
+        title="Time/step",
+        value=lambda row: row.ms_per_step,
+        text=milliseconds,
+        compare=True,
+        detail=lambda row: span(row.ms_low, row.ms_high),
+    ),
     Column(
         title="Tokens/s",
         value=lambda row: row.tokens_per_s,
         text=lambda v: significant(v) if v < 100 else f"{v:,.0f}",
         lower_is_better=False,
     ),
-    Column(
-        title="State B/param",
-        value=lambda row: row.state_bytes_per_param,
-        text=lambda v: fixed(v, 2),
-        compare=True,
-    ),
+    Column(title="State B/param", value=lambda r: r.state_bytes_per_param, text=lambda v: fixed(v, 2), compare=True),
     Column(title="Model states/rank", value=lambda row: row.model_state_bytes, text=size, compare=True),
     Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, compare=True),
     Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
@@ -57,8 +51,7 @@ _NODE_COLUMNS = (
 
 def table_spec(rows: Sequence[Row]) -> TableSpec:
     """The columns; a run's name, and what nodes sent, only where there are several."""
-    several = len({row.run for row in rows}) > 1
-    runs = [Column(title="Run", value=lambda row: row.run)] if several else []
+    runs = run_column(rows)
     nodes = _NODE_COLUMNS if any(row.extra.get("sent_by_node") for row in rows) else ()
     return TableSpec(
         columns=(*runs, *_COLUMNS, *nodes),
@@ -72,16 +65,13 @@ def table_spec(rows: Sequence[Row]) -> TableSpec:
 def render_compare(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     """Render a comparison: rows by stage, then in the order given; repeats of a cell become one row."""
     merged = merge_repeats(rows)
-    merged.sort(key=lambda row: (row.run, row.ranks, -1 if row.stage is None else row.stage))
-    return render(
-        merged, info, out_dir, table_spec(merged), plots=compare_plots(merged), summary=compare_summary(merged)
-    )
+    plots, summary = compare_plots(merged), compare_summary(merged)
+    return render(merged, info, out_dir, table_spec(merged), plots=plots, summary=summary)
 
 
 def compare_summary(rows: Sequence[Row]) -> list[str]:
     """What was run, what the changes are against, and how the loss is to be read."""
-    ran = sum(row.status == "ok" for row in rows)
-    lines = [f"{ran} of {len(rows)} cells ran."]
+    lines = [what_ran(rows)]
     if any(row.optimizer == BASELINE and row.status == "ok" for row in rows):
         lines[0] += " Percentages are changes against AdamW at the same ZeRO stage."
     else:
@@ -97,10 +87,10 @@ def compare_summary(rows: Sequence[Row]) -> list[str]:
         if any(row.stage == 0 for row in rows)
         else "State bytes per parameter are summed over the ranks, without padding."
     )
-    kinds = sorted({row.peak_kind for row in rows if row.peak_kind})
+    kinds = peak_kinds(rows)
     if kinds:
         lines.append(
-            f"Peak memory is that of {', '.join(kinds)}. Model states are weights, gradients, fp32 master weights"
+            f"Peak memory is that of {kinds}. Model states are weights, gradients, fp32 master weights"
             " and optimizer state, as held before the optimizer's step. Both are the largest over the ranks."
         )
     return lines
@@ -145,23 +135,14 @@ def _title(run: str, stage: int | None) -> str:
 def merge_repeats(rows: Sequence[Row]) -> list[Row]:
     """One row a cell: of its repeats the median time and tokens/s, least and most time as the spread.
 
-    The rest of a cell does not depend on the repeat (same seed, same data) and is taken from the first that ran. A
-    cell of which a repeat failed is a failed cell.
+    The rest of a cell does not depend on the repeat (same seed, same data) and is taken from the first.
     """
-    cells: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        cells.setdefault(_cell_of(row), []).append(row)
-    return [_merged(repeats) for repeats in cells.values()]
-
-
-def _cell_of(row: Row) -> tuple[object, ...]:
-    return row.run, row.optimizer, row.momentum_dtype, row.stage, row.ranks, row.dtype
+    return merge_cells(rows, _merged)
 
 
 def _merged(repeats: Sequence[Row]) -> Row:
-    failed = next((row for row in repeats if row.status != "ok"), None)
-    if failed is not None or len(repeats) == 1:
-        return (failed or repeats[0]).model_copy()
+    if len(repeats) == 1:
+        return repeats[0].model_copy()
     times = [row.ms_per_step for row in repeats if row.ms_per_step is not None]
     rates = [row.tokens_per_s for row in repeats if row.tokens_per_s is not None]
     merged = repeats[0].model_copy(update={"extra": {**repeats[0].extra, "repeats": len(repeats)}})

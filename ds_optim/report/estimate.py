@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_optim.memory.estimate import ACTIVATIONS, estimate
+from ds_optim.memory.estimate import ACTIVATIONS, RankMemory, estimate
 from ds_optim.memory.estimate_fit import RANKS, USABLE
 from ds_optim.memory.side_by_side import BASELINE, EstimateRequest, EstimateRow
-from ds_optim.report.plots import colour_map
+from ds_optim.report.memory_plots import SavingOverRanks, alike, over_ranks
+from ds_optim.report.plots import PAPER_INK, colour_map, new_figure
 from ds_optim.report.units import MISSING, fixed, size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _GIB = 2**30
-_FORMATS = ("png", "svg")
 
 
 def to_table(rows: Sequence[EstimateRow]) -> Table:
@@ -70,7 +70,7 @@ def notes(request: EstimateRequest) -> list[str]:
 
 
 def draw_curves(request: EstimateRequest, out: Path) -> list[Path]:
-    """Model states over ranks, a panel a stage, and what is saved over N, the formula 4/N drawn on it."""
+    """Model states over ranks, a panel a stage, and what is saved over N, the formula in bytes over N drawn on it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,21 +78,20 @@ def draw_curves(request: EstimateRequest, out: Path) -> list[Path]:
     while ranks[-1] < max(64, *request.ranks):
         ranks.append(2 * ranks[-1])
     out.mkdir(parents=True, exist_ok=True)
-    points = _points(request, ranks)
+    held = _held(request, ranks)
+    colours = colour_map(list(dict.fromkeys(label for label, _ in held)))
+    figures = {"model_states": _states(request, ranks, held, colours), "saving": _saving(request, ranks, held, colours)}
     written = []
-    for name, figure in (
-        ("model_states", _states(request, ranks, points)),
-        ("saving", _saving(request, ranks, points)),
-    ):
-        for suffix in _FORMATS:
+    for name, figure in figures.items():
+        for suffix in ("png", "svg"):
             path = out / f"{name}.{suffix}"
             figure.savefig(path, dpi=150, facecolor="white", metadata={"Date": None} if suffix == "svg" else None)
             written.append(path)
     return written
 
 
-Points = dict[tuple[str, int], list[tuple[int, int]]]
-"""By optimizer and stage: (model states, optimizer state) of the largest rank, at each number of ranks."""
+Held = dict[tuple[str, int], list[RankMemory]]
+"""By optimizer and stage, the rank that needs most at each number of ranks; AdamW comes first."""
 
 
 def _title(request: EstimateRequest) -> str:
@@ -131,98 +130,54 @@ def _gib(value: int) -> str:
     return "0" if value == 0 else fixed(scaled, 2) if scaled >= 0.1 else f"{scaled:.2g}"
 
 
-def _points(request: EstimateRequest, ranks: Sequence[int]) -> Points:
-    plans = {_label(plan.name, plan.momentum_dtype): plan for plan in (request.plan(BASELINE), *request.plans())}
-    baseline = next(iter(plans))
-    points: Points = {}
+def _held(request: EstimateRequest, ranks: Sequence[int]) -> Held:
+    found: Held = {}
     for stage in request.stages:
-        for label, plan in plans.items():
-            at = request.baseline_at if label == baseline else request.at
-            found = [estimate(request.model, plan, at(stage, n), transients=False).largest for n in ranks]
-            points[label, stage] = [(memory.most_model_states, memory.optimizer_state) for memory in found]
-    return _merged(points, request.stages)
+        for plan in (request.plan(BASELINE), *request.plans()):
+            label = plan.name if plan.momentum_dtype == "float32" else f"{plan.name}, {plan.momentum_dtype}"
+            at = request.baseline_at if label == BASELINE else request.at
+            if (label, stage) not in found:
+                settings = (at(stage, n) for n in ranks)
+                found[label, stage] = [estimate(request.model, plan, s, transients=False).largest for s in settings]
+    return found
 
 
-def _merged(points: Points, stages: Sequence[int]) -> Points:
-    """Optimizers whose curves lie on each other (within a percent) as one, under both names."""
-    groups: list[list[str]] = []
-    for label in dict.fromkeys(label for label, _ in points):
-        same = (group for group in groups if all(_alike(points[group[0], s], points[label, s]) for s in stages))
-        group = next(same, None)
-        if group is None or BASELINE in (label, group[0]):
-            groups.append([label])
-        else:
-            group.append(label)
-    return {(" / ".join(group), stage): points[group[0], stage] for group in groups for stage in stages}
-
-
-def _alike(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
-    return all(
-        abs(a - b) <= 0.01 * max(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
-    )
-
-
-def _label(name: str, momentum_dtype: str) -> str:
-    return name if momentum_dtype == "float32" else f"{name}, {momentum_dtype}"
-
-
-def _states(request: EstimateRequest, ranks: Sequence[int], points: Points) -> Any:
-    from matplotlib.figure import Figure
-
+def _states(request: EstimateRequest, ranks: Sequence[int], held: Held, colours: Mapping[str, str]) -> Any:
     stages = request.stages
-    figure = Figure(figsize=(3.2 * len(stages) + 0.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-    labels = list(dict.fromkeys(label for label, _ in points))
-    colours = colour_map(labels)
+    figure, panels = new_figure(3.2 * len(stages) + 0.6, 3.6, PAPER_INK, panels=len(stages), sharey=True)
+    panels = panels if len(stages) > 1 else [panels]
+    everywhere = {
+        label: [(n, held[label, stage][i].most_model_states) for stage in stages for i, n in enumerate(ranks)]
+        for label in colours
+    }
     for axes, stage in zip(panels, stages, strict=True):
-        for label in labels:
-            values = [states / _GIB for states, _ in points[label, stage]]
-            axes.plot(ranks, values, label=label, color=colours[label], linewidth=1.8, marker="o", markersize=3)
-        _log_ranks(axes, ranks)
+        for names in alike(everywhere):
+            values = [memory.most_model_states / _GIB for memory in held[names[0], stage]]
+            label, colour = " / ".join(names), colours[names[0]]
+            axes.plot(ranks, values, label=label, color=colour, linewidth=1.8, marker="o", markersize=3)
+        over_ranks(axes, f"ZeRO-{stage}", ranks, PAPER_INK)
         axes.set_yscale("log")
-        axes.set_title(f"ZeRO-{stage}", fontsize=10)
     panels[0].set_ylabel("model states of a rank, GiB")
     panels[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(_title(request), fontsize=10)
     return figure
 
 
-def _saving(request: EstimateRequest, ranks: Sequence[int], points: Points) -> Any:
-    """Bytes a parameter and rank that each optimizer's state saves, and what share of model states that is."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    absolute, relative = figure.subplots(1, 2)
+def _saving(request: EstimateRequest, ranks: Sequence[int], held: Held, colours: Mapping[str, str]) -> Any:
     sharded = [stage for stage in request.stages if stage > 0] or list(request.stages)
-    labels = [label for label in dict.fromkeys(label for label, _ in points) if label != BASELINE]
-    colours, dashes = colour_map([BASELINE, *labels]), dict(zip(sharded, ("-", "--", ":", "-."), strict=False))
     numel = sum(parameter.numel for parameter in request.model.trainable)
-    for label in labels:
+    saved, shares = {}, {}
+    for label in [label for label in colours if label != BASELINE]:
         for stage in sharded:
-            base, own = points[BASELINE, stage], points[label, stage]
-            saved = [(theirs - mine) / numel for (_, mine), (_, theirs) in zip(own, base, strict=True)]
-            share = [100 * (1 - mine / theirs) for (mine, _), (theirs, _) in zip(own, base, strict=True)]
+            pairs = list(zip(ranks, held[label, stage], held[BASELINE, stage], strict=True))
+            shares[label, stage] = [
+                (n, 100 * (1 - own.most_model_states / base.most_model_states)) for n, own, base in pairs
+            ]
             if stage == sharded[0]:
-                absolute.plot(ranks, saved, "o", label=label, color=colours[label], markersize=4)
-            relative.plot(ranks, share, label=f"{label}, stage {stage}", color=colours[label], linestyle=dashes[stage])
-    absolute.plot(ranks, [4 / n for n in ranks], color="#24292f", linewidth=1, label="4 / N")
-    for axes, title in ((absolute, "bytes saved a parameter and rank"), (relative, "saved of model states, %")):
-        _log_ranks(axes, ranks)
-        axes.set_title(title, fontsize=10)
-    absolute.legend(frameon=False, fontsize=8)
-    absolute.set_yscale("log")
-    figure.legend(*relative.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{_title(request)}: optimizer state against AdamW", fontsize=10)
+                points = [(n, (base.optimizer_state - own.optimizer_state) / numel) for n, own, base in pairs]
+                saved[label] = round(points[0][1], 2), points
+    title = f"{_title(request)}: optimizer state against AdamW"
+    plot = SavingOverRanks(name="saving", title=title, saved=saved, shares=shares, measured={}, how="estimated")
+    figure = plot.figure(colours, PAPER_INK)
+    figure.suptitle(title, fontsize=10)
     return figure
-
-
-def _log_ranks(axes: Any, ranks: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(ranks), [str(n) for n in ranks])
-    axes.set_xlabel("ranks")
-    axes.grid(axis="y", alpha=0.2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-__all__ = ["draw_curves", "notes", "to_table"]

@@ -9,18 +9,21 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
+
 _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 
 
 def describe_machine() -> dict[str, str]:
     """CPU, cores, memory, GPUs and versions. Starts no CUDA context: workers will want the whole device."""
-    described = {"CPU": _cpu_name(), "Cores": _cores()}
-    memory = _memory()
-    if memory:
-        described["Memory"] = memory
-    described["GPU"] = ", ".join(_gpu_names()) or "none"
-    described["System"] = f"{platform.system()} {platform.machine()}"
-    described["Python"] = platform.python_version()
+    described = {
+        "CPU": _cpu_name(),
+        "Cores": _cores(),
+        "Memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "GPU": ", ".join(_gpu_names()) or "none",
+        "System": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+    }
     for package in _PACKAGES:
         try:
             described[package] = version(package)
@@ -42,14 +45,6 @@ def _cores() -> str:
     total = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     return str(total) if usable == total else f"{usable} of {total}"
-
-
-def _memory() -> str:
-    try:
-        import psutil
-    except ImportError:
-        return ""
-    return f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 def _gpu_names() -> list[str]:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from ds_optim.report.cells import BASELINE, group_of, merge_cells, peak_kinds, run_column, what_ran
 from ds_optim.report.memory_csv import write_csv
-from ds_optim.report.memory_plots import HeatMap, SavingOverRanks, StackedBars
-from ds_optim.report.plots import Plot
+from ds_optim.report.memory_plots import OWNER_COLOURS, HeatMap, SavingOverRanks
+from ds_optim.report.plots import Bars, Plot
 from ds_optim.report.render import Report, render
 from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import Cell, Column, Line, Table, TableSpec
 from ds_optim.report.units import fixed, percent_change, size
 
-BASELINE = "adamw"
 CSV = "results.csv"
+_OWNERS_TITLE = "Peak per rank, and what of it are model states"
 _OWNERS = ("weights", "gradients", "master", "state")
 
 
 def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     """Write ``report.md``, ``report.html``, ``plots/`` and ``results.csv``; repeats of a cell become one row."""
     merged = with_savings(merge_repeats(rows))
-    several = len({row.run for row in merged}) > 1
-    merged.sort(key=lambda row: (row.run, row.ranks, -1 if row.stage is None else row.stage))
     write_csv(merged, out_dir / CSV)
     return render(
         merged,
         info,
         out_dir,
-        _table_spec(several),
+        _table_spec(merged),
         plots=memory_plots(merged),
         summary=summary(merged),
         tables={"Differences between what was estimated, accounted and measured": reconciliation(merged)},
@@ -38,19 +37,16 @@ def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
 
 
 def merge_repeats(rows: Sequence[Row]) -> list[Row]:
-    """One row a cell: of its repeats the median peak, least and most of all; a cell of which one failed has failed."""
-    cells: dict[Hashable, list[Row]] = {}
-    for row in rows:
-        cells.setdefault((*_key(row), row.optimizer, row.momentum_dtype), []).append(row)
-    return [_merged(repeats) for repeats in cells.values()]
+    """One row a cell: of its repeats the median peak, least and most of all."""
+    return merge_cells(rows, _merged)
 
 
 def with_savings(rows: Sequence[Row]) -> list[Row]:
     """Rows with ``extra["saving"]``: bytes less than AdamW in the same run at the same ranks and stage, if it ran."""
-    base = {_key(row): row for row in rows if row.status == "ok" and row.optimizer.lower() == BASELINE}
+    base = {group_of(row): row for row in rows if row.status == "ok" and row.optimizer.lower() == BASELINE}
     found = []
     for row in rows:
-        other = base.get(_key(row))
+        other = base.get(group_of(row))
         saving: dict[str, Any] | None = None
         if row.status == "ok" and other is not None and other is not row:
             sizes = {name: (_size_of(other, name), _size_of(row, name)) for name in _SIZES}
@@ -73,14 +69,7 @@ def _size_of(row: Row, name: str) -> int:
     return int(sizes[name] or 0)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return row.run, row.ranks, row.dtype, row.stage
-
-
 def _merged(repeats: Sequence[Row]) -> Row:
-    failed = next((row for row in repeats if row.status != "ok"), None)
-    if failed is not None:
-        return failed.model_copy()
     first = repeats[0]
     peaks = [row.peak_bytes for row in repeats if row.peak_bytes is not None]
     every = [entry for row in repeats for entry in row.extra["peaks"]]
@@ -110,9 +99,9 @@ def _saved(name: str) -> Column:
     return Column(title=f"Saved of {name}", value=amount, text=size, detail=share)
 
 
-def _table_spec(several_runs: bool) -> TableSpec:
-    keys = [Column(title="Run", value=lambda row: row.run)] if several_runs else []
-    keys += [
+def _table_spec(rows: Sequence[Row]) -> TableSpec:
+    keys = [
+        *run_column(rows),
         Column(title="Optimizer", value=lambda row: row.label),
         Column(title="Stage", value=lambda row: row.stage),
         Column(title="Ranks", value=lambda row: row.ranks),
@@ -128,7 +117,7 @@ def _table_spec(several_runs: bool) -> TableSpec:
             *(_saved(name) for name in _SIZES),
             Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
         ),
-        group=_key,
+        group=group_of,
         baseline_name="AdamW",
         key_columns=len(keys),
     )
@@ -136,16 +125,15 @@ def _table_spec(several_runs: bool) -> TableSpec:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """What was run and how the figures are to be read."""
-    ran = sum(row.status == "ok" for row in rows)
-    lines = [f"{ran} of {len(rows)} cells ran."]
+    lines = [what_ran(rows)]
     if any(row.extra.get("saving") for row in rows):
         lines[0] += " Savings are against AdamW in the same run, at the same stage and number of ranks."
     else:
         lines[0] += " No savings are shown, because AdamW did not run: add adamw to --optimizers."
-    kinds = sorted({row.peak_kind for row in rows if row.peak_kind})
+    kinds = peak_kinds(rows)
     if kinds:
         lines.append(
-            f"Peaks are those of {', '.join(kinds)} in a steady step, the median of the steps and process groups;"
+            f"Peaks are those of {kinds} in a steady step, the median of the steps and process groups;"
             " beneath, the least and the most of any rank, and the fullest rank. The first step's peak, when state is"
             " made, stands apart. Sizes are of the rank that holds most."
         )
@@ -173,7 +161,7 @@ def reconciliation(rows: Sequence[Row]) -> Table:
             cells.append(Cell(text=size(entry["difference"]), change=percent_change(left, right), verdict=verdict))
             causes += [f"{entry['what']}: {entry['cause']}"] * entry["flagged"]
         cells.append(Cell(text="; ".join(causes), numeric=False))
-        lines.append(Line(cells=cells, starts_group=bool(number) and _key(row) != _key(ran[number - 1])))
+        lines.append(Line(cells=cells, starts_group=bool(number) and group_of(row) != group_of(ran[number - 1])))
     return Table(titles=[*titles, "Cause"], lines=lines, unmeasured=(), key_columns=3)
 
 
@@ -188,22 +176,18 @@ def memory_plots(rows: Sequence[Row]) -> list[Plot]:
     columns = max((row.extra["peaks"] for row in ran), key=len)
     hosts = len({entry["host"] for entry in columns}) > 1
     plots: list[Plot] = [
-        StackedBars(name="owners", title="Peak per rank, and what of it are model states", groups=groups, text=size),
+        Bars(name="owners", title=_OWNERS_TITLE, groups=groups, text=size, parts=OWNER_COLOURS),
         HeatMap(
             name="ranks",
             title="Peak of each rank",
             rows=[f"{row.label}, {_group_title(row, rows)}" for row in ran],
             columns=[f"{e['host']}: {e['rank']}" if hosts else f"rank {e['rank']}" for e in columns],
-            values=[_padded([entry["median"] for entry in row.extra["peaks"]], len(columns)) for row in ran],
+            values=[[entry["median"] for entry in row.extra["peaks"]] for row in ran],
             text=size,
         ),
     ]
     saving = _saving(ran)
     return plots if saving is None else [*plots, saving]
-
-
-def _padded(values: Sequence[float], length: int) -> list[float | None]:
-    return [*values, *[None] * (length - len(values))]
 
 
 def _group_title(row: Row, rows: Sequence[Row]) -> str:
@@ -223,12 +207,12 @@ def _parts(row: Row) -> dict[str, float]:
 
 def _saving(rows: Sequence[Row]) -> SavingOverRanks | None:
     """The estimate's curves, and what was counted; None where there is nothing to compare with."""
-    base = {_key(row): row for row in rows if row.optimizer.lower() == BASELINE}
+    base = {group_of(row): row for row in rows if row.optimizer.lower() == BASELINE}
     saved: dict[str, tuple[float, list[tuple[int, float]]]] = {}
     shares: dict[tuple[str, int], list[tuple[int, float]]] = {}
     measured: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for row in rows:
-        other = base.get(_key(row))
+        other = base.get(group_of(row))
         if other is None or other is row or not row.stage:
             continue
         formula = _bytes_a_parameter(other) - _bytes_a_parameter(row)

@@ -39,9 +39,6 @@ def merge_runs(folders: Sequence[Path], out: Path) -> Report:
         out.mkdir(parents=True, exist_ok=True)
         write_rows(out / RESULTS, merged)
         write_atomic(out / RUN_FILE, info.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
-    try:
         return _RENDERERS[kind](merged, info, out)
     except OSError as error:
         raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None

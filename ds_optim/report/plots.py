@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,48 +14,12 @@ from ds_optim.machine.files import drop_link
 
 # Ink that no plot uses otherwise: in the SVG it is replaced by currentColor, so that axes and text follow the page.
 _INK = "#010203"
-_PAPER_INK = "#24292f"
+PAPER_INK = "#24292f"
 _PALETTE = (
-    "#7a8793",
-    "#e07b39",
-    "#3b82c4",
-    "#2fa36b",
-    "#a06cd5",
-    "#d9568c",
-    "#a89b2d",
-    "#2aa5b8",
-    "#d64545",
-    "#8c6239",
+    *("#7a8793", "#e07b39", "#3b82c4", "#2fa36b", "#a06cd5"),
+    *("#d9568c", "#a89b2d", "#2aa5b8", "#d64545", "#8c6239"),
 )
 _DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """Lines over steps. ``series`` maps a name to its (x, y) points; ``levels`` are dashed horizontal lines."""
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    levels: Mapping[str, float]
-
-    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
-        return _curves(self, colours, ink)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bars:
-    """Horizontal bars in groups. ``groups`` maps a group's name to (label, value) pairs; None is a failed cell."""
-
-    name: str
-    title: str
-    groups: Mapping[str, Sequence[tuple[str, float | None]]]
-    text: Callable[[float | None], str]
-
-    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
-        return _bars(self, colours, ink)
 
 
 class Plot(Protocol):
@@ -70,6 +34,83 @@ class Plot(Protocol):
     def figure(self, colours: Mapping[str, str], ink: str) -> Any:
         """The figure; ``colours`` by label, ``ink`` of axes and text."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Lines over steps. ``series`` maps a name to its (x, y) points; ``levels`` are dashed horizontal lines."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    levels: Mapping[str, float]
+
+    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
+        figure, axes = new_figure(6.4, 3.6, ink)
+        for index, (name, (x, y)) in enumerate(self.series.items()):
+            axes.plot(x, y, label=name, color=colours.get(name), linewidth=1.8, linestyle=_DASHES[index % len(_DASHES)])
+        for name, level in self.levels.items():
+            axes.axhline(level, color=ink, alpha=0.55, linewidth=1, linestyle=":")
+            axes.annotate(
+                name, (1, level), xycoords=("axes fraction", "data"), xytext=(-3, 3), textcoords="offset points",
+                ha="right", color=ink, fontsize=9,
+            )  # fmt: skip
+        axes.set_xlabel(self.x_label, color=ink)
+        axes.set_ylabel(self.y_label, color=ink)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, labelcolor=ink, fontsize=9, loc="upper right", ncols=1 + (len(self.series) > 5))
+        return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Horizontal bars in groups.
+
+    ``groups`` maps a group's name to pairs of a label and a value, or the values of the parts that are stacked; None is
+    a failed cell. ``parts``: the colours of such parts, for which there is a legend.
+    """
+
+    name: str
+    title: str
+    groups: Mapping[str, Sequence[tuple[str, float | Mapping[str, float] | None]]]
+    text: Callable[[float], str]
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    def figure(self, colours: Mapping[str, str], ink: str) -> Any:
+        groups = {name: [(label, _parts(label, value)) for label, value in bars] for name, bars in self.groups.items()}
+        count = sum(map(len, groups.values()))
+        figure, axes = new_figure(6.4, (0.6 if self.parts else 0.2) + 0.25 * count + 0.36 * len(groups), ink)
+        longest = max((sum(parts.values()) for bars in groups.values() for _, parts in bars if parts), default=0) or 1.0
+        position, ticks = 0.0, []
+        for name, bars in groups.items():
+            axes.text(
+                0, position - 0.85, name, transform=axes.get_yaxis_transform(), color=ink, fontsize=9.5,
+                fontweight="bold", va="center",
+            )  # fmt: skip
+            for label, parts in bars:
+                end = 0.0
+                for part, length in (parts or {}).items():
+                    colour = self.parts.get(part, colours.get(part))
+                    axes.barh(position, length, left=end, height=0.72, color=colour, linewidth=0, label=part)
+                    end += length
+                text = "failed" if parts is None else self.text(end)
+                axes.text(end + 0.01 * longest, position, text, va="center", color=ink, fontsize=9)
+                ticks.append((position, label))
+                position += 1
+            position += 1.4
+        axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+        axes.set_xticks([])
+        axes.set_xlim(0, longest * 1.18)
+        axes.set_ylim(position - 1.8, -1.3)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        if self.parts:
+            legend_beneath(figure, axes, ink, columns=5)
+        return figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +132,7 @@ def draw(plot: Plot, folder: Path, colours: Mapping[str, str]) -> DrawnPlot:
     png = Path("plots") / f"{plot.name}.png"
     settings = {"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": plot.name}
     with matplotlib.rc_context(settings):
-        figure = plot.figure(colours, _PAPER_INK)
+        figure = plot.figure(colours, PAPER_INK)
         drop_link(folder / png)
         figure.savefig(folder / png, dpi=150, facecolor="white")
         figure = plot.figure(colours, _INK)
@@ -105,73 +146,35 @@ def colour_map(names: Sequence[str]) -> dict[str, str]:
     return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
 
 
-def _curves(plot: Curves, colours: Mapping[str, str], ink: str) -> Any:
-    figure, axes = new_figure(6.4, 3.6, ink)
-    for index, (name, (x, y)) in enumerate(plot.series.items()):
-        axes.plot(x, y, label=name, color=colours.get(name), linewidth=1.8, linestyle=_DASHES[index % len(_DASHES)])
-    for name, level in plot.levels.items():
-        axes.axhline(level, color=ink, alpha=0.55, linewidth=1, linestyle=":")
-        axes.annotate(
-            name, (1, level), xycoords=("axes fraction", "data"), xytext=(-3, 3), textcoords="offset points",
-            ha="right", color=ink, fontsize=9,
-        )  # fmt: skip
-    axes.set_xlabel(plot.x_label, color=ink)
-    axes.set_ylabel(plot.y_label, color=ink)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9, loc="upper right", ncols=1 + (len(plot.series) > 5))
-    return figure
-
-
-def _bars(plot: Bars, colours: Mapping[str, str], ink: str) -> Any:
-    count = sum(len(bars) for bars in plot.groups.values())
-    figure, axes = new_figure(6.4, 0.2 + 0.25 * count + 0.36 * len(plot.groups), ink)
-    position, ticks, labels = 0.0, [], []
-    lengths = [_length(value) for bars in plot.groups.values() for _, value in bars]
-    longest = max((length for length in lengths if length is not None), default=0.0) or 1.0
-    for group, bars in plot.groups.items():
-        axes.text(
-            0, position - 0.85, group, transform=axes.get_yaxis_transform(), color=ink, fontsize=9.5,
-            fontweight="bold", va="center",
-        )  # fmt: skip
-        for label, value in bars:
-            known = _length(value)
-            length = known or 0.0
-            axes.barh(position, length, height=0.72, color=colours.get(label), linewidth=0)
-            text = "failed" if known is None else plot.text(value)
-            axes.text(length + 0.01 * longest, position, text, va="center", color=ink, fontsize=9)
-            ticks.append(position)
-            labels.append(label)
-            position += 1
-        position += 1.4
-    axes.set_yticks(ticks, labels)
-    axes.set_xticks([])
-    axes.set_xlim(0, longest * 1.18)
-    axes.set_ylim(position - 1.8, -1.3)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    return figure
-
-
-def new_figure(width: float, height: float, ink: str) -> Any:
-    """A figure and its axes, without a frame above and to the right, in the page's ink."""
+def new_figure(width: float, height: float, ink: str, panels: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes (several panels: an array of them), without a frame above and to the right, in ``ink``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(ink)
-        axes.spines[side].set_alpha(0.4)
-    axes.tick_params(colors=ink, labelsize=9)
-    return figure, axes
+    made = figure.subplots(1, panels, squeeze=False, **options)[0]
+    for axes in made:
+        axes.set_facecolor("none")
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(ink)
+            spine.set_alpha(0.4)
+        axes.tick_params(colors=ink, labelsize=9)
+    return figure, made[0] if panels == 1 else made
 
 
-def _length(value: float | None) -> float | None:
-    """A bar's length, or None where there is nothing to draw."""
-    return None if value is None or not math.isfinite(value) else float(value)
+def legend_beneath(figure: Any, axes: Any, ink: str, columns: int) -> None:
+    """The legend of ``axes`` under the whole figure, each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    style = {"frameon": False, "labelcolor": ink, "fontsize": 8}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, **style)
+
+
+def _parts(label: str, value: float | Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """A bar's parts, a plain value as its only one; None where there is nothing to draw."""
+    if value is None or isinstance(value, Mapping):
+        return value
+    return {label: value} if math.isfinite(value) else None
 
 
 def _inline(svg: str, title: str) -> str:

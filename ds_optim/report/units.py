@@ -23,6 +23,11 @@ def significant(value: float | None, digits: int = 3) -> str:
     return _minus(f"{value:,.{max(0, digits - 1 - magnitude)}f}")
 
 
+def span(low: float | None, high: float | None) -> str:
+    """From the least to the most; nothing where they were not measured."""
+    return "" if low is None or high is None else f"{significant(low)} to {significant(high)}"
+
+
 def fixed(value: float | None, decimals: int) -> str:
     """``value`` with so many decimals."""
     return MISSING if value is None else _minus(f"{value:.{decimals}f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,9 +120,9 @@ def test_reconciliation_takes_the_rank_that_lies_farthest_apart() -> None:
         def peak(self, activations: int) -> int:
             return 200 + activations
 
-    def measured(states: int, counted: int, held: int) -> dict[str, Any]:
-        forward = {"accounted": {"activations": 50}, "total": counted, "measured": held}
-        return {"model_state_bytes": states, "moments": {"after forward": forward}}
+    def measured(states: int, counted: int, held: int) -> Any:
+        forward = SimpleNamespace(accounted={"activations": 50}, total=counted, measured=held)
+        return SimpleNamespace(model_state_bytes=states, moments={"after forward": forward})
 
     estimate = MemoryEstimate(model=None, optimizer=None, zero=None, ranks=(Rank(), Rank()))  # type: ignore[arg-type]
     ranks = [measured(100, 1000, 1010), measured(104, 1000, 1100)]
