@@ -63,10 +63,12 @@ def api_pages() -> dict[str, str]:
     }
     for room in ROOMS:
         modules = "".join(
-            f"## {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      heading_level: 3\n\n"
+            f"## {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+            "      show_root_toc_entry: false\n      heading_level: 3\n\n"
             for name in _modules(room)
         )
-        pages[room] = f"# {room}\n\n::: ds_optim.{room}\n    options:\n      members: false\n\n{modules}"
+        pages[room] = f"# {room}\n\n::: ds_optim.{room}\n    options:\n      show_root_heading: false\n"
+        pages[room] += f"      show_root_toc_entry: false\n      members: false\n\n{modules}"
     return pages
 
 

@@ -32,7 +32,6 @@ _MEANT = {"README.md": "index.md", "benchmarks/results": "benchmarks.md", "confi
 _FOLDERS = {"configs": "configs", "benchmarks/results": "results"}
 _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(?=<code>)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -50,11 +49,6 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     source = next((key for key, target in PAGES.items() if target == page.file.src_uri), f"docs/{page.file.src_uri}")
     return outside_code(generated.fill(markdown), lambda text: relink(text, source, page.file.src_uri))
-
-
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Docstrings name things in Sphinx's way here and there."""
-    return _ROLE.sub("", html)
 
 
 def outside_code(markdown: str, change: Any) -> str:

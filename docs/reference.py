@@ -167,7 +167,7 @@ def _section(path: str, command: Any) -> str:
         rows.append((f"`{written}`", shown, option.help or ""))
     parts = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
     words = "\n\n".join(f"```bash\n{part}\n```" if part.startswith("ds-optim ") else part for part in parts)
-    table = markdown_table(("", "default", ""), rows) if rows else ""
+    table = markdown_table(("flag", "default", "what it is"), rows) if rows else ""
     return f"## {path}\n\n{words}\n\n{table}"
 
 

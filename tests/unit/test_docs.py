@@ -198,6 +198,14 @@ def test_the_house_has_the_rooms_that_there_are() -> None:
     assert drawn == folders == set(generated.ROOMS)
 
 
+def test_pre_commit_has_the_checks_of_the_tests() -> None:
+    checks = re.findall(r"^ *check (\w+) ?(\w*)", (ROOT / "tests" / "run.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert len(checks) >= 3
+    for name, kind in checks:
+        assert f"{name} {kind}" in hooks if name == "ruff" else f"id: {name}" in hooks
+
+
 def build(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"), *arguments]
