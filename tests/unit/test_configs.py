@@ -100,9 +100,9 @@ def test_from_config_builds_what_the_file_says(name: str) -> None:
     assert params["weight_decay"] in [group["weight_decay"] for group in optimizer.param_groups]
 
 
-def test_the_whole_config_of_the_readme_fits_the_preset_that_it_names() -> None:
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## A whole config")[2].partition("\n## ")[0]
+def test_the_whole_config_of_the_docs_fits_the_preset_that_it_names() -> None:
+    page = (FOLDER.parent / "docs" / "from-adamw.md").read_text(encoding="utf-8")
+    section = page.partition("## A whole config")[2].partition("\n## ")[0]
     config = json.loads(section.partition("```json")[2].partition("```")[0])
     preset = next(name for name in PRESETS if f"`{name}`" in section)
     with torch.device("meta"):

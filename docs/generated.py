@@ -1,0 +1,100 @@
+"""The parts of README and docs that are made from the code, each between two marks in the file.
+
+``python docs/generated.py`` writes them into the files that are read as they stand; the other pages of docs/ are filled
+while the site is built.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from docs import reference  # noqa: E402
+from ds_optim.optimizers.table import table  # noqa: E402
+
+#: What stands between marks of each name.
+PARTS: dict[str, Callable[[], str]] = {
+    "optimizers": lambda: table(("name", "keeps", "moves", "choose it")),
+    "optimizers in full": lambda: table(("name", "a step", "keeps", "moves", "choose it")),
+    "claims": lambda: table(("name", "source", "the source's claim")),
+    "arguments": reference.arguments,
+    "settings": reference.settings,
+    "tuned": reference.tuned,
+    "commands": reference.commands,
+    "works": reference.works,
+    "refused": reference.refused,
+    "messages": reference.messages,
+}
+#: Files that hold their parts in the repository too.
+WRITTEN = ("README.md", "docs/optimizers.md", "docs/support.md")
+#: Rooms of the package, from the ground up, as tests/unit/test_imports.py orders them.
+ROOMS = (
+    *("matrix", "elementwise", "sharding", "optimizers", "zero", "machine", "job", "memory", "report", "data"),
+    *("cluster", "survival", "train", "sweep", "bench", "chaos", "cli"),
+)
+_PART = re.compile(r"(<!-- generated: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """The text with what belongs between its marks.
+
+    Raises:
+        KeyError: a mark names no part.
+    """
+    return _PART.sub(lambda part: f"{part[1]}\n{PARTS[part[2]]()}\n{part[3]}", text)
+
+
+def api_pages() -> dict[str, str]:
+    """Markdown by page: the face of the package, and each room with all its modules."""
+    import ds_optim
+
+    pages = {
+        "index": "# API\n\n"
+        "What `import ds_optim` gives. The rooms of the package have a page each, for who works on it: "
+        f"{', '.join(f'[{room}]({room}.md)' for room in ROOMS)}.\n\n"
+        + "".join(f"::: {_path(ds_optim, name)}\n\n" for name in _face(ds_optim.__all__))
+    }
+    for room in ROOMS:
+        modules = "".join(
+            f"## {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+            "      show_root_toc_entry: false\n      heading_level: 3\n\n"
+            for name in _modules(room)
+        )
+        pages[room] = f"# {room}\n\n::: ds_optim.{room}\n    options:\n      show_root_heading: false\n"
+        pages[room] += f"      show_root_toc_entry: false\n      members: false\n\n{modules}"
+    return pages
+
+
+def _face(names: list[str]) -> list[str]:
+    """Functions first, then classes."""
+    return sorted(names, key=lambda name: (name[0].isupper(), name))
+
+
+def _path(package: ModuleType, name: str) -> str:
+    """Where a name stands; ``ds_optim.initialize`` would be taken for the module that has its name."""
+    module = getattr(package, name).__module__
+    return f"{module}.{name}" if module.endswith(f".{name}") else f"{package.__name__}.{name}"
+
+
+def _modules(room: str) -> Iterator[str]:
+    for path in sorted((ROOT / "ds_optim" / room).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "__init__":
+            yield ".".join(parts)
+
+
+def main() -> None:
+    for name in WRITTEN:
+        path = ROOT / name
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
