@@ -20,16 +20,16 @@ class StartPoint:
 
 
 _RANKS = "ds_optim.machine.ranks"
-#: In their order. Before the third, ranks that end are not known by their number.
+#: In their order. Before the second, ranks that end are not known by their number.
 START_POINTS = (
     StartPoint(module=_RANKS, name="join", where="before the ranks join", told="for the others to join"),
-    StartPoint(module=_RANKS, name="same_code", where="as the ranks join", told="ranks joined|for the others to join"),
+    StartPoint(module=_RANKS, name="same_code", where="as the ranks join"),
     StartPoint(module="ds_optim.train.loop", name="to_resume", where="the look at checkpoints"),
     StartPoint(module="ds_optim.train.loop", name="load_data", where="the text"),
     StartPoint(module="ds_optim.train.loop", name="start_engine", where="the engine"),
     StartPoint(module="ds_optim.survival.checkpoint", name="load", where="the load of the checkpoint"),
 )
-JOINED = 2
+JOINED = 1
 """From this point on the ranks are watched, and end together."""
 
 

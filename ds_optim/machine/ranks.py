@@ -11,6 +11,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -35,15 +36,17 @@ _JOIN_TIMEOUT_S = "300"
 _BROKEN = ("connection", "closed by peer", "timed out", "socket", "broken pipe", "no longer", "gloo", "nccl")
 
 
-def join(*, check_code: bool = True) -> None:
+def join(*, check_code: bool = True, met: Callable[[], None] = lambda: None) -> None:
     """Join the process group through DeepSpeed; a process that no launcher started is a group of one.
 
-    Raises UserError where rank 0 cannot be reached or its port is in use, and, unless not ``check_code``, on every rank
-    where one of them runs other code.
+    ``met`` is called as soon as the ranks have found each other, before they ask each other anything. Raises UserError
+    where rank 0 cannot be reached or its port is in use, and, unless not ``check_code``, on every rank where one of
+    them runs other code.
     """
     import deepspeed
 
     if dist.is_initialized() and deepspeed.comm.is_initialized():
+        met()
         _settle()
         return
     if "RANK" not in os.environ and not any(name in os.environ for name in _MPI_VARIABLES):
@@ -76,6 +79,7 @@ def join(*, check_code: bool = True) -> None:
         ) from None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    met()
     _settle()
     if check_code:
         same_code()
@@ -192,6 +196,21 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def post(name: str, value: str | None, wait_s: float) -> str:
+    """What one rank posts under a name of its own, in the store of the rendezvous: no collective.
+
+    Raises RuntimeError where it does not come, or the store is gone with the rank that serves it.
+    """
+    if world_size() == 1:
+        return value or ""
+    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+    if value is not None:
+        store.set(f"ds_optim/{name}", value)
+        return value
+    store.wait([f"ds_optim/{name}"], timedelta(seconds=wait_s))
+    return str(store.get(f"ds_optim/{name}").decode())
 
 
 def from_first(value: Callable[[], T]) -> T:

@@ -45,7 +45,10 @@ class Pulse:
 
 
 class Heartbeat:
-    """The exchange of pulses. Making it is collective; ``seen`` maps a rank to (its pulse, when it last changed).
+    """The exchange of pulses; ``seen`` maps a rank to (its pulse, when it last changed).
+
+    Every rank makes it once the ranks have met, and needs nothing but rank 0 for that: a rank that is lost from then on
+    is known by its number.
 
     While ``work_counts``, a process that does not wait for others and computes or reads gets on.
 
@@ -74,7 +77,8 @@ class Heartbeat:
         self._store = self._open()
         self._thread = threading.Thread(target=self._run, daemon=True, name="ds_optim heartbeat")
         self._exchange()
-        ranks.gather(None)  # every pulse is there before anyone reads it
+        # Every pulse is there before anyone reads it.
+        self._store.wait([f"pulse/{rank}" for rank in self.watched], _STORE_TIMEOUT)
         self._thread.start()
 
     def pronounce(self, line: str) -> None:
@@ -88,11 +92,12 @@ class Heartbeat:
 
     def _open(self) -> Any:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        store = None
         if self.rank == 0:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-        port = ranks.gather(None if store is None else store.port)[0]
-        return store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+            ranks.post("heartbeat", str(store.port), 0.0)
+            return store
+        port = int(ranks.post("heartbeat", None, _STORE_TIMEOUT.total_seconds()))
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval_s):

@@ -27,6 +27,11 @@ class Supervision:
         self.watchdog = Watchdog(settings.hang_timeout, self.note_lost)
         self.done = 0
 
+    def begin(self) -> None:
+        """The ranks have met: they are watched, and asked to end together, from here on."""
+        self.watchdog.start()
+        self.preemption.joined(self.settings.out, first=ranks.rank() == 0)
+
     def note_lost(self, line: str) -> None:
         """Each rank that is left notes it, for who knows which are."""
         with suppress(OSError):
@@ -48,9 +53,7 @@ def supervised(settings: TrainSettings, preemption: Preemption) -> Iterator[Supe
     watch = Supervision(settings, preemption)
     try:
         with _rendezvous_limit(watch):
-            ranks.join()
-            watch.watchdog.start()
-        preemption.joined(settings.out, first=ranks.rank() == 0)
+            ranks.join(met=watch.begin)
         yield watch
         watch.watchdog.stop()
     except Exception as error:

@@ -47,7 +47,7 @@ class Watchdog:
         self._failure_seen: float | None = None
 
     def start(self) -> None:
-        """Collective; the ranks are watched from here on."""
+        """The ranks are watched from here on; each of them calls it as soon as they have met."""
         if self._timeout_s == 0:
             return
         self._heart = Heartbeat(min(_INTERVAL_S, self._timeout_s / 8))
