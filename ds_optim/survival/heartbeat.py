@@ -6,6 +6,7 @@ a store that stopped answering is noticed by who reads ``answered``, not by the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from ds_optim.machine import ranks
 from ds_optim.survival.activity import Activity
 
+_RUNS = itertools.count()
+"""Of this process: the ranks of a program may train more than once, each time all of them."""
 _STORE_TIMEOUT = timedelta(seconds=300)
 # Where a rank stands that waits for others, by the files and functions on its stack.
 _WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/ds_optim/sharding/exchange.py")
@@ -91,12 +94,12 @@ class Heartbeat:
         self._thread.join(timeout=2 * self.interval_s)
 
     def _open(self) -> Any:
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        host, name = os.environ.get("MASTER_ADDR", "127.0.0.1"), f"heartbeat/{next(_RUNS)}"
         if self.rank == 0:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-            ranks.post("heartbeat", str(store.port), 0.0)
+            ranks.post(name, str(store.port), 0.0)
             return store
-        port = int(ranks.post("heartbeat", None, _STORE_TIMEOUT.total_seconds()))
+        port = int(ranks.post(name, None, _STORE_TIMEOUT.total_seconds()))
         return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
 
     def _run(self) -> None:
