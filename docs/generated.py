@@ -34,8 +34,8 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 #: Files that hold their parts in the repository too.
 WRITTEN = ("README.md", "docs/optimizers.md", "docs/support.md")
-#: Rooms of the package, from the ground up, as tests/unit/test_imports.py orders them.
-ROOMS = (
+#: The packages inside ds_optim, from the ground up, as tests/unit/test_imports.py orders them.
+PACKAGES = (
     *("matrix", "elementwise", "sharding", "optimizers", "zero", "machine", "job", "memory", "report", "data"),
     *("cluster", "survival", "train", "sweep", "bench", "chaos", "cli"),
 )
@@ -52,23 +52,23 @@ def fill(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Markdown by page: the face of the package, and each room with all its modules."""
+    """Markdown by page: what ``import ds_optim`` gives, and each package inside it with all its modules."""
     import ds_optim
 
     pages = {
         "index": "# API\n\n"
-        "What `import ds_optim` gives. The rooms of the package have a page each, for who works on it: "
-        f"{', '.join(f'[{room}]({room}.md)' for room in ROOMS)}.\n\n"
+        "What `import ds_optim` gives. The packages inside it have a page each, for who works on them: "
+        f"{', '.join(f'[{package}]({package}.md)' for package in PACKAGES)}.\n\n"
         + "".join(f"::: {_path(ds_optim, name)}\n\n" for name in _face(ds_optim.__all__))
     }
-    for room in ROOMS:
+    for package in PACKAGES:
         modules = "".join(
             f"## {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
             "      show_root_toc_entry: false\n      heading_level: 3\n\n"
-            for name in _modules(room)
+            for name in _modules(package)
         )
-        pages[room] = f"# {room}\n\n::: ds_optim.{room}\n    options:\n      show_root_heading: false\n"
-        pages[room] += f"      show_root_toc_entry: false\n      members: false\n\n{modules}"
+        pages[package] = f"# {package}\n\n::: ds_optim.{package}\n    options:\n      show_root_heading: false\n"
+        pages[package] += f"      show_root_toc_entry: false\n      members: false\n\n{modules}"
     return pages
 
 
@@ -83,8 +83,8 @@ def _path(package: ModuleType, name: str) -> str:
     return f"{module}.{name}" if module.endswith(f".{name}") else f"{package.__name__}.{name}"
 
 
-def _modules(room: str) -> Iterator[str]:
-    for path in sorted((ROOT / "ds_optim" / room).rglob("*.py")):
+def _modules(package: str) -> Iterator[str]:
+    for path in sorted((ROOT / "ds_optim" / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[-1] != "__init__":
             yield ".".join(parts)

@@ -191,11 +191,11 @@ def test_messages_of_troubleshooting_are_the_codes() -> None:
         assert any(pattern.search(text) for text in texts), message
 
 
-def test_the_house_has_the_rooms_that_there_are() -> None:
+def test_the_design_lists_the_packages_that_there_are() -> None:
     folders = {path.parent.name for path in (ROOT / "ds_optim").glob("*/__init__.py")}
-    house = PAGES["docs/design.md"].partition("## The house")[2]
-    drawn = {room for cell in re.findall(r"^\| (`.*?) \|", house, re.MULTILINE) for room in re.findall("`(.*?)`", cell)}
-    assert drawn == folders == set(generated.ROOMS)
+    rows = re.findall(r"^\| (`\w.*?) \|", PAGES["docs/design.md"].partition("## The packages")[2], re.MULTILINE)
+    listed = {name for row in rows for name in re.findall("`(\\w+)`", row)}
+    assert listed == folders == set(generated.PACKAGES)
 
 
 def test_pre_commit_has_the_checks_of_the_tests() -> None:
