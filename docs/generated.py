@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import ds_optim  # noqa: E402
 from docs import reference  # noqa: E402
-from ds_optim.optimizers.table import table  # noqa: E402
+from ds_optim.optimizers.table import in_order, table  # noqa: E402
 
 #: What stands between marks of each name.
 PARTS: dict[str, Callable[[], str]] = {
@@ -53,13 +53,12 @@ def fill(text: str) -> str:
 
 def api_pages() -> dict[str, str]:
     """Markdown by page: what ``import ds_optim`` gives, and each package inside it with all its modules."""
-    import ds_optim
-
+    names = {*ds_optim.__all__, *(described.cls.__name__ for described in in_order())}
     pages = {
         "index": "# API\n\n"
         "What `import ds_optim` gives. The packages inside it have a page each, for who works on them: "
         f"{', '.join(f'[{package}]({package}.md)' for package in PACKAGES)}.\n\n"
-        + "".join(f"::: {_path(ds_optim, name)}\n\n" for name in _face(ds_optim.__all__))
+        + "".join(f"::: {reference.path_of(name)}\n\n" for name in _face(names))
     }
     for package in PACKAGES:
         modules = "".join(
@@ -72,15 +71,9 @@ def api_pages() -> dict[str, str]:
     return pages
 
 
-def _face(names: list[str]) -> list[str]:
+def _face(names: Iterable[str]) -> list[str]:
     """Functions first, then classes."""
     return sorted(names, key=lambda name: (name[0].isupper(), name))
-
-
-def _path(package: ModuleType, name: str) -> str:
-    """Where a name stands; ``ds_optim.initialize`` would be taken for the module that has its name."""
-    module = getattr(package, name).__module__
-    return f"{module}.{name}" if module.endswith(f".{name}") else f"{package.__name__}.{name}"
 
 
 def _modules(package: str) -> Iterator[str]:

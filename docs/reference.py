@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 
 import typer
 
+import ds_optim
 from ds_optim.cli.app import app
 from ds_optim.errors import UserError
 from ds_optim.job.presets import PRESETS, tuned_params
@@ -111,9 +112,20 @@ def arguments() -> str:
         ]
         options = "matrix rules' options" if cls.has_aux else "common options"
         own = markdown_table(("argument", "default", "what it is"), rows)
-        more = f"And the {options}; formulas: [API](api/index.md#ds_optim.{cls.__name__})."
+        more = f"And the {options}; formulas: [API](api/index.md#{path_of(cls.__name__)})."
         parts.append(f"### {cls.__name__}\n\n{own}\n{more}\n")
     return "\n".join(parts)
+
+
+def path_of(name: str) -> str:
+    """Where the API page of a name of ``ds_optim`` finds it.
+
+    That is its module for ``initialize``, which has a module of the same name, and for optimizers that are known to the
+    package by their registration alone.
+    """
+    module = getattr(ds_optim, name).__module__
+    written = name in ds_optim.__all__ and not module.endswith(f".{name}")
+    return f"ds_optim.{name}" if written else f"{module}.{name}"
 
 
 def _arguments_said(cls: type) -> dict[str, str]:

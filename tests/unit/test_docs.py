@@ -224,7 +224,8 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -
         fetched = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="?(https?://[^">\s]*)', html)
         assert not fetched, f"{name} fetches {fetched}"
     assert all(f"<code>{described.cls.__name__}</code>" in pages["optimizers.html"] for described in in_order())
-    assert all(f'id="ds_optim.{described.cls.__name__}"' in pages["api/index.html"] for described in in_order())
+    names = [reference.path_of(described.cls.__name__) for described in in_order()]
+    assert all(f'id="{name}"' in pages["api/index.html"] for name in names)
 
 
 @pytest.mark.parametrize(
