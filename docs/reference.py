@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import json
 import re
@@ -17,6 +18,10 @@ from ds_optim.cli.app import app
 from ds_optim.errors import UserError
 from ds_optim.job.presets import PRESETS, tuned_params
 from ds_optim.job.settings import TrainSettings
+from ds_optim.matrix.polar import DTYPES, METHODS, NORMALIZATIONS, PolarSpec
+from ds_optim.matrix.schedules import SCHEDULES
+from ds_optim.optimizers.options import EXCHANGE_DEFAULTS, CommonOptions, MatrixOptions, aux_options
+from ds_optim.optimizers.rules import RULES
 from ds_optim.optimizers.table import in_order
 from ds_optim.zero.support import REFUSED_SETTINGS, check_config
 
@@ -31,6 +36,21 @@ _WITHOUT_FLAG = {
 #: Values that a refused setting is shown with: the first that it is refused for.
 _EXAMPLES = (True, 0.5, "nvme", False, 2)
 
+_DEFAULTS = {"momentum_dtype": "float32", "decay_1d": False, "diagnostics": False, "seed": 0}
+_MATRIX_WORDS = {
+    "aux": "the rule for what is no matrix",
+    "aux_lr": "its learning rate; LionMuon and SignMuon give it `lr / sign_lr_ratio`",
+    "aux_betas": "its betas, of `lion` and `adamw`",
+    "aux_beta": "its beta, of `signum`",
+    "aux_weight_decay": "its decay",
+    "polar": "how matrices are orthogonalized",
+    "exchange": "how cut matrices come together",
+}
+_EXCHANGE_WORDS = {
+    "bucket_mb": "MiB that an exchange may hold at once, unless one matrix asks for more",
+    "overlap": "messages travel while matrices are worked on",
+    "costs": 'owners get equal work by the clock, `"measured"`, or by counted operations, `"modelled"`',
+}
 _ARGS = re.compile(r"^Args:.*\n((?: +.*\n?|\n(?= ))*)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^ {4}(\w[\w, ]*): ((?:.*\n?)(?:^ {5,}.*\n?)*)", re.MULTILINE)
 
@@ -115,6 +135,61 @@ def arguments() -> str:
         more = f"And the {options}; formulas: [API](api/index.md#{path_of(cls.__name__)})."
         parts.append(f"### {cls.__name__}\n\n{own}\n{more}\n")
     return "\n".join(parts)
+
+
+def options() -> str:
+    """The options that every optimizer takes, and those of rules for matrices, in the words of their docstrings."""
+    common = _said_of_keys(CommonOptions)
+    rows = [(f"`{name}`", _shown(_DEFAULTS[name]) if name in _DEFAULTS else "", common[name]) for name in common]
+    return markdown_table(("option", "default", "what it is"), rows)
+
+
+def matrix_options() -> str:
+    """The options of rules for matrices beside the common ones."""
+    name, _ = aux_options({})
+    shown = {"aux": _shown(name), "aux_weight_decay": "`weight_decay`", "polar": "below", "exchange": "below"}
+    own = [key for key in MatrixOptions.__annotations__ if key not in CommonOptions.__annotations__]
+    rows = [(f"`{key}`", shown.get(key, "the aux rule's"), _MATRIX_WORDS[key]) for key in own]
+    return markdown_table(("option", "default", "what it is"), rows)
+
+
+def aux_rules() -> str:
+    """What rules of others' parameters start from where nobody writes it."""
+    rules = {name: rule.aux for name, rule in RULES.items() if rule.aux is not None}
+    rows = [
+        (f"`{name}`", f"`{json.dumps({f'aux_{k}': v for k, v in given.items()})}`") for name, given in rules.items()
+    ]
+    return markdown_table(("`aux`", "starts from"), rows)
+
+
+def polar() -> str:
+    """The object `polar`."""
+    said = _said_of_keys(PolarSpec)
+    choices = {"schedule": SCHEDULES, "method": METHODS, "normalize": NORMALIZATIONS, "dtype": ("auto", *DTYPES)}
+    rows = [
+        (
+            f"`{field.name}`",
+            ", ".join(map(_shown, choices.get(field.name, ()))) or "a whole number",
+            _shown(field.default),
+            said[field.name],
+        )
+        for field in dataclasses.fields(PolarSpec)
+        if field.default is not None
+    ]
+    return markdown_table(("key", "takes", "default", "what it is"), rows)
+
+
+def exchange() -> str:
+    """The object `exchange`."""
+    rows = [(f"`{key}`", _shown(value), _EXCHANGE_WORDS[key]) for key, value in EXCHANGE_DEFAULTS.items()]
+    return markdown_table(("key", "default", "what it is"), rows)
+
+
+def _said_of_keys(cls: type) -> dict[str, str]:
+    """By key what the docstring of a class of keys says of it, in its order there."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    found = re.findall(r"^(\w+): ((?:.*\n?)(?:^(?!\w+: )\S.*\n?|^ +\S.*\n?)*)", doc, re.MULTILINE)
+    return {name: re.sub(r":\w+:`", "`", " ".join(words.split()).replace("``", "`")) for name, words in found}
 
 
 def path_of(name: str) -> str:

@@ -20,6 +20,7 @@ import ds_optim
 from docs import generated, reference
 from ds_optim.cli.app import app
 from ds_optim.job.settings import TrainSettings
+from ds_optim.optimizers.options import CommonOptions, MatrixOptions
 from ds_optim.optimizers.table import in_order
 from ds_optim.zero.support import REFUSED_SETTINGS
 from tests.distributed.models import TinyNet
@@ -67,6 +68,9 @@ def test_generated_parts_say_all() -> None:
         for part in ("optimizers", "optimizers in full", "claims", "arguments"):
             assert described.cls.__name__ in filled[part]
     assert all(f"| `{name}` |" in filled["settings"] for name in TrainSettings.model_fields)
+    for part, options in (("options", CommonOptions), ("matrix options", MatrixOptions)):
+        own = set(options.__annotations__) - (set() if part == "options" else set(CommonOptions.__annotations__))
+        assert set(re.findall(r"^\| `(\w+)` \|", filled[part], re.MULTILINE)) == own
     paths = [path for path, _, _ in REFUSED_SETTINGS if not path.startswith("bfloat16.")]
     assert all(f"| `{path}` |" in filled["refused"] for path in paths)
     assert len(re.findall("^- ", filled["messages"], re.MULTILINE)) > 200
