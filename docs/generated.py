@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import ds_optim  # noqa: E402
-from docs import reference  # noqa: E402
+from docs import listings, reference  # noqa: E402
 from ds_optim.optimizers.table import in_order, table  # noqa: E402
 
 #: What stands between marks of each name.
@@ -32,10 +32,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "arguments": reference.arguments,
     "settings": reference.settings,
     "tuned": reference.tuned,
-    "commands": reference.commands,
-    "works": reference.works,
-    "refused": reference.refused,
-    "messages": reference.messages,
+    "commands": listings.commands,
+    "works": listings.works,
+    "refused": listings.refused,
+    "messages": listings.messages,
 }
 #: Files that hold their parts in the repository too.
 WRITTEN = ("README.md", "docs/optimizers.md", "docs/support.md")

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 import ds_optim
-from docs import generated, reference
+from docs import generated, listings, reference
 from ds_optim.cli.app import app
 from ds_optim.job.settings import TrainSettings
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions
@@ -179,7 +179,7 @@ def texts_of_the_package() -> list[str]:
     for path in sorted((ROOT / "ds_optim").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.JoinedStr, ast.Constant)):
-                found.append(reference.text_of(node))
+                found.append(listings.text_of(node))
     return found
 
 
