@@ -18,7 +18,7 @@ import typer
 
 import ds_optim
 from docs import generated, listings, reference
-from ds_optim.cli.app import app
+from ds_optim.cli.app import app, main
 from ds_optim.job.settings import TrainSettings
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions
 from ds_optim.optimizers.table import in_order
@@ -121,6 +121,17 @@ def test_commands_of_the_docs_parse() -> None:
         command.make_context("ds-optim", list(rest))  # raises on what it does not know
         parsed += 1
     assert parsed > 10
+
+
+def test_commands_that_need_no_ranks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [words[1:] for _, words in commands() if words[:2] in (["ds-optim", "estimate"], ["ds-optim", "simulate"])]
+    quick = [words for words in quick if "qwen3-134m" in words]
+    assert {words[0] for words in quick} == {"estimate", "simulate"}
+    for words in quick:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        assert "64" in capsys.readouterr().out
 
 
 def test_the_check_of_commands_sees_a_wrong_flag() -> None:
