@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from docs import reference  # noqa: E402
-from ds_optim.optimizers.table import table  # noqa: E402
+import ds_optim  # noqa: E402
+from docs import listings, reference  # noqa: E402
+from ds_optim.optimizers.table import in_order, table  # noqa: E402
 
 #: What stands between marks of each name.
 PARTS: dict[str, Callable[[], str]] = {
     "optimizers": lambda: table(("name", "keeps", "moves", "choose it")),
     "optimizers in full": lambda: table(("name", "a step", "keeps", "moves", "choose it")),
     "claims": lambda: table(("name", "source", "the source's claim")),
+    "options": reference.options,
+    "matrix options": reference.matrix_options,
+    "aux rules": reference.aux_rules,
+    "polar": reference.polar,
+    "exchange": reference.exchange,
     "arguments": reference.arguments,
     "settings": reference.settings,
     "tuned": reference.tuned,
-    "commands": reference.commands,
-    "works": reference.works,
-    "refused": reference.refused,
-    "messages": reference.messages,
+    "commands": listings.commands,
+    "works": listings.works,
+    "refused": listings.refused,
+    "messages": listings.messages,
 }
 #: Files that hold their parts in the repository too.
 WRITTEN = ("README.md", "docs/optimizers.md", "docs/support.md")
-#: Rooms of the package, from the ground up, as tests/unit/test_imports.py orders them.
-ROOMS = (
+#: The packages inside ds_optim, from the ground up, as tests/unit/test_imports.py orders them.
+PACKAGES = (
     *("matrix", "elementwise", "sharding", "optimizers", "zero", "machine", "job", "memory", "report", "data"),
     *("cluster", "survival", "train", "sweep", "bench", "chaos", "cli"),
 )
@@ -52,39 +57,32 @@ def fill(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Markdown by page: the face of the package, and each room with all its modules."""
-    import ds_optim
-
+    """Markdown by page: what ``import ds_optim`` gives, and each package inside it with all its modules."""
+    names = {*ds_optim.__all__, *(described.cls.__name__ for described in in_order())}
     pages = {
         "index": "# API\n\n"
-        "What `import ds_optim` gives. The rooms of the package have a page each, for who works on it: "
-        f"{', '.join(f'[{room}]({room}.md)' for room in ROOMS)}.\n\n"
-        + "".join(f"::: {_path(ds_optim, name)}\n\n" for name in _face(ds_optim.__all__))
+        "What `import ds_optim` gives. The packages inside it have a page each, for who works on them: "
+        f"{', '.join(f'[{package}]({package}.md)' for package in PACKAGES)}.\n\n"
+        + "".join(f"::: {reference.path_of(name)}\n\n" for name in _face(names))
     }
-    for room in ROOMS:
+    for package in PACKAGES:
         modules = "".join(
             f"## {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
             "      show_root_toc_entry: false\n      heading_level: 3\n\n"
-            for name in _modules(room)
+            for name in _modules(package)
         )
-        pages[room] = f"# {room}\n\n::: ds_optim.{room}\n    options:\n      show_root_heading: false\n"
-        pages[room] += f"      show_root_toc_entry: false\n      members: false\n\n{modules}"
+        pages[package] = f"# {package}\n\n::: ds_optim.{package}\n    options:\n      show_root_heading: false\n"
+        pages[package] += f"      show_root_toc_entry: false\n      members: false\n\n{modules}"
     return pages
 
 
-def _face(names: list[str]) -> list[str]:
+def _face(names: Iterable[str]) -> list[str]:
     """Functions first, then classes."""
     return sorted(names, key=lambda name: (name[0].isupper(), name))
 
 
-def _path(package: ModuleType, name: str) -> str:
-    """Where a name stands; ``ds_optim.initialize`` would be taken for the module that has its name."""
-    module = getattr(package, name).__module__
-    return f"{module}.{name}" if module.endswith(f".{name}") else f"{package.__name__}.{name}"
-
-
-def _modules(room: str) -> Iterator[str]:
-    for path in sorted((ROOT / "ds_optim" / room).rglob("*.py")):
+def _modules(package: str) -> Iterator[str]:
+    for path in sorted((ROOT / "ds_optim" / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[-1] != "__init__":
             yield ".".join(parts)

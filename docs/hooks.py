@@ -35,7 +35,7 @@ _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages and files that stand outside docs/, and a page of the API for each room."""
+    """Add the pages and files that stand outside docs/, and a page of the API for each package."""
     for source, target in PAGES.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for folder, target in _FOLDERS.items():

@@ -2,7 +2,7 @@
 
 An optimizer is built from a model's parameters and later finds other tensors in its groups: ZeRO puts flat
 partitions there. A binding says which unit of the layout each of them is. How it is found under DeepSpeed
-is the business of ``ds_optim.zero``, which registers its binder here; this room knows only the case in
+is the business of ``ds_optim.zero``, which registers its binder here; this package knows only the case in
 which nothing is sharded.
 """
 

@@ -17,9 +17,10 @@ import pytest
 import typer
 
 import ds_optim
-from docs import generated, reference
-from ds_optim.cli.app import app
+from docs import generated, listings, reference
+from ds_optim.cli.app import app, main
 from ds_optim.job.settings import TrainSettings
+from ds_optim.optimizers.options import CommonOptions, MatrixOptions
 from ds_optim.optimizers.table import in_order
 from ds_optim.zero.support import REFUSED_SETTINGS
 from tests.distributed.models import TinyNet
@@ -67,6 +68,9 @@ def test_generated_parts_say_all() -> None:
         for part in ("optimizers", "optimizers in full", "claims", "arguments"):
             assert described.cls.__name__ in filled[part]
     assert all(f"| `{name}` |" in filled["settings"] for name in TrainSettings.model_fields)
+    for part, options in (("options", CommonOptions), ("matrix options", MatrixOptions)):
+        own = set(options.__annotations__) - (set() if part == "options" else set(CommonOptions.__annotations__))
+        assert set(re.findall(r"^\| `(\w+)` \|", filled[part], re.MULTILINE)) == own
     paths = [path for path, _, _ in REFUSED_SETTINGS if not path.startswith("bfloat16.")]
     assert all(f"| `{path}` |" in filled["refused"] for path in paths)
     assert len(re.findall("^- ", filled["messages"], re.MULTILINE)) > 200
@@ -117,6 +121,17 @@ def test_commands_of_the_docs_parse() -> None:
         command.make_context("ds-optim", list(rest))  # raises on what it does not know
         parsed += 1
     assert parsed > 10
+
+
+def test_commands_that_need_no_ranks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [words[1:] for _, words in commands() if words[:2] in (["ds-optim", "estimate"], ["ds-optim", "simulate"])]
+    quick = [words for words in quick if "qwen3-134m" in words]
+    assert {words[0] for words in quick} == {"estimate", "simulate"}
+    for words in quick:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        assert "64" in capsys.readouterr().out
 
 
 def test_the_check_of_commands_sees_a_wrong_flag() -> None:
@@ -175,7 +190,7 @@ def texts_of_the_package() -> list[str]:
     for path in sorted((ROOT / "ds_optim").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.JoinedStr, ast.Constant)):
-                found.append(reference.text_of(node))
+                found.append(listings.text_of(node))
     return found
 
 
@@ -191,11 +206,11 @@ def test_messages_of_troubleshooting_are_the_codes() -> None:
         assert any(pattern.search(text) for text in texts), message
 
 
-def test_the_house_has_the_rooms_that_there_are() -> None:
+def test_the_design_lists_the_packages_that_there_are() -> None:
     folders = {path.parent.name for path in (ROOT / "ds_optim").glob("*/__init__.py")}
-    house = PAGES["docs/design.md"].partition("## The house")[2]
-    drawn = {room for cell in re.findall(r"^\| (`.*?) \|", house, re.MULTILINE) for room in re.findall("`(.*?)`", cell)}
-    assert drawn == folders == set(generated.ROOMS)
+    rows = re.findall(r"^\| (`\w.*?) \|", PAGES["docs/design.md"].partition("## The packages")[2], re.MULTILINE)
+    listed = {name for row in rows for name in re.findall("`(\\w+)`", row)}
+    assert listed == folders == set(generated.PACKAGES)
 
 
 def test_pre_commit_has_the_checks_of_the_tests() -> None:
@@ -224,7 +239,8 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -
         fetched = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="?(https?://[^">\s]*)', html)
         assert not fetched, f"{name} fetches {fetched}"
     assert all(f"<code>{described.cls.__name__}</code>" in pages["optimizers.html"] for described in in_order())
-    assert all(f'id="ds_optim.{described.cls.__name__}"' in pages["api/index.html"] for described in in_order())
+    names = [reference.path_of(described.cls.__name__) for described in in_order()]
+    assert all(f'id="{name}"' in pages["api/index.html"] for name in names)
 
 
 @pytest.mark.parametrize(
