@@ -31,8 +31,9 @@ from ds_optim.bench.timing import (
 from ds_optim.elementwise import fused, native
 from ds_optim.elementwise.blend import Blend, blend_into
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import BLOCK, WEIGHTS, Bfloat16, Int8, Rounding, Stored
+from ds_optim.elementwise.momentum import BLOCK, WEIGHTS, Bfloat16, Int8, Stored
 from ds_optim.elementwise.native.library import library
+from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.elementwise.steps import adamw_step, apply_update, sign_step
 from ds_optim.report.schema import Row
 
@@ -126,7 +127,7 @@ def _sign_step(flat: Flat, dtype: str) -> Callable[[], object]:
 def _masters_step(flat: Flat) -> Callable[[], object]:
     """Weights, gradient and momentum in bfloat16."""
     scratch, momentum = Scratch(), stored_momentum(flat.p, "bfloat16")
-    rounding = Rounding(seed=0, stream=1, step=WEIGHTS, start=0)
+    rounding = NoiseKey(seed=0, stream=1, step=WEIGHTS, start=0)
     p = Bfloat16(rounding=rounding, values=flat.p.bfloat16())
     g = Bfloat16(rounding=rounding, values=flat.g.bfloat16(), writable=False)
     return lambda: sign_step(p, momentum, g, blend=LION, lr=_LR, decay=_DECAY, scratch=scratch)
@@ -152,7 +153,7 @@ def _apply(flat: Flat, dtype: str) -> Callable[[], object]:
 
 def stored_momentum(like: Tensor, dtype: str) -> Tensor | Stored:
     """Momentum of zeros, as long as ``like``."""
-    rounding = Rounding(seed=0, stream=1, step=1, start=0)
+    rounding = NoiseKey(seed=0, stream=1, step=1, start=0)
     if dtype == "bfloat16":
         return Bfloat16(rounding=rounding, values=torch.zeros_like(like, dtype=torch.bfloat16))
     if dtype == "int8":
@@ -191,7 +192,7 @@ def no_compiled_path(device: torch.device) -> str | None:
     _choose(COMPILED)
     p, m, g = (torch.zeros(BLOCK, dtype=torch.float32, device=device) for _ in range(3))
     arguments = p, m, g, (*LION.direction, *LION.momentum), 0.0, 1.0
-    if native.sign_step(*arguments) or fused.sign_step(*arguments):
+    if native.sign_step(*arguments) or fused.step("sign_step", device, *arguments):
         return None
     missing = {"cpu": "no C compiler was found", "cuda": "Triton is missing, or cannot compile"}
     return missing.get(device.type, f"there are no compiled kernels for {device.type}")

@@ -174,8 +174,8 @@ def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, sta
 def covered(by_rank: list[Overlap]) -> float | None:
     """The share of the time that messages of the exchange flew in which the rank worked on matrices, over all ranks;
     None where none flew."""
-    flying = sum(overlap.flying_ms for overlap in by_rank)
-    return round(sum(overlap.covered_ms for overlap in by_rank) / flying, 3) if flying else None
+    messages = sum(overlap.messages_ms for overlap in by_rank)
+    return round(sum(overlap.covered_ms for overlap in by_rank) / messages, 3) if messages else None
 
 
 def limit_ms(case: str, by_rank: list[RankTimes]) -> float | None:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from ds_optim.sharding.exchange import SOLVE
 
 Span = tuple[float, float]
-#: The exchange's messages: DeepSpeed's own collectives are of other kinds. gloo's span the whole flight, from posting
+#: The exchange's messages: DeepSpeed's own collectives are of other kinds. gloo's span all their time, from posting
 #: to arrival; NCCL's are the kernels on its own stream.
 _GLOO, _NCCL = "gloo:all_to_all", "SendRecv"
 
@@ -23,7 +23,7 @@ _GLOO, _NCCL = "gloo:all_to_all", "SendRecv"
 class Overlap:
     """Milliseconds that messages flew, and of these that the rank worked on matrices; both 0 where nothing flew."""
 
-    flying_ms: float
+    messages_ms: float
     covered_ms: float
 
 
@@ -45,12 +45,12 @@ def overlap_of(events: Sequence[dict[str, Any]]) -> Overlap:
     """The overlap in a Chrome trace's events, whose times are microseconds."""
     spans = [event for event in events if event.get("ph") == "X"]
     kernels = [event for event in spans if event.get("cat") == "kernel" and _NCCL in event["name"]]
-    flights = kernels or [event for event in spans if event["name"] == _GLOO]
+    messages = kernels or [event for event in spans if event["name"] == _GLOO]
     where = "gpu_user_annotation" if kernels else "user_annotation"
     work = [event for event in spans if event["name"] == SOLVE and event.get("cat") == where]
-    flying = _union((event["ts"], event["ts"] + event["dur"]) for event in flights)
+    under_way = _union((event["ts"], event["ts"] + event["dur"]) for event in messages)
     working = _union((event["ts"], event["ts"] + event["dur"]) for event in work)
-    return Overlap(flying_ms=_length(flying) / 1e3, covered_ms=_length(_common(flying, working)) / 1e3)
+    return Overlap(messages_ms=_length(under_way) / 1e3, covered_ms=_length(_common(under_way, working)) / 1e3)
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

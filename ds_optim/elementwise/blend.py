@@ -36,7 +36,8 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scra
     direction[1] * g. Roundings: see ``direction``, and one more where ``out`` has another dtype.
     """
     check_flat(g, out=out, m=m)
-    if native.blend_into(out, m, g, blend.weights) or fused.blend_into(out, m, g, blend.weights):
+    arguments = out, m, g, blend.weights
+    if native.blend_into(*arguments) or fused.step("blend_into", g.device, *arguments):
         return
     with torch.no_grad(), (scratch or Scratch()).lend(g, 2) as buffers:
         for gradient, momentum, result, a, b in chunks(g, m, out, buffers=buffers):
@@ -57,7 +58,7 @@ def direction_squares(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tenso
     total = torch.zeros((), dtype=torch.float64, device=g.device)
     with torch.no_grad():
         for gradient, momentum, a, b, d in spans(g, read_only(m), scratch=scratch, narrow=2, wide=1):
-            found = native.rules.direction_squares(momentum, gradient, blend.weights)
+            found = native.rules.measure("direction_squares", (momentum, gradient), [blend.weights])
             if found is None:
                 d.copy_(direction(momentum, gradient, blend, a, b))
                 found = d.mul_(d).sum()

@@ -109,17 +109,19 @@ def _stored_chunks(tensors: Sequence[Flat | None], buffers: list[Tensor]) -> Ite
     views = [tensor.split(sizes) if isinstance(tensor, Tensor) else None for tensor in tensors]
     stored = {place: tensor for place, tensor in enumerate(tensors) if isinstance(tensor, Stored)}
     longest = max(sizes)
-    room = {place: torch.empty(longest, dtype=values.dtype, device=values.device) for place, values in stored.items()}
+    widened = {
+        place: torch.empty(longest, dtype=values.dtype, device=values.device) for place, values in stored.items()
+    }
     position = 0
     for number, numel in enumerate(sizes):
         row: list[Tensor | None] = [None if view is None else view[number] for view in views]
         for place, tensor in stored.items():
-            values = row[place] = room[place][:numel]
+            values = row[place] = widened[place][:numel]
             if not native.load(tensor, position, values):
                 tensor.load(position, values)
         yield *row, *_cut(buffers, numel)
         for place, tensor in stored.items():
-            values = room[place][:numel]
+            values = widened[place][:numel]
             if tensor.writable and not native.store(tensor, position, values):
                 tensor.store(position, values)
         position += numel

@@ -4,7 +4,7 @@ The second buffer holds the root of the second moment, not the moment: the squar
 overflow fp32 and those below 1e-23 are lost in it, while the root has the gradient's own size. It is moved
 on in fp64, s <- sqrt(b s^2 + (1 - b) x^2), and rounded once. Flat tensors (n,) of one dtype, g never
 written, every operation rounded by itself (see ``blend.direction``). On a CPU each function is one compiled
-pass over memory (``native.rules``); what stands here says what it computes, to the bit, and does it elsewhere.
+pass over memory (``native/moments.c``); what stands here says what it computes, to the bit, and does it elsewhere.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import passes
 from ds_optim.elementwise.blend import check_flat
-from ds_optim.elementwise.chunks import Scratch, spans
+from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import Flat, read_only
-from ds_optim.elementwise.native import rules as native
+from ds_optim.elementwise.native.rules import MomentWeights
 from ds_optim.elementwise.steps import decayed
 
 
@@ -40,16 +41,14 @@ class Moments:
         return math.sqrt(1 - self.betas[1] ** self.step)
 
     @cached_property
-    def weights(self) -> native.MomentWeights:
+    def weights(self) -> MomentWeights:
         """As the kernels take them."""
         return _weights(self.betas, self.eps, self.mean_correction, self.root_correction)
 
 
-def _weights(
-    betas: tuple[float, float], eps: float = 0.0, mean: float = 1.0, deviation: float = 1.0
-) -> native.MomentWeights:
+def _weights(betas: tuple[float, float], eps: float = 0.0, mean: float = 1.0, deviation: float = 1.0) -> MomentWeights:
     b1, b2 = betas
-    return native.MomentWeights(beta=b2, rest=1 - b2, eps=eps, k0=b1, k1=1 - b1, mean=mean, deviation=deviation)
+    return MomentWeights(beta=b2, rest=1 - b2, eps=eps, k0=b1, k1=1 - b1, mean=mean, deviation=deviation)
 
 
 def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> None:
@@ -63,15 +62,11 @@ def _move_root(root: Tensor, x: Tensor, beta: float, d: Tensor, e: Tensor) -> No
 
 def lasm_difference(m: Flat, g: Flat, scratch: Scratch) -> Tensor:
     """The sum of (g - m)^2 in fp64. Moves nothing."""
-    total = torch.zeros((), dtype=torch.float64, device=g.device)
-    with torch.no_grad():
-        for gradient, momentum, a, d, _ in spans(g, read_only(m), scratch=scratch, narrow=1, wide=2):
-            found = native.lasm_difference(momentum, gradient)
-            if found is None:
-                d.copy_(torch.sub(gradient, momentum, out=a))
-                found = d.mul_(d).sum()
-            total += found
-    return total
+
+    def eager(momentum: Tensor, gradient: Tensor, a: Tensor, d: Tensor) -> Tensor:
+        return _square_sum(torch.sub(gradient, momentum, out=a), d)
+
+    return passes.measure("lasm_difference", (read_only(m), g), (), eager, scratch=scratch, narrow=1, wide=1)
 
 
 def lasm_element_step(
@@ -88,17 +83,19 @@ def lasm_element_step(
 ) -> None:
     """v <- b2 v + (1-b2) (g - m)^2; m <- b1 m + (1-b1) g / (1 + sqrt(v)); p <- p (1 - lr decay) - lr scale sign(m)."""
     check_flat(p, m=m, root=root, g=g)
+
+    def eager(
+        weights: Tensor, momentum: Tensor, deviation: Tensor, gradient: Tensor, a: Tensor, d: Tensor, e: Tensor
+    ) -> None:
+        torch.sub(gradient, momentum, out=a)
+        _move_root(deviation, a, betas[1], d, e)
+        torch.add(deviation, 1, out=a)
+        torch.div(gradient, a, out=a).mul_(1 - betas[0])
+        momentum.mul_(betas[0]).add_(a)
+        decayed(weights, lr, decay).sub_(torch.sign(momentum, out=a), alpha=lr * scale)
+
     numbers = _weights(betas), lr * scale, 1 - lr * decay
-    with torch.no_grad():
-        for weights, momentum, deviation, gradient, a, d, e in spans(p, m, root, g, scratch=scratch, narrow=1, wide=2):
-            if native.lasm_element_step(weights, momentum, deviation, gradient, *numbers):
-                continue
-            torch.sub(gradient, momentum, out=a)
-            _move_root(deviation, a, betas[1], d, e)
-            torch.add(deviation, 1, out=a)
-            torch.div(gradient, a, out=a).mul_(1 - betas[0])
-            momentum.mul_(betas[0]).add_(a)
-            decayed(weights, lr, decay).sub_(torch.sign(momentum, out=a), alpha=lr * scale)
+    passes.step("lasm_element_step", (p, m, root, g), numbers, eager, scratch=scratch, narrow=1, wide=2)
 
 
 def lamb_measure(
@@ -109,27 +106,27 @@ def lamb_measure(
     r = m_hat / (sqrt(v_hat) + eps) + decay p.
     """
     check_flat(p, m=m, root=root, g=g)
-    sums = torch.zeros(2, dtype=torch.float64, device=p.device)
-    with torch.no_grad():
-        for weights, mean, square, gradient, a, b, d, e in spans(
-            read_only(p), m, root, g, scratch=scratch, narrow=2, wide=2
-        ):
-            found = native.lamb_measure(weights, mean, square, gradient, moments.weights, decay)
-            if found is None:
-                _advance(mean, square, gradient, moments, a, d, e)
-                update = _lamb_update(weights, mean, square, moments, decay, a, b)
-                found = torch.stack([_square_sum(weights, d), _square_sum(update, d)])
-            sums += found
+
+    def eager(
+        weights: Tensor, mean: Tensor, root: Tensor, gradient: Tensor, a: Tensor, b: Tensor, d: Tensor, e: Tensor
+    ) -> Tensor:
+        _advance(mean, root, gradient, moments, a, d, e)
+        update = _lamb_update(weights, mean, root, moments, decay, a, b)
+        return torch.stack([_square_sum(weights, d), _square_sum(update, d)])
+
+    tensors, numbers = (read_only(p), m, root, g), (moments.weights, decay)
+    sums = passes.measure("lamb_measure", tensors, numbers, eager, scratch=scratch, narrow=2, wide=2, columns=2)
     return list(sums.unbind())
 
 
 def lamb_step(p: Flat, m: Tensor, root: Tensor, *, moments: Moments, lr: float, decay: float, scratch: Scratch) -> None:
     """p <- p - lr r, r as in :func:`lamb_measure`; lr has the trust ratio in it."""
     check_flat(p, m=m, root=root)
-    with torch.no_grad():
-        for weights, mean, square, a, b in spans(p, m, root, scratch=scratch, narrow=2):
-            if not native.lamb_step(weights, mean, square, moments.weights, lr, decay):
-                weights.sub_(_lamb_update(weights, mean, square, moments, decay, a, b).mul_(lr))
+
+    def eager(weights: Tensor, mean: Tensor, root: Tensor, a: Tensor, b: Tensor) -> None:
+        weights.sub_(_lamb_update(weights, mean, root, moments, decay, a, b).mul_(lr))
+
+    passes.step("lamb_step", (p, m, root), (moments.weights, lr, decay), eager, scratch=scratch, narrow=2)
 
 
 def _lamb_update(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: float, a: Tensor, b: Tensor) -> Tensor:
@@ -140,17 +137,14 @@ def _lamb_update(p: Tensor, m: Tensor, root: Tensor, moments: Moments, decay: fl
 def stable_measure(m: Tensor, root: Tensor, g: Flat, moments: Moments, scratch: Scratch) -> Tensor:
     """m and v move on as in :func:`lamb_measure`; the sum of g^2 / max(v_hat, eps^2) in fp64."""
     check_flat(m, root=root, g=g)
-    total = torch.zeros((), dtype=torch.float64, device=g.device)
-    with torch.no_grad():
-        for mean, square, gradient, a, d, e in spans(m, root, g, scratch=scratch, narrow=1, wide=2):
-            found = native.stable_measure(mean, square, gradient, moments.weights)
-            if found is None:
-                _advance(mean, square, gradient, moments, a, d, e)
-                d.copy_(torch.div(square, moments.root_correction, out=a)).clamp_min_(moments.eps)
-                e.copy_(gradient)
-                found = e.div_(d).square_().sum()
-            total += found
-    return total
+
+    def eager(mean: Tensor, root: Tensor, gradient: Tensor, a: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        _advance(mean, root, gradient, moments, a, d, e)
+        d.copy_(torch.div(root, moments.root_correction, out=a)).clamp_min_(moments.eps)
+        e.copy_(gradient)
+        return e.div_(d).square_().sum()
+
+    return passes.measure("stable_measure", (m, root, g), [moments.weights], eager, scratch=scratch, narrow=1, wide=2)
 
 
 def stable_step(
@@ -158,10 +152,12 @@ def stable_step(
 ) -> None:
     """p <- p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)."""
     check_flat(p, m=m, root=root)
-    with torch.no_grad():
-        for weights, mean, square, a, b in spans(p, m, root, scratch=scratch, narrow=2):
-            if not native.stable_step(weights, mean, square, moments.weights, lr, 1 - lr * decay):
-                decayed(weights, lr, decay).sub_(_ratio(mean, square, moments, a, b).mul_(lr))
+
+    def eager(weights: Tensor, mean: Tensor, root: Tensor, a: Tensor, b: Tensor) -> None:
+        decayed(weights, lr, decay).sub_(_ratio(mean, root, moments, a, b).mul_(lr))
+
+    numbers = moments.weights, lr, 1 - lr * decay
+    passes.step("stable_step", (p, m, root), numbers, eager, scratch=scratch, narrow=2)
 
 
 def _advance(m: Tensor, root: Tensor, g: Tensor, moments: Moments, a: Tensor, d: Tensor, e: Tensor) -> None:

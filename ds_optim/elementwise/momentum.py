@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.noise import rounding_bits
+from ds_optim.elementwise.noise import NoiseKey, rounding_bits
 
 BLOCK = 256
 LEVELS = 127
@@ -33,23 +33,13 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounding:
-    """What the random bits of a slice are a function of: ``start`` is its first element's place in its parameter."""
-
-    seed: int
-    stream: int
-    step: int
-    start: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Stored(ABC):
     """A slice of weights, gradient or momentum that is not in the dtype of computation.
 
     writable: whether what a chunk becomes is stored; a pass that only measures must not round.
     """
 
-    rounding: Rounding
+    rounding: NoiseKey
     writable: bool = True
 
     @property
@@ -114,7 +104,7 @@ class Bfloat16(Stored):
     def store(self, position: int, values: Tensor) -> None:
         bits = values.view(torch.int32)
         sign, odd = bits & _SIGN, (bits & _MAGNITUDE) >= _INFINITE
-        noise = rounding_bits(bits, **_key(self.rounding, position))
+        noise = rounding_bits(bits, self.rounding.at(position))
         # What lies between two values of bfloat16 is the low half of an fp32: add up to one step, and cut. The largest
         # finite value stays what it is, and so do infinities and NaN: nothing that went wrong is to look sound.
         magnitude = (bits & _MAGNITUDE).clamp_(max=_LARGEST_BF16).add_(noise).clamp_(max=_LARGEST_BF16)
@@ -141,7 +131,7 @@ class Int8(Stored):
 
     def store(self, position: int, values: Tensor) -> None:
         scales, head, blocks = self._blocks(position, values.numel())
-        noise = rounding_bits(values, **_key(self.rounding, position))
+        noise = rounding_bits(values, self.rounding.at(position))
         padded, bits = _in_blocks(values, head, blocks), _in_blocks(noise, head, blocks)
         largest = padded.abs().amax(dim=1)
         scales.copy_(largest.masked_fill_(largest < _TINY, 0.0))
@@ -194,12 +184,3 @@ def _in_blocks(values: Tensor, head: int, blocks: int) -> Tensor:
     padded = values.new_zeros(blocks * BLOCK)
     padded[head : head + values.numel()] = values
     return padded.view(blocks, BLOCK)
-
-
-def _key(rounding: Rounding, position: int) -> dict[str, int]:
-    return {
-        "seed": rounding.seed,
-        "stream": rounding.stream,
-        "step": rounding.step,
-        "start": rounding.start + position,
-    }

@@ -7,6 +7,7 @@ any chunk, and after a resume. Integers round nothing, so every device agrees to
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,36 +26,50 @@ def stream_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def uniform_noise(out: Tensor, *, seed: int, stream: int, step: int, start: int) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class NoiseKey:
+    """What the random numbers of a slice are a function of: ``start`` is its first element's place in its parameter."""
+
+    seed: int
+    stream: int
+    step: int
+    start: int
+
+    def at(self, position: int) -> NoiseKey:
+        """Of the element ``position`` places behind the first one."""
+        return replace(self, start=self.start + position)
+
+
+def uniform_noise(out: Tensor, key: NoiseKey) -> Tensor:
     """Fill ``out`` (n,) with numbers in [-1, 1] for the elements [start, start + n) of a parameter.
 
     Key (seed, stream), counter (step, element) of 64 bits each, the first of the four words w:
     (w + 0.5) / 2^31 - 1, computed in fp64 and rounded to ``out``'s dtype.
     """
     size = _CPU_CHUNK if out.device.type == "cpu" else max(out.numel(), 1)
-    position = start
+    position = key.start
     for part in out.split(size):
         element = torch.arange(position, position + part.numel(), dtype=torch.int64, device=out.device)
-        word = philox(element, step, (seed, stream))[0]
+        word = philox(element, key.step, (key.seed, key.stream))[0]
         part.copy_(word.double().add_(0.5).mul_(2.0**-31).sub_(1.0))
         position += part.numel()
     return out
 
 
-def rounding_bits(like: Tensor, *, seed: int, stream: int, step: int, start: int) -> Tensor:
+def rounding_bits(like: Tensor, key: NoiseKey) -> Tensor:
     """16 random bits for each of the elements [start, start + n) of a parameter, int32 (n,), for rounding.
 
     A block of 256 elements takes the 32 counters (step, element // 256 * 32 + element % 32): first the low halves of
     their first words, then the high ones, and so on through the four words, so that neighbours are computed side by
     side. The stream is the parameter's, with every bit turned over, so that it is none of any rule's noise.
     """
-    end = start + like.numel()
-    key = seed, stream ^ _LOW
+    start, end = key.start, key.start + like.numel()
+    words_key = key.seed, key.stream ^ _LOW
     out = torch.empty(like.numel(), dtype=torch.int32, device=like.device)
     size = _CPU_CHUNK * 8 if like.device.type == "cpu" else -(-(like.numel() + _BLOCK) // _BLOCK) * _BLOCK
     for first in range(start // _BLOCK * _BLOCK, end, size):
         last = min(first + size, -(-end // _BLOCK) * _BLOCK)
-        words = philox(torch.arange(first // 8, last // 8, dtype=torch.int64, device=like.device), step, key)
+        words = philox(torch.arange(first // 8, last // 8, dtype=torch.int64, device=like.device), key.step, words_key)
         halves = [half.view(-1, _BLOCK // 8) for word in words for half in (word & 0xFFFF, word >> 16)]
         bits = torch.stack(halves, dim=1).view(-1)
         begin, stop = max(first, start), min(last, end)

@@ -11,7 +11,7 @@ from ds_optim.optimizers.alike import Alike
 from ds_optim.optimizers.groups import Built
 from ds_optim.optimizers.routes import say
 from ds_optim.optimizers.shares import settle_rates
-from ds_optim.sharding.binding import Binding, Member, has_met
+from ds_optim.sharding.binding import Binding, Member, is_read_by_engine
 
 _COPIED = (
     *("_members", "_lr_ratios", "_built_rates", "_shares_rates", "_sealed", "loaded_shares"),
@@ -57,8 +57,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
         if self.__dict__.get("_waits_for_engine", False):
-            self._waits_for_engine = False  # the meeting reads them too
-            self._waits_for_engine = not has_met(self, self._members, groups)
+            self._waits_for_engine = False  # the check reads them too
+            self._waits_for_engine = not is_read_by_engine(self, self._members, groups)
         return groups
 
     @param_groups.setter

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import NARROW, WEIGHTS, Bfloat16, Flat, Int8, Rounding, scales_numel
-from ds_optim.elementwise.noise import stream_of
+from ds_optim.elementwise.momentum import NARROW, WEIGHTS, Bfloat16, Flat, Int8, scales_numel
+from ds_optim.elementwise.noise import NoiseKey, stream_of
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     MOMENTUM,
@@ -100,9 +100,9 @@ class Local:
         values = run(flat(state[MOMENTUM]), held)
         return Bfloat16(rounding=self._rounding(held, self.step), values=values) if values.dtype in NARROW else values
 
-    def _rounding(self, held: Slice, step: int) -> Rounding:
+    def _rounding(self, held: Slice, step: int) -> NoiseKey:
         name = self.unit.params[held.param].name
-        return Rounding(seed=self.seed, stream=stream_of(name), step=step, start=held.start)
+        return NoiseKey(seed=self.seed, stream=stream_of(name), step=step, start=held.start)
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:

@@ -38,7 +38,7 @@ class MatrixOptions(CommonOptions, total=False):
 
     aux: the rule for what is no matrix, "lion", "adamw" or "signum"; aux_lr, aux_betas (lion, adamw),
     aux_beta (signum) and aux_weight_decay are its hyperparameters. polar: a :class:`PolarSpec` as a dict.
-    exchange: {"bucket_mb": MiB that it may hold at once, unless one matrix asks for more, "overlap": messages fly
+    exchange: {"bucket_mb": MiB that it may hold at once, unless one matrix asks for more, "overlap": messages travel
     during work, "costs": owners get equal work by the clock, "measured", or by counted operations, "modelled"}.
     """
 

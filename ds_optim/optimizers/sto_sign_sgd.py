@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ds_optim.elementwise.noise import stream_of
+from ds_optim.elementwise.noise import NoiseKey, stream_of
 from ds_optim.elementwise.sign_rules import move_momentum, stochastic_element_step, stochastic_sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_choice
@@ -67,10 +67,7 @@ def _common(group: Group, step: int, piece: Piece, chosen: Decision) -> dict[str
     return {
         "lr": chosen.lr,
         "decay": group["weight_decay"],
-        "seed": group["seed"],
-        "stream": stream_of(piece.spec.name),
-        "step": step,
-        "start": piece.start,
+        "noise": NoiseKey(seed=group["seed"], stream=stream_of(piece.spec.name), step=step, start=piece.start),
         "scratch": piece.scratch,
     }
 

@@ -73,35 +73,35 @@ class Binding:
 Groups = Sequence[dict[str, Any]]
 Binder = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], "Binding | None"]
 
-Took = Callable[[torch.nn.Parameter], bool]
-Meeting = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], bool]
+IsPartitioned = Callable[[torch.nn.Parameter], bool]
+EngineCheck = Callable[[torch.optim.Optimizer, Sequence[Sequence[Member]], Groups], bool]
 
-_binders: list[tuple[Binder, Took]] = []
-_meetings: list[Meeting] = []
+_binders: list[tuple[Binder, IsPartitioned]] = []
+_engine_checks: list[EngineCheck] = []
 
 
 class NotYet(Exception):
     """The call is not a step of training: whoever wraps the optimizer is still setting it up."""
 
 
-def register_binder(binder: Binder, took: Took) -> None:
+def register_binder(binder: Binder, is_partitioned: IsPartitioned) -> None:
     """Ask ``binder`` before assuming that nothing is sharded.
 
     It returns None where it does not recognize the parameters, and raises :class:`NotYet` for a call that
-    must move nothing. ``took`` tells of a parameter whether whoever shards took it into its partitions.
+    must move nothing. ``is_partitioned`` tells of a parameter whether its elements are in partitions.
     """
-    _binders.append((binder, took))
+    _binders.append((binder, is_partitioned))
 
 
-def register_meeting(meeting: Meeting) -> None:
-    """Ask ``meeting`` whenever somebody reads the groups of an optimizer that has not been bound, until it says that
+def register_engine_check(check: EngineCheck) -> None:
+    """Ask ``check`` whenever somebody reads the groups of an optimizer that has not been bound, until it says that
     this was the engine that is going to step it."""
-    _meetings.append(meeting)
+    _engine_checks.append(check)
 
 
-def has_met(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
+def is_read_by_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
     """Whether who reads the groups is the engine that is going to step the optimizer."""
-    return any([meeting(optimizer, members, groups) for meeting in _meetings])
+    return any([check(optimizer, members, groups) for check in _engine_checks])
 
 
 def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:
@@ -198,7 +198,7 @@ def taken(members: Sequence[Sequence[Member]], groups: Groups) -> list[list[Memb
     (stage 0, 16-bit) tell nothing but their number: ask while DeepSpeed makes them.
     """
     held = {id(tensor) for group in groups for tensor in group["params"]}
-    for is_held in (lambda parameter: id(parameter) in held, *(took for _, took in _binders)):
+    for is_held in (lambda parameter: id(parameter) in held, *(is_partitioned for _, is_partitioned in _binders)):
         found = [[m for m in group if is_held(m.parameter)] for group in members]
         if any(found):
             return found

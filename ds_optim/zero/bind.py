@@ -21,7 +21,7 @@ from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller
 from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, attribute, bind_stage3, bind_stages_1_2, same
-from ds_optim.zero.schedulers import meet_scheduler
+from ds_optim.zero.schedulers import prepare_scheduler
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 
 _FOREIGN = (
@@ -51,7 +51,7 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     raise_everywhere(problem or (_left_out(members, trained) if stage else None), comm)
     if caller is not None and caller.engine is not None:
         agree_on_engine(caller.engine, comm)
-    peaks = _meet_scheduler(optimizer, groups, caller, comm)
+    peaks = _scheduler_prepared(optimizer, groups, caller, comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), comm)
         announce_routes(optimizer, groups, peaks)
@@ -60,13 +60,13 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
         binding = bind_stage3(trained, comm)
     else:
         binding = bind_stages_1_2(trained, comm, groups, stage, None if caller is None else caller.wrapper)
-    strangers = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
-    raise_everywhere(RuntimeError(_FOREIGN) if strangers else None, comm)
+    unknown = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
+    raise_everywhere(RuntimeError(_FOREIGN) if unknown else None, comm)
     announce_routes(optimizer, groups, peaks)
     return binding
 
 
-def took(parameter: torch.nn.Parameter) -> bool:
+def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO steps a parameter, by what it left on it, and on all of the model's at stage 3."""
     zero: Any = getattr(parameter, "_z3_optimizer", None)
     if zero is not None:
@@ -74,7 +74,7 @@ def took(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping")
 
 
-def meet_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
+def recognize_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
     """At the end of ``deepspeed.initialize``: refuse what is not supported, and give the scheduler its lists.
 
     Returns:
@@ -89,18 +89,18 @@ def meet_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Mem
     comm = Comm.of_group(getattr(caller.engine, "seq_data_parallel_group", None))
     raise_everywhere(_settings_problem(caller, taken(members, groups)), comm)
     agree_on_engine(caller.engine, comm)
-    announce_routes(optimizer, groups, _meet_scheduler(optimizer, groups, caller, comm))
+    announce_routes(optimizer, groups, _scheduler_prepared(optimizer, groups, caller, comm))
     return True
 
 
-def _meet_scheduler(
+def _scheduler_prepared(
     optimizer: torch.optim.Optimizer, groups: Groups, caller: Caller | None, comm: Comm
 ) -> list[float] | None:
     """The peaks of the groups' rates, where the engine's scheduler tells them; a problem is raised on every rank."""
     peaks, problem = None, None
     try:
         if caller is not None and caller.engine is not None and isinstance(optimizer, ZeroOptimizer):
-            peaks = meet_scheduler(caller.engine, optimizer, groups)
+            peaks = prepare_scheduler(caller.engine, optimizer, groups)
     except UserError as error:
         problem = error
     raise_everywhere(problem, comm)

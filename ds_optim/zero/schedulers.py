@@ -62,7 +62,7 @@ def share_config(config: dict[str, Any], optimizer: ZeroOptimizer) -> list[float
     return list(peaks) if isinstance(peaks, (list, tuple)) else None
 
 
-def meet_scheduler(engine: Any, optimizer: ZeroOptimizer, groups: Sequence[Group]) -> list[float] | None:
+def prepare_scheduler(engine: Any, optimizer: ZeroOptimizer, groups: Sequence[Group]) -> list[float] | None:
     """Give an engine's scheduler a rate for each group where it has one for all; the peaks, where it tells them.
 
     Raises:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.momentum import Int8, Rounding
+from ds_optim.elementwise.momentum import Int8
+from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.matrix.views import row_range
 from ds_optim.optimizers.local import blocks_of
 from ds_optim.sharding.layout import Layout, build_layout
@@ -125,7 +126,7 @@ def held(engine: Any, cell: Cell, rank: int, world_size: int) -> list[tuple[str,
                 first, count = blocks_of(unit, rank)[s.param]
                 scales = state[tensor]["exp_avg_scale"][first : first + count]
                 codes, values = state[tensor]["exp_avg_codes"].reshape(-1)[run], torch.empty(s.numel)
-                rounding = Rounding(seed=0, stream=0, step=0, start=s.start)
+                rounding = NoiseKey(seed=0, stream=0, step=0, start=s.start)
                 Int8(codes=codes, scales=scales, rounding=rounding).load(0, values)
                 found.append((name, "exp_avg", s.start, values))
     return found

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ds_optim.elementwise import blend, fused, native, steps
 from ds_optim.elementwise.blend import Blend
-from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Flat, Int8, Rounding, scales_numel
+from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Flat, Int8, scales_numel
+from ds_optim.elementwise.noise import NoiseKey
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
 FORMULAS = (LION, SIGNUM)
@@ -44,7 +45,7 @@ def gauss(n: int, seed: int, odd: bool = False) -> Tensor:
 
 def stored(kind: str, values: Tensor, start: int, step: int = 2**33 + 1) -> Flat | None:
     """``values`` in ``kind``."""
-    rounding = Rounding(seed=2**35 + 3, stream=2**32 - 5, step=step, start=start)
+    rounding = NoiseKey(seed=2**35 + 3, stream=2**32 - 5, step=step, start=start)
     if kind == "none":
         return None
     if kind == "float32":

@@ -304,7 +304,7 @@ def test_of_each_step_the_slowest_rank_counts() -> None:
     missing = {"Lion": "no such thing here"}
     by_rank = [
         step.RankTimes(
-            overlap={"AdamW": Overlap(flying_ms=0, covered_ms=0), "Muon": Overlap(flying_ms=2, covered_ms=slow)},
+            overlap={"AdamW": Overlap(messages_ms=0, covered_ms=0), "Muon": Overlap(messages_ms=2, covered_ms=slow)},
             whole={"AdamW": [0.010, 0.010, 0.010], "Muon": [0.010 * slow, 0.030, 0.010]},
             step={"AdamW": [0.002, 0.002, 0.002], "Muon": [0.004, 0.004, 0.001 * slow]},
             limits=limits, missing=missing, least_work=work,
@@ -405,11 +405,13 @@ def test_overlap_is_the_time_that_messages_and_work_share() -> None:
     def span(name: str, begin: float, end: float, cat: str) -> dict[str, Any]:
         return {"ph": "X", "name": name, "ts": begin, "dur": end - begin, "cat": cat}
 
-    flights = [span("gloo:all_to_all", begin, end, "cpu_op") for begin, end in ((0, 4000), (3000, 6000), (9000, 10000))]
+    messages = [
+        span("gloo:all_to_all", begin, end, "cpu_op") for begin, end in ((0, 4000), (3000, 6000), (9000, 10000))
+    ]
     work = [span("ds_optim: solve", begin, end, "user_annotation") for begin, end in ((2000, 5000), (9500, 9600))]
     other = [span("gloo:all_gather", 0, 10000, "cpu_op"), span("ds_optim: land", 0, 10000, "user_annotation")]
-    assert overlap_of([*flights, *work, *other, {"ph": "M"}]) == Overlap(flying_ms=7.0, covered_ms=3.1)
+    assert overlap_of([*messages, *work, *other, {"ph": "M"}]) == Overlap(messages_ms=7.0, covered_ms=3.1)
     nccl = span("ncclDevKernel_SendRecv(args)", 100, 300, "kernel")
     on_gpu = [nccl, span("ds_optim: solve", 200, 900, "gpu_user_annotation")]
-    assert overlap_of([*flights, *work, *on_gpu]) == Overlap(flying_ms=0.2, covered_ms=0.1), "the device's own times"
-    assert overlap_of(work) == Overlap(flying_ms=0, covered_ms=0)
+    assert overlap_of([*messages, *work, *on_gpu]) == Overlap(messages_ms=0.2, covered_ms=0.1), "the device's own times"
+    assert overlap_of(work) == Overlap(messages_ms=0, covered_ms=0)

@@ -20,9 +20,9 @@ from ds_optim.cli.app import main
 from ds_optim.elementwise import chunks as chunking
 from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend
-from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Rounding
+from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16
 from ds_optim.elementwise.native import steps as native_steps
-from ds_optim.elementwise.noise import rounding_bits
+from ds_optim.elementwise.noise import NoiseKey, rounding_bits
 from ds_optim.elementwise.steps import apply_update, sign_step
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_terms import ZeroSettings
@@ -54,7 +54,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def stored(values: Tensor, step: int = 0, *, writable: bool = True) -> Bfloat16:
-    rounding = Rounding(seed=0, stream=7, step=WEIGHTS + step, start=0)
+    rounding = NoiseKey(seed=0, stream=7, step=WEIGHTS + step, start=0)
     return Bfloat16(rounding=rounding, values=values, writable=writable)
 
 
@@ -84,12 +84,14 @@ def rounded(theta: Array, bits: Array) -> Array:
 
 
 def test_the_noise_of_weights_is_none_of_momentums() -> None:
-    own = rounding_bits(torch.empty(4096), seed=3, stream=7, step=WEIGHTS + 5, start=0).double()
-    momentums = rounding_bits(torch.empty(4096), seed=3, stream=7, step=5, start=0).double()
+    own = rounding_bits(torch.empty(4096), NoiseKey(seed=3, stream=7, step=WEIGHTS + 5, start=0)).double()
+    momentums = rounding_bits(torch.empty(4096), NoiseKey(seed=3, stream=7, step=5, start=0)).double()
     correlation = torch.corrcoef(torch.stack([own, momentums]))[0, 1]
     assert abs(float(correlation)) < 5 / 4096**0.5
     assert np.array_equal(
-        rounding_bits(torch.empty(900), seed=0, stream=zlib.crc32(b"w"), step=WEIGHTS + 2**33 + 5, start=0).numpy(),
+        rounding_bits(
+            torch.empty(900), NoiseKey(seed=0, stream=zlib.crc32(b"w"), step=WEIGHTS + 2**33 + 5, start=0)
+        ).numpy(),
         noise_of("w", 2**33 + 5, 900).astype(np.int32),
     )
 
@@ -148,7 +150,7 @@ def test_bits_do_not_depend_on_path_or_chunk(monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(native_steps, "library", library or (lambda: None))
             generator = torch.Generator().manual_seed(0)
             p, g = (torch.randn(3000, generator=generator).bfloat16() for _ in range(2))
-            m = Bfloat16(rounding=Rounding(seed=0, stream=7, step=0, start=0), values=torch.zeros_like(p))
+            m = Bfloat16(rounding=NoiseKey(seed=0, stream=7, step=0, start=0), values=torch.zeros_like(p))
             sign_step(stored(p), m, stored(g, writable=False), blend=LION, lr=1e-3, decay=0.1)
             left.append(torch.cat([p, m.values]))
     assert all(torch.equal(left[0], other) for other in left[1:])

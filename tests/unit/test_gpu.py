@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from ds_optim.elementwise.blend import Blend
-from ds_optim.elementwise.momentum import Bfloat16, Int8, Rounding, scales_numel
+from ds_optim.elementwise.momentum import Bfloat16, Int8, scales_numel
+from ds_optim.elementwise.noise import NoiseKey
 from tests.unit.gpu_cases import cases
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -127,7 +128,7 @@ def every_call(device: str, more: int = 0) -> None:
     lengths, starts, rates, counts = (1, 16, 1000, 4096), (0, 77, 2**33), (0.0, 1.0, 1e-3), (1, 16, 2**33 + 17)
     for n, start, rate, count in product(lengths, starts, rates, counts):
         shift, size = (n + start) % 2, n + more
-        rounding = Rounding(seed=count, stream=start, step=count, start=start)
+        rounding = NoiseKey(seed=count, stream=start, step=count, start=start)
         p, g, v = (torch.zeros(size + shift, device=device)[shift:] for _ in range(3))
         codes = torch.zeros(size + shift, dtype=torch.int8, device=device)[shift:]
         m = Int8(rounding=rounding, codes=codes, scales=torch.zeros(scales_numel(start, size), device=device))
@@ -139,7 +140,7 @@ def every_call(device: str, more: int = 0) -> None:
 
 
 def test_what_does_not_lie_in_step_is_left_to_the_eager_path() -> None:
-    rounding = Rounding(seed=1, stream=2, step=3, start=4)
+    rounding = NoiseKey(seed=1, stream=2, step=3, start=4)
     values = torch.zeros(10, dtype=torch.bfloat16)
     p, m = Bfloat16(rounding=rounding, values=values), Bfloat16(rounding=replace(rounding, start=5), values=values)
     g = torch.zeros(10)

@@ -18,13 +18,12 @@ from ds_optim.elementwise.momentum import (
     LEVELS,
     Bfloat16,
     Int8,
-    Rounding,
     Stored,
     encode,
     read_only,
     scales_numel,
 )
-from ds_optim.elementwise.noise import rounding_bits
+from ds_optim.elementwise.noise import NoiseKey, rounding_bits
 from ds_optim.elementwise.steps import sign_step
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS
@@ -43,7 +42,7 @@ def gauss(n: int, seed: int = 0) -> Tensor:
 
 def store(kind: str, numel: int, *, seed: int = 0, step: int = 0, start: int = 0) -> Stored:
     """Momentum of zeros."""
-    rounding = Rounding(seed=seed, stream=7, step=step, start=start)
+    rounding = NoiseKey(seed=seed, stream=7, step=step, start=start)
     if kind == "bfloat16":
         return Bfloat16(rounding=rounding, values=torch.zeros(numel, dtype=torch.bfloat16))
     scales = torch.zeros(scales_numel(start, numel))
@@ -81,7 +80,7 @@ def neighbours(kind: str, value: np.ndarray, largest: np.ndarray) -> tuple[np.nd
 
 def test_rounding_bits_are_philox() -> None:
     for start, step, seed in ((0, 0, 0), (13, 5, 3), (8 * 2**33 + 1, 2**34 + 1, 2**31)):
-        bits = rounding_bits(torch.empty(1000), seed=seed, stream=77, step=step, start=start)
+        bits = rounding_bits(torch.empty(1000), NoiseKey(seed=seed, stream=77, step=step, start=start))
         element = np.arange(start, start + 1000, dtype=np.uint64)
         counter = np.stack([np.full(1000, step & 0xFFFFFFFF), np.full(1000, step >> 32)], axis=1)
         which = element // 256 * 32 + element % 32
@@ -133,7 +132,7 @@ def test_small_increments_are_not_lost(kind: str) -> None:
     g[::BLOCK] = 1.0  # the largest of each int8 block stands still, so that the others' steps stay what they are
     for step in range(steps):
         current = held[0]
-        place = Rounding(seed=0, stream=7, step=step, start=0)
+        place = NoiseKey(seed=0, stream=7, step=step, start=0)
         current = type(current)(**{**vars(current), "rounding": place})
         blend_into(out, current, g, Blend((0.0, 1.0), (0.999, 0.001)))
     expected = 0.5 + 0.5 * 0.999**steps

@@ -11,9 +11,10 @@ from torch import Tensor
 from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend, blend_into
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import Bfloat16, Int8, Rounding, Stored, read_only, scales_numel
+from ds_optim.elementwise.momentum import Bfloat16, Int8, Stored, read_only, scales_numel
 from ds_optim.elementwise.native import library as loading
 from ds_optim.elementwise.native import steps as calls
+from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.elementwise.steps import apply_update, sign_step
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
@@ -37,7 +38,7 @@ def gauss(n: int, seed: int) -> Tensor:
 
 
 def momentum(kind: str, start: int, numel: int) -> Tensor | Stored | None:
-    rounding = Rounding(seed=3, stream=2**32 - 5, step=2**33 + 1, start=start)
+    rounding = NoiseKey(seed=3, stream=2**32 - 5, step=2**33 + 1, start=start)
     if kind == "none":
         return None
     if kind == "float32":

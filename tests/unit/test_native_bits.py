@@ -14,9 +14,10 @@ from torch import Tensor
 from ds_optim.elementwise import native
 from ds_optim.elementwise.blend import Blend, blend_into
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Flat, Int8, Rounding, Stored, read_only, scales_numel
+from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Flat, Int8, Stored, read_only, scales_numel
 from ds_optim.elementwise.native import library as loading
 from ds_optim.elementwise.native import steps as calls
+from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.elementwise.steps import adamw_step, apply_update, sign_step
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
@@ -68,8 +69,8 @@ def odd(n: int, seed: int) -> Tensor:
     return torch.where(which < len(ODD), torch.tensor(ODD)[which.clamp(max=len(ODD) - 1)], values)
 
 
-def rounding(start: int, step: int) -> Rounding:
-    return Rounding(seed=3, stream=2**32 - 5, step=step, start=start)
+def rounding(start: int, step: int) -> NoiseKey:
+    return NoiseKey(seed=3, stream=2**32 - 5, step=step, start=start)
 
 
 def momentum(kind: str, start: int, numel: int) -> Flat | None:

@@ -14,9 +14,9 @@ from ds_optim.elementwise import moments, native, sign_rules
 from ds_optim.elementwise.blend import Blend, direction_squares
 from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.moments import Moments
-from ds_optim.elementwise.momentum import Bfloat16, Flat, Int8, Rounding, scales_numel
+from ds_optim.elementwise.momentum import Bfloat16, Flat, Int8, scales_numel
 from ds_optim.elementwise.native import rules, steps
-from ds_optim.elementwise.noise import uniform_noise
+from ds_optim.elementwise.noise import NoiseKey, uniform_noise
 from ds_optim.sharding.sums import rounded_once, square_sum
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C compiler: there is the eager path alone")
@@ -28,7 +28,7 @@ SIZES = [1, 31, 255, 256, 257, 16_384, 16_385, 140_001]
 MARGIN = 3
 EDGES = [0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, 1e-42, -1e-45, 3e38, 1.0, NU, -NU, 1e-19, 1e19]
 ODD = [float("nan"), float("inf"), float("-inf")]
-NOISE = {"seed": 2**32 - 1, "stream": 12345, "step": 2**33 + 7}
+NOISE = NoiseKey(seed=2**32 - 1, stream=12345, step=2**33 + 7, start=0)
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,14 @@ def move(p: Flat, m: Flat, v: Tensor, g: Flat) -> list[Tensor]:
 
 
 def stochastic(p: Flat, m: Flat, v: Tensor, g: Flat) -> list[Tensor]:
-    sign_rules.stochastic_sign_step(p, m, 0.7, lr=1e-3, decay=0.1, start=2**32 - 20, scratch=Scratch(), **NOISE)
+    sign_rules.stochastic_sign_step(p, m, 0.7, lr=1e-3, decay=0.1, noise=NOISE.at(2**32 - 20), scratch=Scratch())
     return []
 
 
 def stochastic_element(p: Flat, m: Flat, v: Tensor, g: Flat) -> list[Tensor]:
-    sign_rules.stochastic_element_step(p, m, v, g, blend=LION, lr=1e-3, decay=0.1, start=77, scratch=Scratch(), **NOISE)
+    sign_rules.stochastic_element_step(
+        p, m, v, g, blend=LION, lr=1e-3, decay=0.1, noise=NOISE.at(77), scratch=Scratch()
+    )
     return []
 
 
@@ -192,7 +194,7 @@ def test_narrow_momentum_and_weights_take_the_same_passes(work: Pass, eager: Cal
     numel, results = 270_001, []
     for wanted in (True, False):
         eager(wanted)
-        rounding = Rounding(seed=3, stream=5, step=2, start=77)
+        rounding = NoiseKey(seed=3, stream=5, step=2, start=77)
         _, _, v, g = tensors(numel, "usual")
         codes = torch.randint(-127, 128, (numel,), generator=torch.Generator().manual_seed(1)).to(torch.int8)
         scales = torch.linspace(1e-3, 2, scales_numel(77, numel))
@@ -208,34 +210,35 @@ def test_narrow_momentum_and_weights_take_the_same_passes(work: Pass, eager: Cal
 @pytest.mark.parametrize("step", [0, 3, 2**40])
 def test_noise_is_that_of_the_eager_path(start: int, step: int) -> None:
     """Where the momentum is minus the bound times the noise, no sign is left."""
-    noise = uniform_noise(torch.empty(1000), seed=2**32 - 1, stream=12345, step=step, start=start)
-    p = torch.zeros(1000)
-    key = {"seed": 2**32 - 1, "stream": 12345, "step": step, "start": start}
-    assert rules.stochastic_sign_step(p, noise * -0.3, 0.3, 0.1, 1.0, **key)
+    key = NoiseKey(seed=2**32 - 1, stream=12345, step=step, start=start)
+    noise, p = uniform_noise(torch.empty(1000), key), torch.zeros(1000)
+    assert rules.step("stochastic_sign_step", (p, noise * -0.3), (0.3, 0.1, 1.0, key))
     assert not p.any()
-    assert rules.stochastic_sign_step(p, noise.nextafter(torch.ones(())) * -0.3, 0.3, 0.1, 1.0, **key)
+    above = noise.nextafter(torch.ones(())) * -0.3
+    assert rules.step("stochastic_sign_step", (p, above), (0.3, 0.1, 1.0, key))
     assert p.any()
 
 
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 100_003])
 def test_a_sum_of_squares_is_exact_to_fp64(n: int) -> None:
     values = torch.randn(n, generator=torch.Generator().manual_seed(5)) * 1e25
-    found = rules.square_sums(values)
+    found = rules.measure("square_sums", (values,))
     assert found is not None
     assert float(found) == pytest.approx(float(values.double().square().sum()), rel=1e-14)
 
 
 def test_what_the_kernels_do_not_know_is_left_to_the_eager_path() -> None:
     p, m, g = (torch.ones(8) for _ in range(3))
-    assert rules.raw_step(p, m, g, LION.weights, 0.1, 1.0)
+    numbers = LION.weights, 0.1, 1.0
+    assert rules.step("raw_step", (p, m, g), numbers)
     for strange in (
         torch.ones(8, dtype=torch.float64),
         torch.ones(16)[::2],
         torch.ones(2, 4),
         torch.ones(8).bfloat16(),
     ):
-        assert not rules.raw_step(strange, m, g, LION.weights, 0.1, 1.0)
-        assert rules.agreement(m, strange, LION.weights) is None
+        assert not rules.step("raw_step", (strange, m, g), numbers)
+        assert rules.measure("agreement", (m, strange), [LION.weights]) is None
         assert not rules.suits(p, strange)
     p, m, g = (torch.ones(8, dtype=torch.float64) for _ in range(3))
     sign_rules.raw_step(p, m, g, blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=0.25, decay=0.0, scratch=Scratch())

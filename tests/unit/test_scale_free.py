@@ -46,7 +46,9 @@ def test_shapes_see_directions_alone(
     """To the bit by a power of two, for full rank and for a matrix that is all but one of rank 1."""
     w, x = gauss(1, *sides, seed=1), gauss(1, *sides, seed=2)
     x = (x if rank else x[..., :1] * x[..., :1, :] + 1e-3 * x).to(spec.message_dtype)
-    assert torch.equal(shape.solve(x * 2.0**exponent, w, spec), shape.solve(x, w, spec))
+    beside = [w] if shape.weights else []
+    (scaled,), (plain,) = (shape.solve([c, *beside], spec) for c in (x * 2.0**exponent, x))
+    assert torch.equal(scaled, plain)
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,7 +112,7 @@ def test_svd_of_what_is_not_finite_is_nan_and_its_neighbours_are_sound(shape: tu
     assert torch.equal(polar(x, PolarSpec(method="svd"))[::2], sound[::2])
     spec = PolarSpec(method="svd", dtype="float32")
     for direction, weights in ((x, gauss(3, *shape, seed=1)), (gauss(3, *shape, seed=1), x)):
-        solved = WEIGHT_BASIS.solve(direction, weights, spec)
+        (solved,) = WEIGHT_BASIS.solve([direction, weights], spec)
         assert bool(solved[::2].ne(0).any()), "neighbours step"
         assert not solved[1].any(), "a sign of NaN is 0"
     gaps = smallest_gap(x)

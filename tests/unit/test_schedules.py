@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 import ds_optim
 from ds_optim.errors import UserError
 from ds_optim.optimizers.routing import AUX, VECTOR
-from ds_optim.zero.schedulers import meet_scheduler, share_config
+from ds_optim.zero.schedulers import prepare_scheduler, share_config
 from tests.stepping import SmallModel, take_steps, weights_of
 
 LR, RATIO, STEPS = 2.0**-6, 8.0, 8
@@ -206,5 +206,5 @@ def test_a_schedulers_own_bases_of_the_first_release_are_each_groups() -> None:
     going_on = sequence(again)
     again.load_state_dict(saved)
     going_on.load_state_dict(place)
-    meet_scheduler(SimpleNamespace(lr_scheduler=going_on), again, again.param_groups)
+    prepare_scheduler(SimpleNamespace(lr_scheduler=going_on), again, again.param_groups)
     assert stepped(model, again, going_on, STEPS) == stepped(model, optimizer, schedule, STEPS)

@@ -15,7 +15,7 @@ from ds_optim.elementwise import chunks as chunking
 from ds_optim.elementwise import noise as noise_module
 from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.noise import stream_of, uniform, uniform_noise
+from ds_optim.elementwise.noise import NoiseKey, stream_of, uniform, uniform_noise
 from ds_optim.elementwise.sign_rules import stochastic_element_step, stochastic_sign_step
 from tests import philox
 from tests.stepping import SmallModel, build, random_grads, take_steps, trained, weights_of
@@ -28,7 +28,7 @@ STARTS = [0, 1, 4_099, WORD - 3, WORD, 5 * WORD + 2]
 
 
 def noise(start: int, count: int, *, seed: int = 3, stream: int = 99, step: int = 4) -> Tensor:
-    return uniform_noise(torch.empty(count), seed=seed, stream=stream, step=step, start=start)
+    return uniform_noise(torch.empty(count), NoiseKey(seed=seed, stream=stream, step=step, start=start))
 
 
 def expected(start: int, count: int, *, seed: int, stream: int, step: int) -> NDArray[np.float32]:
@@ -90,7 +90,7 @@ def test_noise_of_another_key_or_counter_is_independent(other: dict[str, int]) -
 
 def step_of(m: Tensor, bound: Tensor | float, start: int, p: Tensor | None = None) -> Tensor:
     p = torch.zeros_like(m) if p is None else p.clone()
-    common: dict[str, Any] = {"lr": LR, "decay": 0.25, "seed": 1, "stream": 2, "step": 3, "start": start}
+    common: dict[str, Any] = {"lr": LR, "decay": 0.25, "noise": NoiseKey(seed=1, stream=2, step=3, start=start)}
     if isinstance(bound, float):
         stochastic_sign_step(p, m, bound, scratch=Scratch(), **common)
         return p

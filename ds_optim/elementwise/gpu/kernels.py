@@ -1,7 +1,8 @@
 """The steps: each program reads its tile once, computes in fp32, and writes it once. ``tiles`` says what pointers mean.
 
 Every operation is rounded by itself, in the order of the eager path; a launch must forbid to contract two into one.
-A step's formula is compiled twice into one kernel: without masks for tiles that lie whole in the slice, and with them.
+A step's formula is compiled twice into one kernel, the two turns of its loop: without masks for tiles that lie whole in
+the slice, and with them. A program takes one of the turns.
 What differs from call to call is typed and never a constant to the compiler, so that dtypes alone compile it anew.
 """
 
@@ -25,10 +26,19 @@ def _kernel(function: Callable[..., None]) -> Any:
 
 @triton.jit
 def _tile(n: tl.tensor, head: tl.tensor, aligned: tl.tensor) -> tl.tensor:
-    """Where this program's tile begins in the slice, its first block, and whether it can do without masks."""
+    """Where this program's tile begins in the slice, its first block, and the turn for it: 1 where it needs masks."""
     block = tl.program_id(0).to(tl.int64)
     base = block * BLOCK - head
-    return base, block, (aligned != 0) & (base >= 0) & (base + BLOCK <= n)
+    whole = (aligned != 0) & (base >= 0) & (base + BLOCK <= n)
+    return base, block, 1 - whole.to(tl.int32)
+
+
+@triton.jit
+def _at(values: tl.tensor, place: tl.tensor) -> tl.tensor:
+    if values is None:
+        return None
+    else:
+        return values + place
 
 
 @_kernel
@@ -52,47 +62,21 @@ def sign_step(
     aligned: tl.int32,
 ) -> None:
     """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g. Without m: the sign of d1 g."""
-    base, block, whole = _tile(n, head, aligned)
+    base, block, turn = _tile(n, head, aligned)
     counter += block * LANES
-    p, g = p + base, g + base
-    if m is not None:
-        m = m + base
-    if scale is not None:
-        scale = scale + block
-    if whole:
-        _sign(p, m, scale, g, d0, d1, k0, k1, lr, factor, key, step_p, step_m, counter, None)
-    else:
-        mask = tiles.inside(base, n)
-        _sign(p, m, scale, g, d0, d1, k0, k1, lr, factor, key, step_p, step_m, counter, mask)
-
-
-@triton.jit
-def _sign(
-    p: tl.tensor,
-    m: tl.tensor,
-    scale: tl.tensor,
-    g: tl.tensor,
-    d0: tl.tensor,
-    d1: tl.tensor,
-    k0: tl.tensor,
-    k1: tl.tensor,
-    lr: tl.tensor,
-    factor: tl.tensor,
-    key: tl.tensor,
-    step_p: tl.tensor,
-    step_m: tl.tensor,
-    counter: tl.tensor,
-    mask: tl.tensor,
-) -> None:
-    weights = tiles.load(p, None, mask)
-    gradient = tiles.load(g, None, mask)
-    direction = gradient * d1
-    if m is not None:
-        momentum = tiles.load(m, scale, mask)
-        direction = direction + momentum * d0
-        tiles.store(m, scale, momentum * k0 + gradient * k1, mask, key, step_m, counter)
-    weights = weights * factor - tiles.signed(lr, direction)
-    tiles.store(p, None, weights, mask, key, step_p, counter)
+    p, m, g, scale = p + base, _at(m, base), g + base, _at(scale, block)
+    for masked in tl.static_range(2):
+        if turn == masked:
+            mask = tiles.inside(base, n, masked)
+            weights = tiles.load(p, None, mask)
+            gradient = tiles.load(g, None, mask)
+            direction = gradient * d1
+            if m is not None:
+                momentum = tiles.load(m, scale, mask)
+                direction = direction + momentum * d0
+                tiles.store(m, scale, momentum * k0 + gradient * k1, mask, key, step_m, counter)
+            weights = weights * factor - tiles.signed(lr, direction)
+            tiles.store(p, None, weights, mask, key, step_p, counter)
 
 
 @_kernel
@@ -113,42 +97,19 @@ def blend_into(
     aligned: tl.int32,
 ) -> None:
     """out <- d0 m + d1 g, rounded to the nearest; m <- k0 m + k1 g. Without m: d1 g."""
-    base, block, whole = _tile(n, head, aligned)
+    base, block, turn = _tile(n, head, aligned)
     counter += block * LANES
-    out, g = out + base, g + base
-    if m is not None:
-        m = m + base
-    if scale is not None:
-        scale = scale + block
-    if whole:
-        _blend(out, m, scale, g, d0, d1, k0, k1, key, step, counter, None)
-    else:
-        mask = tiles.inside(base, n)
-        _blend(out, m, scale, g, d0, d1, k0, k1, key, step, counter, mask)
-
-
-@triton.jit
-def _blend(
-    out: tl.tensor,
-    m: tl.tensor,
-    scale: tl.tensor,
-    g: tl.tensor,
-    d0: tl.tensor,
-    d1: tl.tensor,
-    k0: tl.tensor,
-    k1: tl.tensor,
-    key: tl.tensor,
-    step: tl.tensor,
-    counter: tl.tensor,
-    mask: tl.tensor,
-) -> None:
-    gradient = tiles.load(g, None, mask)
-    direction = gradient * d1
-    if m is not None:
-        momentum = tiles.load(m, scale, mask)
-        direction = direction + momentum * d0
-        tiles.store(m, scale, momentum * k0 + gradient * k1, mask, key, step, counter)
-    tiles.store_nearest(out, direction, mask)
+    out, m, g, scale = out + base, _at(m, base), g + base, _at(scale, block)
+    for masked in tl.static_range(2):
+        if turn == masked:
+            mask = tiles.inside(base, n, masked)
+            gradient = tiles.load(g, None, mask)
+            direction = gradient * d1
+            if m is not None:
+                momentum = tiles.load(m, scale, mask)
+                direction = direction + momentum * d0
+                tiles.store(m, scale, momentum * k0 + gradient * k1, mask, key, step, counter)
+            tiles.store_nearest(out, direction, mask)
 
 
 @_kernel
@@ -166,33 +127,15 @@ def apply_update(
     aligned: tl.int32,
 ) -> None:
     """p <- factor p - rate update."""
-    base, block, whole = _tile(n, head, aligned)
+    base, block, turn = _tile(n, head, aligned)
     counter += block * LANES
-    p, update = p + base, update + base
-    if scale is not None:
-        scale = scale + block
-    if whole:
-        _apply(p, update, scale, rate, factor, key, step, counter, None)
-    else:
-        mask = tiles.inside(base, n)
-        _apply(p, update, scale, rate, factor, key, step, counter, mask)
-
-
-@triton.jit
-def _apply(
-    p: tl.tensor,
-    update: tl.tensor,
-    scale: tl.tensor,
-    rate: tl.tensor,
-    factor: tl.tensor,
-    key: tl.tensor,
-    step: tl.tensor,
-    counter: tl.tensor,
-    mask: tl.tensor,
-) -> None:
-    weights = tiles.load(p, None, mask)
-    change = tiles.load(update, scale, mask)
-    tiles.store(p, None, weights * factor - change * rate, mask, key, step, counter)
+    p, update, scale = p + base, update + base, _at(scale, block)
+    for masked in tl.static_range(2):
+        if turn == masked:
+            mask = tiles.inside(base, n, masked)
+            weights = tiles.load(p, None, mask)
+            change = tiles.load(update, scale, mask)
+            tiles.store(p, None, weights * factor - change * rate, mask, key, step, counter)
 
 
 @_kernel
@@ -221,40 +164,17 @@ def adamw_step(
     Root and quotients are rounded correctly. Torch's are so on no device: a CPU's root may come from a vector library,
     and a GPU multiplies by the reciprocal of the correction. Both may be a last bit off.
     """
-    base, block, whole = _tile(n, head, aligned)
+    base, block, turn = _tile(n, head, aligned)
     counter += block * LANES
     p, m, v, g = p + base, m + base, v + base, g + base
-    if whole:
-        _adamw(p, m, v, g, beta1, rest1, beta2, rest2, eps, correction, rate, factor, key, step, counter, None)
-    else:
-        mask = tiles.inside(base, n)
-        _adamw(p, m, v, g, beta1, rest1, beta2, rest2, eps, correction, rate, factor, key, step, counter, mask)
-
-
-@triton.jit
-def _adamw(
-    p: tl.tensor,
-    m: tl.tensor,
-    v: tl.tensor,
-    g: tl.tensor,
-    beta1: tl.tensor,
-    rest1: tl.tensor,
-    beta2: tl.tensor,
-    rest2: tl.tensor,
-    eps: tl.tensor,
-    correction: tl.tensor,
-    rate: tl.tensor,
-    factor: tl.tensor,
-    key: tl.tensor,
-    step: tl.tensor,
-    counter: tl.tensor,
-    mask: tl.tensor,
-) -> None:
-    weights = tiles.load(p, None, mask)
-    gradient = tiles.load(g, None, mask)
-    mean = tiles.load(m, None, mask) * beta1 + gradient * rest1
-    square = tiles.load(v, None, mask) * beta2 + gradient * gradient * rest2
-    tiles.store_nearest(m, mean, mask)
-    tiles.store_nearest(v, square, mask)
-    change = tl.div_rn(mean, tl.div_rn(tl.sqrt_rn(square), correction) + eps) * rate
-    tiles.store(p, None, weights * factor - change, mask, key, step, counter)
+    for masked in tl.static_range(2):
+        if turn == masked:
+            mask = tiles.inside(base, n, masked)
+            weights = tiles.load(p, None, mask)
+            gradient = tiles.load(g, None, mask)
+            mean = tiles.load(m, None, mask) * beta1 + gradient * rest1
+            square = tiles.load(v, None, mask) * beta2 + gradient * gradient * rest2
+            tiles.store_nearest(m, mean, mask)
+            tiles.store_nearest(v, square, mask)
+            change = tl.div_rn(mean, tl.div_rn(tl.sqrt_rn(square), correction) + eps) * rate
+            tiles.store(p, None, weights * factor - change, mask, key, step, counter)

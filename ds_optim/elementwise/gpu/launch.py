@@ -5,6 +5,7 @@ A kernel is compiled at the first call with its dtypes, and never for a length, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.gpu import kernels
-from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Rounding, Stored
+from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Stored
 from ds_optim.elementwise.native.steps import AdamW, Weights
+from ds_optim.elementwise.noise import NoiseKey
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Of the compiler."""
@@ -39,63 +41,58 @@ def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, fac
     """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
     if not _is_weights(p) or not _is_momentum(m) or not _is_gradient(g):
         return False
-    place = _slice(p, m, g)
-    if place is None:
-        return False
-    numbers = (*_floats(*weights, lr, factor), place.key, _step(p), _step(m))
-    _launch(kernels.sign_step, place, _data(p), _data(m), _scales(m), _data(g), *numbers)
-    return True
+    pointers = _data(p), _data(m), _scales(m), _data(g)
+    return _launch(kernels.sign_step, (p, m, g), pointers, (*weights, lr, factor), rounded=(p, m))
 
 
 def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
     """out <- d0 m + d1 g; m <- k0 m + k1 g."""
     if out.dtype not in _LOADED or not _is_momentum(m) or not _is_gradient(g):
         return False
-    place = _slice(out, m, g)
-    if place is None:
-        return False
-    numbers = (*_floats(*weights), place.key, _step(m))
-    _launch(kernels.blend_into, place, _data(out), _data(m), _scales(m), _data(g), *numbers)
-    return True
+    pointers = _data(out), _data(m), _scales(m), _data(g)
+    return _launch(kernels.blend_into, (out, m, g), pointers, weights, rounded=(m,))
 
 
 def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
     """p <- factor p - rate update."""
     if not _is_weights(p) or (isinstance(update, Tensor) and update.dtype not in (*_LOADED, torch.int8)):
         return False
-    place = _slice(p, update)
-    if place is None:
-        return False
-    numbers = (*_floats(rate, factor), place.key, _step(p))
-    _launch(kernels.apply_update, place, _data(p), _data(update), _scales(update), *numbers)
-    return True
+    pointers = _data(p), _data(update), _scales(update)
+    return _launch(kernels.apply_update, (p, update), pointers, (rate, factor), rounded=(p,))
 
 
 def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
     if not _is_weights(p) or not _is_gradient(g) or m.dtype != torch.float32 or v.dtype != torch.float32:
         return False
-    place = _slice(p, m, v, g)
-    if place is None:
+    return _launch(kernels.adamw_step, (p, m, v, g), [_data(x) for x in (p, m, v, g)], numbers, rounded=(p,))
+
+
+def _launch(
+    kernel: Any,
+    tensors: Sequence[Flat | None],
+    pointers: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    *,
+    rounded: Sequence[Flat | None],
+) -> bool:
+    """Call a kernel, if the tensors lie in step. rounded: those that it asks the step of, in its order."""
+    place = _slice(*tensors)
+    if place is None or pointers[0] is None:
         return False
-    own = (*_floats(*numbers), place.key, _step(p))
-    _launch(kernels.adamw_step, place, _data(p), _data(m), _data(v), _data(g), *own)
-    return True
-
-
-def _launch(kernel: Any, place: _Slice, values: Tensor | None, *arguments: Any) -> None:
-    assert values is not None
-    programs = -(-(place.head + place.n) // (BLOCK))
-    with _on(values.device):
-        kernel[(programs,)](
-            values,
-            *arguments,
+    with _on(pointers[0].device):
+        kernel[(-(-(place.head + place.n) // BLOCK),)](
+            *pointers,
+            *map(float, numbers),
+            place.key,
+            *map(_step, rounded),
             place.counter,
             place.n,
             place.head,
             place.aligned,
             **OPTIONS,
         )
+    return True
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -122,10 +119,10 @@ def _slice(*tensors: Flat | None) -> _Slice | None:
     )
 
 
-def _anywhere(data: list[Tensor]) -> Rounding:
+def _anywhere(data: list[Tensor]) -> NoiseKey:
     """A place for tensors whose blocks nobody asks about: one where they are aligned, if there is any."""
     start = next((start for start in range(_BYTES) if _is_aligned(data, start)), 0)
-    return Rounding(seed=0, stream=0, step=0, start=start)
+    return NoiseKey(seed=0, stream=0, step=0, start=start)
 
 
 def _is_aligned(data: list[Tensor], head: int) -> bool:
@@ -171,7 +168,3 @@ def _step(values: Flat | None) -> int:
 def _signed(word: int) -> int:
     """The number with the same 64 bits that a signed integer can have."""
     return word - (1 << 64) if word >> 63 & 1 else word
-
-
-def _floats(*numbers: float) -> tuple[float, ...]:
-    return tuple(float(number) for number in numbers)

@@ -24,12 +24,15 @@ _SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
 
 @triton.jit
-def inside(base: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """Which elements of the tile that begins at ``base`` lie in the slice [0, n)."""
-    low = tl.maximum(-base, 0).to(tl.int32)
-    high = tl.minimum(n - base, BLOCK).to(tl.int32)
-    offsets = tl.arange(0, BLOCK)
-    return (offsets >= low) & (offsets < high)
+def inside(base: tl.tensor, n: tl.tensor, masked: tl.constexpr) -> tl.tensor:
+    """Which elements of the tile that begins at ``base`` lie in the slice [0, n); None for all, unless ``masked``."""
+    if masked:
+        low = tl.maximum(-base, 0).to(tl.int32)
+        high = tl.minimum(n - base, BLOCK).to(tl.int32)
+        offsets = tl.arange(0, BLOCK)
+        return (offsets >= low) & (offsets < high)
+    else:
+        return None
 
 
 @triton.jit

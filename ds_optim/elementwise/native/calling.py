@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise.noise import NoiseKey
+
 # Elements worth a thread of their own: about 20 microseconds of work.
 _GRAIN = 1 << 16
 # What a thread takes at a time. Two threads with a half of 2^26 elements each took 0.82 of AdamW's time for a sign
@@ -31,6 +33,11 @@ class BlendWeights(ctypes.Structure):
     """direction = d0 m + d1 g; m <- k0 m + k1 g."""
 
     _fields_ = (("d0", c_float), ("d1", c_float), ("k0", c_float), ("k1", c_float))
+
+
+def key_of(key: NoiseKey, begin: int) -> Key:
+    """Of the element ``begin`` behind the first one."""
+    return Key(key.seed, key.stream, key.step, key.start + begin)
 
 
 def is_addressable(tensor: Any) -> bool:

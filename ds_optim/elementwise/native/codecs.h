@@ -8,8 +8,8 @@
 #include "avx512.h"
 #endif
 
-/* The block's values in fp32: where they are, if that is how they are stored, or in "room". */
-static inline float *load(const Array *a, const Block *b, float *restrict room) {
+/* The block's values in fp32: where they are, if that is how they are stored, or in "scratch". */
+static inline float *load(const Array *a, const Block *b, float *restrict scratch) {
     if (a->kind == FLOAT32) {
         look_ahead((float *)a->values + b->position);
         return (float *)a->values + b->position;
@@ -17,13 +17,13 @@ static inline float *load(const Array *a, const Block *b, float *restrict room) 
     if (a->kind == BFLOAT16) {
         const uint16_t *values = (const uint16_t *)a->values + b->position;
         look_ahead(values);
-        widen_bfloat16(b->count, values, room);
+        widen_bfloat16(b->count, values, scratch);
     } else if (a->kind == INT8) {
         const int8_t *codes = (const int8_t *)a->values + b->position;
         look_ahead(codes);
-        decode(b->count, codes, a->scales[b->number], room);
+        decode(b->count, codes, a->scales[b->number], scratch);
     }
-    return room;
+    return scratch;
 }
 
 /* Round what "load" gave, and has changed since, back to the block. */

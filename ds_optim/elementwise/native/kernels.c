@@ -46,8 +46,8 @@ static inline void sign_block(const Block *b, float *p, const Array *m, const fl
         return;
     }
 #endif
-    float room[BLOCK];
-    float *momentum = load(m, b, room);
+    float scratch[BLOCK];
+    float *momentum = load(m, b, scratch);
     sign_run(b->count, p, momentum, g, w, lr, factor);
     store(m, b, rounds, momentum);
 }
@@ -55,10 +55,10 @@ static inline void sign_block(const Block *b, float *p, const Array *m, const fl
 /* p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g */
 void ds_optim_sign_step(int64_t n, Array p, Array m, Array g, Blend w, float lr, float factor) {
     const Rounds of_p = rounding_of(&p), of_m = rounding_of(&m);
-    float room_p[BLOCK], room_g[BLOCK];
+    float scratch_p[BLOCK], scratch_g[BLOCK];
     for (Block b = {.number = -1}; next_block(&b, n, start_of(&p, &m));) {
-        const float *gradient = load(&g, &b, room_g);
-        float *weights = load(&p, &b, room_p);
+        const float *gradient = load(&g, &b, scratch_g);
+        float *weights = load(&p, &b, scratch_p);
         if (m.kind == NONE) {
             for (int i = 0; i < b.count; i++) weights[i] = weights[i] * factor - lr * sign_of(gradient[i] * w.d1);
         } else {
@@ -78,13 +78,13 @@ static inline void blend_run(int n, float *restrict c, float *restrict m, const 
 /* out <- d0 m + d1 g, fp32 or rounded to bfloat16; m <- k0 m + k1 g unless it is only read */
 void ds_optim_blend_into(int64_t n, Array out, Array m, Array g, Blend w, int writable) {
     const Rounds of_m = rounding_of(&m);
-    float room_m[BLOCK], room_g[BLOCK], c[BLOCK];
+    float scratch_m[BLOCK], scratch_g[BLOCK], c[BLOCK];
     for (Block b = {.number = -1}; next_block(&b, n, m.key.start);) {
-        const float *gradient = load(&g, &b, room_g);
+        const float *gradient = load(&g, &b, scratch_g);
         if (m.kind == NONE) {
             for (int i = 0; i < b.count; i++) c[i] = gradient[i] * w.d1;
         } else {
-            float *momentum = load(&m, &b, room_m);
+            float *momentum = load(&m, &b, scratch_m);
             blend_run(b.count, c, momentum, gradient, w);
             if (writable) store(&m, &b, &of_m, momentum);
         }
@@ -100,14 +100,14 @@ void ds_optim_blend_into(int64_t n, Array out, Array m, Array g, Blend w, int wr
 /* p <- factor p - rate update; an update in int8 has no scales: its codes are the values */
 void ds_optim_apply_update(int64_t n, Array p, Array update, float rate, float factor) {
     const Rounds of_p = rounding_of(&p);
-    float room_p[BLOCK], room_u[BLOCK];
+    float scratch_p[BLOCK], scratch_u[BLOCK];
     for (Block b = {.number = -1}; next_block(&b, n, p.key.start);) {
-        const float *values = room_u;
+        const float *values = scratch_u;
         if (update.kind == INT8)
-            for (int i = 0; i < b.count; i++) room_u[i] = (float)((const int8_t *)update.values)[b.position + i];
+            for (int i = 0; i < b.count; i++) scratch_u[i] = (float)((const int8_t *)update.values)[b.position + i];
         else
-            values = load(&update, &b, room_u);
-        float *weights = load(&p, &b, room_p);
+            values = load(&update, &b, scratch_u);
+        float *weights = load(&p, &b, scratch_p);
         for (int i = 0; i < b.count; i++) weights[i] = weights[i] * factor - values[i] * rate;
         store(&p, &b, &of_p, weights);
     }
@@ -130,10 +130,10 @@ static inline void adamw_run(int n, float *restrict p, float *restrict m, float 
 /* m, v: fp32 */
 void ds_optim_adamw_step(int64_t n, Array p, Array m, Array v, Array g, Adam a) {
     const Rounds of_p = rounding_of(&p);
-    float room_p[BLOCK], room_g[BLOCK];
+    float scratch_p[BLOCK], scratch_g[BLOCK];
     for (Block b = {.number = -1}; next_block(&b, n, p.key.start);) {
-        const float *gradient = load(&g, &b, room_g);
-        float *weights = load(&p, &b, room_p);
+        const float *gradient = load(&g, &b, scratch_g);
+        float *weights = load(&p, &b, scratch_p);
         adamw_run(b.count, weights, load(&m, &b, NULL), load(&v, &b, NULL), gradient, a);
         store(&p, &b, &of_p, weights);
     }

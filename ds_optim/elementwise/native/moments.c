@@ -29,9 +29,9 @@ static inline float ratio(float m, float root, Moments w) {
     return (m / w.mean) / (root / w.deviation + (float)w.eps);
 }
 
-static inline float lamb_update(float p, float m, float root, Moments w, float decay, int decays) {
+static inline float lamb_update(float p, float m, float root, Moments w, float decay) {
     const float update = ratio(m, root, w);
-    return decays ? update + p * decay : update;
+    return decay != 0 ? update + p * decay : update;
 }
 
 OF_RUN void lasm_run(int n, float *restrict p, float *restrict m, float *restrict root, const float *restrict g,
@@ -70,24 +70,24 @@ void ds_optim_lasm_difference(int64_t n, const float *restrict m, const float *r
 }
 
 OF_RUN void lamb_run(int n, const float *restrict p, float *restrict m, float *restrict root, const float *restrict g,
-                     Moments w, float decay, int decays, double of_p[LANES], double of_update[LANES]) {
+                     Moments w, float decay, double of_p[LANES], double of_update[LANES]) {
     float update[RUN];
     advance(n, m, root, g, w);
-    for (int i = 0; i < n; i++) update[i] = lamb_update(p[i], m[i], root[i], w, decay, decays);
+    for (int i = 0; i < n; i++) update[i] = lamb_update(p[i], m[i], root[i], w, decay);
     add_squares(of_p, n, p);
     add_squares(of_update, n, update);
 }
 
 /* m and root move on; the sums of p^2 and r^2. */
 void ds_optim_lamb_measure(int64_t n, const float *restrict p, float *restrict m, float *restrict root,
-                           const float *restrict g, Moments w, float decay, int decays, double *out) {
+                           const float *restrict g, Moments w, float decay, double *out) {
     for (int64_t part = 0; part < n; part += PART) {
         double of_p[LANES] = {0}, of_update[LANES] = {0};
         const int64_t end = at_most(n, part + PART);
         int64_t i = part;
         for (; i + RUN <= end; i += RUN)
-            lamb_run(RUN, p + i, m + i, root + i, g + i, w, decay, decays, of_p, of_update);
-        lamb_run((int)(end - i), p + i, m + i, root + i, g + i, w, decay, decays, of_p, of_update);
+            lamb_run(RUN, p + i, m + i, root + i, g + i, w, decay, of_p, of_update);
+        lamb_run((int)(end - i), p + i, m + i, root + i, g + i, w, decay, of_p, of_update);
         *out++ = total(of_p);
         *out++ = total(of_update);
     }
@@ -95,8 +95,8 @@ void ds_optim_lamb_measure(int64_t n, const float *restrict p, float *restrict m
 
 /* p <- p - lr r */
 void ds_optim_lamb_step(int64_t n, float *restrict p, const float *restrict m, const float *restrict root, Moments w,
-                        float lr, float decay, int decays) {
-    for (int64_t i = 0; i < n; i++) p[i] -= lamb_update(p[i], m[i], root[i], w, decay, decays) * lr;
+                        float lr, float decay) {
+    for (int64_t i = 0; i < n; i++) p[i] -= lamb_update(p[i], m[i], root[i], w, decay) * lr;
 }
 
 OF_RUN void stable_run(int n, float *restrict m, float *restrict root, const float *restrict g, Moments w,

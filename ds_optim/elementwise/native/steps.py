@@ -10,8 +10,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Rounding, Stored
-from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_addressable
+from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Stored
+from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_addressable, key_of
 from ds_optim.elementwise.native.library import library
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -153,11 +153,7 @@ def _array(tensor: Flat | None, begin: int) -> _Array:
     if isinstance(tensor, Int8):
         block = (tensor.rounding.start + begin) // BLOCK - tensor.rounding.start // BLOCK
         scales = address(tensor.scales, block)
-    return _Array(_KINDS[tensor.data.dtype], address(tensor.data, begin), scales, _key(tensor.rounding, begin))
-
-
-def _key(rounding: Rounding, begin: int) -> Key:
-    return Key(rounding.seed, rounding.stream, rounding.step, rounding.start + begin)
+    return _Array(_KINDS[tensor.data.dtype], address(tensor.data, begin), scales, key_of(tensor.rounding, begin))
 
 
 def _in_parts(numel: int, rounded: tuple[Flat | None, ...], part: Callable[[int, int], None]) -> None:
