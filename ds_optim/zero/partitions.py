@@ -175,9 +175,7 @@ def _find_problem(
                 return f"{member.spec.name} has no address in ZeRO's partitions ({FREEZE_HINT})"
             there, here = address(unit, param, member), _address(unit.slice_of(param, comm.rank))
             if there != here:
-                return (
-                    f"{member.spec.name} lies at {there} (start, elements, offset) where the closed form has {here}"
-                )
+                return f"{member.spec.name} lies at {there} (start, elements, offset) where the closed form has {here}"
     return None
 
 
