@@ -15,9 +15,8 @@ from typing import Any
 
 from ds_optim.machine import ranks
 from ds_optim.machine.writing import write_reason
-from ds_optim.zero.checkpoints.folder import SCRIPTS
+from ds_optim.zero.checkpoints.folder import SCRIPTS, Stamps, stamped
 from ds_optim.zero.checkpoints.safe import load
-from ds_optim.zero.checkpoints.stamp import Stamps, stamped
 
 
 class CheckpointFiles:

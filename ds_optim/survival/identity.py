@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ds_optim.errors import UserError
 from ds_optim.machine.files import Unreadable, short, typed
+from ds_optim.zero.checkpoints.folder import STAMP, Stamps
 from ds_optim.zero.checkpoints.safe import load
-from ds_optim.zero.checkpoints.stamp import STAMP, Stamps
 
 RUN, SAVE = "run", "save"
 """Keys of the notes: numbers drawn at a run's first start, and at each save."""

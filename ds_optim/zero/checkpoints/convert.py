@@ -8,21 +8,22 @@ Steps done go over too. The rate goes on at the fraction of its peak that it had
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer
+from ds_optim.optimizers.kinds import NO_VIEW, STACK
 from ds_optim.optimizers.rules import MEAN, MOMENTUM, ROOT_SQUARES, RULES, STEP, Rule
 from ds_optim.optimizers.saved import PARAMETERS, describe
+from ds_optim.sharding.binding import Member
 from ds_optim.zero.checkpoints.module import Module
 from ds_optim.zero.checkpoints.portable import Portable, SavedGroup
-from ds_optim.zero.checkpoints.skeleton import check_routable, skeleton
 from ds_optim.zero.config import build_optimizer, canonical_type
 
 _ADAM_NAMES = ("adam", "adamw")
@@ -50,11 +51,11 @@ def change_optimizer(portable: Portable, name: str, params: Mapping[str, Any], *
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer {name!r}: write one of {', '.join([*OPTIMIZERS, 'AdamW'])}")
     optimizer = build_optimizer(
-        skeleton(portable),
+        _skeleton(portable),
         name,
         {"optimizer": {"type": name, "params": dict(params)}, "zero_optimization": {"stage": 1}},
     )
-    check_routable(m for group in optimizer.members for m in group)
+    _check_routable(m for group in optimizer.members for m in group)
     fraction = _fraction_of_peak(portable)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -123,6 +124,54 @@ def _meanings(old: SavedGroup, held: tuple[str, ...]) -> dict[str, str]:
         return {buffer.key: buffer.means for buffer in RULES[old.rule].buffers}
     adams = [MEAN, *([ROOT_SQUARES] if "eps" in old.hyper else [])]
     return {buffer.key: buffer.means for buffer in adams if buffer.key in held}
+
+
+# ------------------------------------------------------------------------------------ the model, without it
+
+
+def _skeleton(portable: Portable) -> nn.Module:
+    """Modules that hold empty parameters of the checkpoint's names and shapes, in its order, tied ones twice.
+
+    What kind of layer a parameter is of cannot be known here: embeddings and heads are found by their names
+    alone.
+    """
+    module = Module(portable)
+    shapes = {spec.name: spec.shape for spec in portable.specs}
+    parameters = {
+        name: nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")) for name, shape in shapes.items()
+    }
+    for name, shape in module.frozen_shapes.items():
+        if name not in shapes:
+            parameters[name] = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
+    root = nn.Module()
+    for name in module.names:
+        held = parameters.get(module.shared.get(name, name))
+        if held is not None:
+            *path, last = name.split(".")
+            parent = root
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.register_parameter(last, held)
+    return root
+
+
+def _check_routable(members: Iterable[Member]) -> None:
+    """Refuse parameters of three dimensions and more that only a view says more of: a convolution is a matrix, a stack
+    is not.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for member in members:
+        name, shape = member.spec.name, member.spec.shape
+        if member.reason in (STACK, NO_VIEW):
+            raise UserError(
+                f"{name} has the shape {shape}, and without the model nobody knows whether it is a convolution or a "
+                'stack of matrices: add {"match": "..."} to "views" in --optimizer-params (with batch_dims for a '
+                'stack), or its pattern to "matrix_exclude"'
+            )
 
 
 # --------------------------------------------------------------------------------------------------- AdamW

@@ -1,11 +1,17 @@
-"""The files of an ordinary DeepSpeed checkpoint: which there are, which must be, and what they are called."""
+"""The files of an ordinary DeepSpeed checkpoint: which there are, which must be, and what they are called.
+
+A file of a sealed checkpoint says within of which run, step and save it is, and its own name: a checksum beside it
+tells whether it is as it was, not whether it belongs where it lies.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds_optim.errors import UserError
 from ds_optim.machine.files import Unreadable, read_line, short
@@ -21,6 +27,12 @@ _OTHERS = {
     "offloaded_tensors": "state that was offloaded to NVMe",
     "zero": "a universal checkpoint",
 }
+
+STAMP = "ds_optim_seal"
+"""The key in the file's dict; DeepSpeed hands what it does not know to the client's state."""
+
+Stamps = Callable[[str], Mapping[str, Any]]
+"""The stamp of a file by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +130,9 @@ def model_file(rank: int, stage: int) -> str:
 
 def optimizer_file(rank: int, prefix: str) -> str:
     return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def stamped(content: Mapping[str, Any], name: str, stamps: Stamps | None) -> dict[str, Any]:
+    """What is to be written to the file ``name``; an earlier stamp goes."""
+    bare = {key: value for key, value in content.items() if key != STAMP}
+    return bare if stamps is None else {**bare, STAMP: dict(stamps(name))}

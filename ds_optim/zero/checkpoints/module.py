@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.zero.checkpoints.folder import STAMP
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
 from ds_optim.zero.checkpoints.same import same
-from ds_optim.zero.checkpoints.stamp import STAMP
 
 _PER_CUT = (
     *("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"),
@@ -115,11 +115,11 @@ class Module:
         listed = self._model.get("shared_params")
         if listed is not None:
             return dict(listed)
-        places = {_place(self._saved[name]): name for name in reversed(list(self._saved)) if name in self._shapes}
+        places = {place_of(self._saved[name]): name for name in reversed(list(self._saved)) if name in self._shapes}
         return {
-            name: places[_place(tensor)]
+            name: places[place_of(tensor)]
             for name, tensor in self._saved.items()
-            if isinstance(tensor, Tensor) and tensor.numel() and places.get(_place(tensor), name) != name
+            if isinstance(tensor, Tensor) and tensor.numel() and places.get(place_of(tensor), name) != name
         }
 
     def _frozen_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -132,5 +132,6 @@ class Module:
         return {name: tuple(tensor.shape) for name, tensor in held if name not in others}
 
 
-def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+def place_of(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """What two names of one tensor share."""
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape)

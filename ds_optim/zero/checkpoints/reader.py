@@ -15,28 +15,22 @@ from torch import Tensor
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers.local import blocks_of
-from ds_optim.optimizers.rules import SCALARS, SCALES_OF_MOMENTUM
+from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import without_description
 from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout, has_padding, undealt
 from ds_optim.zero.checkpoints.described import described
 from ds_optim.zero.checkpoints.folder import Files, find_files, find_folder
-from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
+from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable
 from ds_optim.zero.checkpoints.safe import laid_out, load
-from ds_optim.zero.checkpoints.stage0 import Names, read_stage0
-from ds_optim.zero.checkpoints.states import (
-    buffers_by_name,
-    entries_of,
-    joined_rows,
-    numbered,
-    plain_values,
-    saved_groups,
-)
+from ds_optim.zero.checkpoints.stage0 import Names, is_bf16, read_stage0
+from ds_optim.zero.checkpoints.states import Saved, numbered
 from ds_optim.zero.support import is_true
 
 _OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
 _COUNTS = ("dp_world_size", "mp_world_size", "global_steps", "skipped_steps")
 """What a load takes from a model file besides the model and the optimizer."""
 _WRAPPER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+_WRONG = "the layout is not one that ds-optim knows"
 
 
 def open_checkpoint(source: Path, names: Names | None = None, *, state: bool = True) -> Portable:
@@ -63,20 +57,15 @@ def _open(files: Files, names: Names | None, state: bool) -> Portable:
             raise UserError(f"{path} is damaged: {missing[0]} in it is {model.get(missing[0])!r}")
     ranks = int(models[0]["dp_world_size"])
     if not files.optimizers:
-        return read_stage0(files, models[0], names, state=state)
+        found = read_stage0(files, models[0], names, state=state)
+        return found.portable(files, models, "bf16_" if is_bf16(models[0]) else "")
     if len(files.optimizers) != ranks:
         raise UserError(
             f"{files.folder} was saved by {ranks} ranks and holds {len(files.optimizers)} optimizer files: "
             "the checkpoint is not whole"
         )
     saved = [_optimizer_of(path, state) for path in files.optimizers]
-    stage = int(saved[0].get("zero_stage", 1))  # BF16_Optimizer, which is stage 1, does not say
-    section = _zero_section(models[0].get("ds_config"), files.folder)
-    if stage == 3:
-        return _read_stage3(files, models, saved)
-    # BF16_Optimizer deals nothing.
-    robin = "zero_stage" in saved[0] and is_true(section.get("round_robin_gradients"))
-    return _read_flat(files, models, saved, stage, robin)
+    return _read_sharded(files, models[0], saved).portable(files, models, files.prefix)
 
 
 def _optimizer_of(path: Path, state: bool) -> dict[str, Any]:
@@ -101,58 +90,50 @@ def _zero_section(config: Any, folder: Path) -> Mapping[str, Any]:
     return section
 
 
-def _read_flat(
-    files: Files, models: Sequence[Any], saved: Sequence[dict[str, Any]], stage: int, robin: bool
-) -> Portable:
-    """Stages 1 and 2, and ``BF16_Optimizer``: a flat partition for each group."""
-    specs = _specs(models[0], files)
-    base = [_base_of(sd.get(_BASE), files, rank) for rank, sd in enumerate(saved)]
-    if robin:  # the files name parameters in the order of memory
-        specs = [undealt(group, len(saved)) for group in specs]
-    layout = _flat_layout(specs, saved, stage, files, robin)
-    numbers = [unit.group for unit in layout.units]
-    flats = []
+def _read_sharded(files: Files, model: Mapping[str, Any], saved: Sequence[dict[str, Any]]) -> Saved:
+    """Stages 1 and 2, and ``BF16_Optimizer``: a flat partition for each group; stage 3: for each sub-group of it."""
+    stage = int(saved[0].get("zero_stage", 1))  # BF16_Optimizer, which is stage 1, does not say
+    section = _zero_section(model.get("ds_config"), files.folder)
+    specs = _specs(model, files)
+    base = [_base_of(sd.get(_OPTIMIZER if stage == 3 else _BASE), files, rank) for rank, sd in enumerate(saved)]
+    state, groups, description = base[0]
+    if stage == 3:
+        layout, masters = _layout_of_sub_groups(specs, saved, groups, files), "fp32_flat_groups"
+    else:
+        # BF16_Optimizer deals nothing.
+        robin = "zero_stage" in saved[0] and is_true(section.get("round_robin_gradients"))
+        if robin:  # the files name parameters in the order of memory
+            specs = [undealt(group, len(saved)) for group in specs]
+        layout, masters = _flat_layout(specs, saved, stage, files, robin), "single_partition_of_fp32_groups"
+    flats, states = [], []
     for u, unit in enumerate(layout.units):
+        numbers = [u if stage == 3 else own[unit.group]["params"][0] for _, own, _ in base]
+        states.append([[of_rank.get(n, {})] for n, (of_rank, _, _) in zip(numbers, base, strict=True)])
         by_rank = []
-        for rank, sd in enumerate(saved):
-            master = sd["single_partition_of_fp32_groups"][u]
-            # The last rank's is saved without the padding behind it.
-            if unit.partition_numel - unit.padding(rank) > master.numel() or master.numel() > unit.partition_numel:
-                raise UserError(f"{files.optimizers[rank]} holds {master.numel()} weights of group {u}: {_WRONG}")
-            state = _state_of(base[rank][0], base[rank][1][numbers[u]]["params"])
-            by_rank.append([_flats(master, state, unit, rank, files.optimizers[rank])])
-        flats.append(by_rank)
-    return _portable(files, models, saved, stage, layout, flats, base, numbers, specs)
-
-
-_WRONG = "the layout is not one that ds-optim knows"
-
-
-def _read_stage3(files: Files, models: Sequence[Any], saved: Sequence[dict[str, Any]]) -> Portable:
-    """Stage 3: a flat partition for each sub-group of each group."""
-    specs = _specs(models[0], files)
-    base = [_base_of(sd.get(_OPTIMIZER), files, rank) for rank, sd in enumerate(saved)]
-    owners = {number: g for g, group in enumerate(base[0][1]) for number in group["params"]}
-    if len(specs) != len(owners) or any(len(sd["fp32_flat_groups"]) != len(specs) for sd in saved):
-        raise UserError(f"{files.folder} has {len(specs)} sub-groups and state of {len(owners)}: {_WRONG}")
-    units = tuple(
-        Unit(group=owners[u], params=tuple(members), cut="each", world_size=len(saved))
-        for u, members in enumerate(specs)
-    )
-    flats = []
-    for u, unit in enumerate(units):
-        by_rank = []
-        for rank, sd in enumerate(saved):
-            master = sd["fp32_flat_groups"][u].detach()
-            if master.numel() != unit.partition_numel:
+        for rank, path in enumerate(files.optimizers):
+            master = saved[rank][masters][u].detach()
+            # The last rank's is saved without the padding behind it, but at stage 3.
+            least = unit.partition_numel - (unit.padding(rank) if stage < 3 else 0)
+            if not least <= master.numel() <= unit.partition_numel:
                 raise UserError(
-                    f"{files.optimizers[rank]} holds {master.numel()} master weights of sub-group {u} where the "
-                    f"closed form has {unit.partition_numel}: {_WRONG}"
+                    f"{path} holds {master.numel()} master weights of {'sub-' if stage == 3 else ''}group {u} where "
+                    f"the closed form has {unit.partition_numel}: {_WRONG}"
                 )
-            by_rank.append([_flats(master, _state_of(base[rank][0], [u]), unit, rank, files.optimizers[rank])])
+            by_rank.append([_flats(master, states[u][rank][0], unit, rank, path)])
         flats.append(by_rank)
-    layout = Layout(stage=3, world_size=len(saved), units=units)
-    return _portable(files, models, saved, 3, layout, flats, base, [unit.group for unit in units], specs)
+    params: list[list[ParamSpec]] = [[] for _ in groups]
+    for unit, own in zip(layout.units, specs, strict=True):
+        params[unit.group] += own
+    return Saved(
+        layout=layout,
+        params=params,
+        flats=flats,
+        states=states,
+        groups=groups,
+        description=description,
+        has_state=bool(state),
+        wrapper={key: saved[0][key] for key in _WRAPPER if key in saved[0]},
+    )
 
 
 def _specs(model: Mapping[str, Any], files: Files) -> list[list[ParamSpec]]:
@@ -170,8 +151,14 @@ def _base_of(base: Any, files: Files, rank: int) -> tuple[dict[int, dict[str, An
     return plain["state"], plain["param_groups"], description
 
 
-def _state_of(state: Mapping[int, dict[str, Any]], numbers: Sequence[int]) -> dict[str, Any]:
-    return dict(state.get(numbers[0], {}))
+def _layout_of_sub_groups(
+    specs: Sequence[Sequence[ParamSpec]], saved: Sequence[Mapping[str, Any]], groups: Sequence[Any], files: Files
+) -> Layout:
+    owners = {number: g for g, group in enumerate(groups) for number in group["params"]}
+    if len(specs) != len(owners) or any(len(sd["fp32_flat_groups"]) != len(specs) for sd in saved):
+        raise UserError(f"{files.folder} has {len(specs)} sub-groups and state of {len(owners)}: {_WRONG}")
+    units = (Unit(group=owners[u], params=tuple(own), cut="each", world_size=len(saved)) for u, own in enumerate(specs))
+    return Layout(stage=3, world_size=len(saved), units=tuple(units))
 
 
 def _flat_layout(
@@ -215,51 +202,3 @@ def _flats(master: Tensor, state: Mapping[str, Any], unit: Unit, rank: int, path
             )
         found[key] = value
     return found
-
-
-def _portable(
-    files: Files,
-    models: Sequence[Any],
-    saved: Sequence[Mapping[str, Any]],
-    stage: int,
-    layout: Layout,
-    flats: Sequence[Sequence[Sequence[Flats]]],
-    base: Sequence[tuple[dict[int, dict[str, Any]], list[dict[str, Any]], Any]],
-    groups_of_units: Sequence[int],
-    specs: Sequence[Sequence[ParamSpec]],
-) -> Portable:
-    """The checkpoint whose units hold these ``specs``, each in the order of its group."""
-    state, groups, description = base[0]
-    params = [
-        [spec for unit, own in zip(layout.units, specs, strict=True) if unit.group == g for spec in own]
-        for g in range(len(groups))
-    ]
-    scalars: dict[str, float] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    rows: dict[str, dict[str, Tensor]] = {}
-    for u, unit in enumerate(layout.units):
-        number = u if stage == 3 else groups[groups_of_units[u]]["params"][0]
-        for rank, (of_rank, _, _) in enumerate(base):
-            if plain_values(of_rank.get(number, {})) != plain_values(state.get(number, {})):
-                raise UserError(f"{files.optimizers[rank]} and the first rank's file are of different steps")
-        own = state.get(number, {})
-        scalars |= own.get(SCALARS, {})
-        for key, by_name in joined_rows(unit, [[s.get(number, {})] for s, _, _ in base], files.folder).items():
-            rows.setdefault(key, {}).update(by_name)
-        entries |= {spec.name: entries_of(own) for spec in unit.params}
-    return Portable(
-        stage=stage,
-        ranks=len(saved),
-        groups=tuple(saved_groups(groups, params)),
-        description=description,
-        shards=Shards(layout=layout, flats=flats),
-        scalars=scalars,
-        rows=rows,
-        entries=entries,
-        has_state=bool(state),
-        wrapper={key: saved[0][key] for key in _WRAPPER if key in saved[0]},
-        models=models,
-        prefix=files.prefix,
-        version=str(models[0].get("ds_version", "")),
-        buffers=buffers_by_name(layout, flats),
-    )

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.errors import UserError
-from ds_optim.zero.checkpoints.folder import find_folder
+from ds_optim.zero.checkpoints.folder import Stamps, find_folder
 from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.reader import open_checkpoint
 from ds_optim.zero.checkpoints.safe import laid_out
-from ds_optim.zero.checkpoints.stamp import Stamps
 from ds_optim.zero.checkpoints.target import Target, choose_target
 from ds_optim.zero.checkpoints.verify import check_masters, differences
 from ds_optim.zero.checkpoints.writer import write_checkpoint
@@ -71,7 +70,6 @@ def reshard(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there already: give the name of a new folder")
     folder = find_folder(source)
-    tag = folder.resolve().name
     found = open_checkpoint(source, state=state)
     with laid_out(folder):
         check_masters(found)
@@ -82,13 +80,9 @@ def reshard(
         raise UserError(f"{partial} is left of a run that did not end: remove it")
     try:
         sealed = seal(target) if seal is not None else None
-        with laid_out(folder):
-            wrong = _write(wanted, target, partial, tag, sealed.stamps if sealed is not None else None)
-        if wrong:
-            shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")
+        _write(wanted, target, partial, folder, sealed.stamps if sealed is not None else None)
         if sealed is not None:
-            sealed.finish(partial / tag)
+            sealed.finish(partial / _tag(folder))
         if place.exists():
             place.rmdir()
         partial.replace(place)
@@ -96,11 +90,20 @@ def reshard(
         raise UserError(f"cannot write {place}: {problem.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Resharded(source=found, written=wanted, target=target, folder=place / tag)
+    return Resharded(source=found, written=wanted, target=target, folder=place / _tag(folder))
 
 
-def _write(wanted: Portable, target: Target, partial: Path, tag: str, stamps: Stamps | None) -> list[str]:
-    """Write it; what a load would miss."""
-    write_checkpoint(wanted, target, partial, tag, stamps)
-    names = [group.params for group in wanted.groups]
-    return differences(open_checkpoint(partial / tag, names), wanted, target)
+def _tag(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _write(wanted: Portable, target: Target, partial: Path, source: Path, stamps: Stamps | None) -> None:
+    """Write it, and raise ``RuntimeError`` for what a load would miss."""
+    tag = _tag(source)
+    with laid_out(source):
+        write_checkpoint(wanted, target, partial, tag, stamps)
+        names = [group.params for group in wanted.groups]
+        wrong = differences(open_checkpoint(partial / tag, names), wanted, target)
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise RuntimeError(f"what was written is not what was read: {shown}. An error in ds-optim, or the disk's")

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.optimizers.rules import SCALARS, SCALES_OF_MOMENTUM
+from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import PARAMETERS, without_description
 from ds_optim.sharding.layout import ParamSpec, build_layout
 from ds_optim.zero.checkpoints.folder import Files
-from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, Shards
-from ds_optim.zero.checkpoints.states import buffers_by_name, entries_of, numbered, rows_of, saved_groups
+from ds_optim.zero.checkpoints.module import place_of
+from ds_optim.zero.checkpoints.portable import MASTER, Flats
+from ds_optim.zero.checkpoints.states import Saved, numbered
 
 Shape = tuple[int, ...]
 Names = Sequence[Sequence[ParamSpec]]
@@ -27,8 +28,8 @@ _UNNAMED = (
 )
 
 
-def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = None, *, state: bool = True) -> Portable:
-    """The checkpoint of a run at stage 0; ``names`` of each group's parameters, for a file that has no description.
+def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = None, *, state: bool = True) -> Saved:
+    """What a run at stage 0 saved; ``names`` of each group's parameters, for a file that has no description.
 
     Raises:
         UserError: it has no optimizer state, or one whose parameters cannot be named.
@@ -44,40 +45,29 @@ def read_stage0(files: Files, model: Mapping[str, Any], names: Names | None = No
     known = names if description is None else None
     params = _named(plain, masters, model, description, files) if known is None else known
     layout = build_layout(params, stage=0, world_size=1)
-    flats: list[list[list[Flats]]] = []
-    scalars: dict[str, float] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    rows: dict[str, dict[str, Tensor]] = {}
-    for unit in layout.units:
-        tensors: list[Flats] = []
-        for param, (spec, number) in enumerate(zip(unit.params, groups[unit.group]["params"], strict=True)):
-            own = states.get(number, {})
-            if masters is None and spec.name not in model["module"]:
+    by_unit = [[states.get(number, {}) for number in groups[unit.group]["params"]] for unit in layout.units]
+    flats = []
+    for unit, own in zip(layout.units, by_unit, strict=True):
+        weights = model["module"]
+        if masters is not None:
+            weights = {spec.name: master for spec, master in zip(unit.params, masters[unit.group], strict=True)}
+        tensors = []
+        for spec, of_tensor in zip(unit.params, own, strict=True):
+            if spec.name not in weights:
                 raise UserError(
                     f"the weights of {spec.name} are not in {files.models[0]}: it was frozen at the save, and left out"
                 )
-            master = masters[unit.group][param] if masters is not None else model["module"][spec.name]
-            tensors.append(_flats(spec, master.detach(), own, files))
-            scalars |= own.get(SCALARS, {})
-            for key, by_name in rows_of(own).items():
-                rows.setdefault(key, {}).update(by_name)
-            entries[spec.name] = entries_of(own)
+            tensors.append(_flats(spec, weights[spec.name].detach(), of_tensor, files))
         flats.append([tensors])
-    return Portable(
-        stage=0,
-        ranks=int(model["dp_world_size"]),
-        groups=tuple(saved_groups(groups, params)),
+    return Saved(
+        layout=layout,
+        params=params,
+        flats=flats,
+        states=[[own] for own in by_unit],
+        groups=groups,
         description=description,
-        shards=Shards(layout=layout, flats=flats),
-        scalars=scalars,
-        rows=rows,
-        entries=entries,
         has_state=bool(states),
         wrapper={"dynamic_loss_scale": bool(wrapper.get("dynamic_loss_scale", False))},
-        models=[model],
-        prefix="bf16_" if _is_bf16(model) else "",
-        version=str(model.get("ds_version", "")),
-        buffers=buffers_by_name(layout, flats),
     )
 
 
@@ -139,14 +129,13 @@ def module_parameters(model: Mapping[str, Any]) -> list[ParamSpec]:
     for name, tensor in model["module"].items():
         if name in model.get("buffer_names", ()):
             continue
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if place not in seen:
+        if place_of(tensor) not in seen:
             specs.append(ParamSpec(name=name, shape=tuple(tensor.shape)))
-        seen.add(place)
+        seen.add(place_of(tensor))
     return specs
 
 
-def _is_bf16(model: Mapping[str, Any]) -> bool:
+def is_bf16(model: Mapping[str, Any]) -> bool:
     config = model.get("ds_config")
     section = config.get("bf16", config.get("bfloat16")) if isinstance(config, Mapping) else None
     return isinstance(section, Mapping) and bool(section.get("enabled"))

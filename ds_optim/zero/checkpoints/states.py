@@ -1,8 +1,9 @@
-"""What an optimizer's saved state holds besides flat tensors, and its groups."""
+"""What an optimizer saved, of whatever cut, and the :class:`Portable` that it makes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,68 @@ from ds_optim.matrix.views import row_range
 from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, RULES, SCALARS, SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import PARAMETERS, SAVED
 from ds_optim.sharding.layout import Layout, ParamSpec, Unit
-from ds_optim.zero.checkpoints.portable import MASTER, Flats, SavedGroup
+from ds_optim.zero.checkpoints.folder import Files
+from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, SavedGroup, Shards
 
 
-def saved_groups(groups: Iterable[Mapping[str, Any]], params: Sequence[Sequence[ParamSpec]]) -> list[SavedGroup]:
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What the files hold of an optimizer, in the layout of the run that saved it.
+
+    params: of each group, in its order. flats, states: ``[unit][rank][tensor]``, what has a value for each element, and
+    all of the tensor's state. groups, description: as torch and this package saved them. wrapper: of DeepSpeed's.
+    """
+
+    layout: Layout
+    params: Sequence[Sequence[ParamSpec]]
+    flats: Sequence[Sequence[Sequence[Flats]]]
+    states: Sequence[Sequence[Sequence[Mapping[str, Any]]]]
+    groups: Sequence[Mapping[str, Any]]
+    description: dict[str, Any] | None
+    has_state: bool
+    wrapper: dict[str, Any]
+
+    def portable(self, files: Files, models: Sequence[Mapping[str, Any]], prefix: str) -> Portable:
+        """The checkpoint by parameter.
+
+        Raises:
+            UserError: ranks disagree, or a group follows a rule that this release does not know.
+        """
+        scalars: dict[str, float] = {}
+        rows: dict[str, dict[str, Tensor]] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        buffers: dict[str, tuple[str, ...]] = {}
+        for unit, flats, states in zip(self.layout.units, self.flats, self.states, strict=True):
+            for rank, of_rank in enumerate(states):
+                if list(map(_plain_values, of_rank)) != list(map(_plain_values, states[0])):
+                    raise UserError(f"{files.optimizers[rank]} and the first rank's file are of different steps")
+            for own in states[0]:
+                scalars |= own.get(SCALARS, {})
+            for key, by_name in _joined_rows(unit, states, files.folder).items():
+                rows.setdefault(key, {}).update(by_name)
+            for param, spec in enumerate(unit.params):
+                tensor = param if unit.cut == "none" else 0
+                entries[spec.name] = _entries_of(states[0][tensor])
+                buffers[spec.name] = tuple(key for key in flats[0][tensor] if key not in (MASTER, SCALES_OF_MOMENTUM))
+        return Portable(
+            stage=self.layout.stage,
+            ranks=int(models[0]["dp_world_size"]),
+            groups=tuple(_saved_groups(self.groups, self.params)),
+            description=self.description,
+            shards=Shards(layout=self.layout, flats=self.flats),
+            scalars=scalars,
+            rows=rows,
+            entries=entries,
+            has_state=self.has_state,
+            wrapper=self.wrapper,
+            models=models,
+            prefix=prefix,
+            version=str(models[0].get("ds_version", "")),
+            buffers=buffers,
+        )
+
+
+def _saved_groups(groups: Iterable[Mapping[str, Any]], params: Sequence[Sequence[ParamSpec]]) -> list[SavedGroup]:
     """Groups of their hyperparameters.
 
     Raises:
@@ -34,15 +93,6 @@ def saved_groups(groups: Iterable[Mapping[str, Any]], params: Sequence[Sequence[
     return found
 
 
-def buffers_by_name(layout: Layout, flats: Sequence[Sequence[Sequence[Flats]]]) -> dict[str, tuple[str, ...]]:
-    found = {}
-    for u, unit in enumerate(layout.units):
-        for param, spec in enumerate(unit.params):
-            keys = flats[u][0][param if unit.cut == "none" else 0]
-            found[spec.name] = tuple(key for key in keys if key not in (MASTER, SCALES_OF_MOMENTUM))
-    return found
-
-
 def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state with its int8 codes as momentum: in here, scales beside it tell what it is."""
     return {MOMENTUM if key == CODES_OF_MOMENTUM else key: value for key, value in state.items()}
@@ -54,24 +104,24 @@ def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
     return {CODES_OF_MOMENTUM if coded and key == MOMENTUM else key: value for key, value in state.items()}
 
 
-def plain_values(state: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_values(state: Mapping[str, Any]) -> dict[str, Any]:
     """What is the same on all ranks: counts, and numbers of whole parameters."""
-    return {key: float(v) if isinstance(v, Tensor) else v for key, v in entries_of(state).items()} | {
+    return {key: float(v) if isinstance(v, Tensor) else v for key, v in _entries_of(state).items()} | {
         SCALARS: state.get(SCALARS, {})
     }
 
 
-def entries_of(state: Mapping[str, Any]) -> dict[str, Any]:
+def _entries_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """Step counts and such: neither a value for each element nor the numbers of whole parameters."""
     return {k: v for k, v in state.items() if not (isinstance(v, Mapping) or (isinstance(v, Tensor) and v.dim()))}
 
 
-def rows_of(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _rows_of(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """By key and parameter, the values that one tensor's state has of rows of matrices."""
     return {key: dict(value) for key, value in state.items() if isinstance(value, Mapping) and key != SCALARS}
 
 
-def joined_rows(
+def _joined_rows(
     unit: Unit, states: Sequence[Sequence[Mapping[str, Any]]], folder: object
 ) -> dict[str, dict[str, Tensor]]:
     """The same of whole parameters, from the states by rank and by tensor of a unit.
@@ -82,7 +132,7 @@ def joined_rows(
     found: dict[str, dict[str, Tensor]] = {}
     for param, spec in enumerate(unit.params):
         holders = unit.holders(param)
-        by_holder = [rows_of(states[rank][held.tensor]) for rank, held in holders]
+        by_holder = [_rows_of(states[rank][held.tensor]) for rank, held in holders]
         for key in dict.fromkeys(key for own in by_holder for key in own):
             runs = [own.get(key, {}).get(spec.name) for own in by_holder]
             if all(run is None for run in runs):

@@ -17,12 +17,11 @@ from ds_optim.errors import UserError
 from ds_optim.machine.writing import write_reason
 from ds_optim.optimizers.rules import RULES, SCALARS, STEP
 from ds_optim.optimizers.saved import SAVED, with_placeholders
-from ds_optim.sharding.layout import Layout, Unit
-from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, model_file, optimizer_file
+from ds_optim.sharding.layout import Layout
+from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, Stamps, model_file, optimizer_file, stamped
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import flat_state, rows_held, whole_state
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
-from ds_optim.zero.checkpoints.stamp import Stamps, stamped
 from ds_optim.zero.checkpoints.states import as_saved
 from ds_optim.zero.checkpoints.target import Target
 
@@ -88,15 +87,16 @@ def _optimizer_states(portable: Portable, target: Target, layout: Layout, rank: 
         numbers[unit.group].append(number)
     for number, (unit, own) in enumerate(zip(layout.units, flats, strict=True)):
         if portable.has_state:
-            state[number] = _tensor_state(portable, unit, rank, own)
+            names = [spec.name for spec in unit.params]
+            state[number] = _tensor_state(portable, names, rows_held(portable, unit, rank), own)
+            rule = portable.groups[unit.group].rule
+            if rule is not None:
+                state[number] = with_placeholders(state[number], RULES[rule], own[MASTER])
     build = _stage3 if target.stage == 3 else _stages_1_2
     base = {"state": state, "param_groups": _packed(portable, numbers)}
     states = build(portable, layout, rank, [own[MASTER] for own in flats], base)
-    return {
-        "optimizer_state_dict": states,
-        "ds_config": config_of(portable, target),
-        "ds_version": portable.version,
-    }
+    config = config_of(portable, target)
+    return {"optimizer_state_dict": states, "ds_config": config, "ds_version": portable.version}
 
 
 def _packed(portable: Portable, numbers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -107,16 +107,14 @@ def _packed(portable: Portable, numbers: Sequence[Sequence[int]]) -> list[dict[s
     ]
 
 
-def _tensor_state(portable: Portable, unit: Unit, rank: int, flats: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state of one rank's flat partition."""
-    names = [spec.name for spec in unit.params]
-    state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER})
-    state |= rows_held(portable, unit, rank)
+def _tensor_state(
+    portable: Portable, names: Sequence[str], rows: Mapping[str, Any], flats: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The state of one tensor, which holds (slices of) these parameters; rows: what is kept of their rows."""
+    state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER}) | dict(rows)
     if any(name in portable.scalars for name in names):
         state[SCALARS] = {name: portable.scalars[name] for name in names}
-    state |= _joined([portable.entries[name] for name in names])
-    rule = portable.groups[unit.group].rule
-    return with_placeholders(state, RULES[rule], flats[MASTER]) if rule is not None else state
+    return state | _joined([portable.entries[name] for name in names])
 
 
 def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -234,7 +232,9 @@ def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
             masters[unit.group].append(flats[MASTER])
             numbers[unit.group].append(number)
             if portable.has_state and (portable.entries[spec.name] or portable.buffers[spec.name]):
-                state[number] = _unsharded_state(portable, unit, param, flats)
+                by_key = portable.rows.items()
+                rows = {key: {spec.name: own[spec.name].clone()} for key, own in by_key if spec.name in own}
+                state[number] = _tensor_state(portable, [spec.name], rows, flats)
     base = {"state": state, "param_groups": _packed(portable, numbers)}
     if portable.weights_dtype(portable.specs[0].name) == torch.float32:
         return base
@@ -245,12 +245,3 @@ def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
         "optimizer_state_dict": base,
         "fp32_groups": masters,
     }
-
-
-def _unsharded_state(portable: Portable, unit: Unit, param: int, flats: Mapping[str, Tensor]) -> dict[str, Any]:
-    name = unit.params[param].name
-    state: dict[str, Any] = as_saved({key: value for key, value in flats.items() if key != MASTER})
-    if name in portable.scalars:
-        state[SCALARS] = {name: portable.scalars[name]}
-    state |= {key: {name: by_name[name].clone()} for key, by_name in portable.rows.items() if name in by_name}
-    return {**state, **portable.entries[name]}
