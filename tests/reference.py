@@ -251,6 +251,16 @@ def nor_muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     return decay(theta, h) - h["eta"] * shape_scale(h["scale"], *theta.shape) * n
 
 
+def muon_h(theta: Array, g: Array, s: State, h: Hyper) -> Array:
+    """R Normalize(W - eta R Normalize(U)): the norm R of W stays."""
+    mu = h["momentum"]
+    s["m"] = blend(s.get("m", 0.0), g, mu)
+    u = polar(blend(s["m"], g, mu) if h["nesterov"] else s["m"], h)
+    radius = np.linalg.norm(theta)
+    moved = theta - h["eta"] * radius * u / (np.linalg.norm(u) or 1.0)
+    return radius * moved / (np.linalg.norm(moved) or 1.0)
+
+
 def lion_muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     """period_mode "fixed"; with an infinite period no step is spectral, the first included."""
     c = lion_direction(g, s, h)
@@ -340,6 +350,7 @@ RULES = {
         | {"scale": "match_rms_adamw"},
         matrix=True,
     ),
+    "MuonH": Rule(muon_h, {"lr": 0.01, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0}, matrix=True),
     "LionMuon": Rule(lion_muon, LION_MUON, matrix=True),
     "SignMuon": Rule(sign_muon, LION_MUON | {"beta": 0.9, "lr": 3e-3, "sign_lr_ratio": 30}, matrix=True),
     "MiMuon": Rule(mimuon, MIMUON | {"lr": 1e-3, "weight_decay": 0.1}, matrix=True),

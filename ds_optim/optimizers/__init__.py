@@ -16,6 +16,8 @@ from ds_optim.optimizers.lion_muon import LionMuon, SignMuon
 from ds_optim.optimizers.mimuon import MiMuon
 from ds_optim.optimizers.momenta import full_momentum, set_full_momentum
 from ds_optim.optimizers.muon import Muon, Muonlight
+from ds_optim.optimizers.muon_h import MuonH
+from ds_optim.optimizers.nor_muon import NorMuon
 from ds_optim.optimizers.options import known_keys
 from ds_optim.optimizers.registry import OPTIMIZERS, canonical_type, register
 from ds_optim.optimizers.routing import param_groups
@@ -39,7 +41,9 @@ __all__ = [
     "LionMuon",
     "MiMuon",
     "Muon",
+    "MuonH",
     "Muonlight",
+    "NorMuon",
     "SignMuon",
     "SignSGD",
     "Signum",

@@ -18,7 +18,7 @@ import typer
 
 import ds_optim
 from docs import generated, listings, reference
-from ds_optim.cli.app import app, main
+from ds_optim.cli.app import app, main, take_plugins
 from ds_optim.job.settings import TrainSettings
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions
 from ds_optim.optimizers.table import in_order
@@ -113,7 +113,7 @@ def test_commands_of_the_docs_parse() -> None:
             rest = words[1:]
         else:
             continue
-        command = group
+        command, (rest, _) = group, take_plugins(rest)
         while hasattr(command, "commands"):
             assert rest, page
             assert rest[0] in command.commands, f"{page}: {words}"

@@ -35,6 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Muonlight", {"aux_lr": 0.005, "aux": "adamw", "aux_weight_decay": 0.2}),
     ("Muonlight", {"aux_lr": 0.005, "aux": "signum", "aux_beta": 0.8, "decay_1d": True}),
     ("NorMuon", {"aux_lr": 0.005}),
+    ("MuonH", {"aux_lr": 0.005}),
     ("LionMuon", {}),
     ("LionMuon", {"period": 5, "betas": (0.95, 0.98), "aux": "adamw", "aux_betas": (0.8, 0.9)}),
     ("LionMuon", {"period": "inf"}),
@@ -69,6 +70,9 @@ REFERENCE_POLAR: dict[str, Any] = {"polar": {"dtype": np.float32}}
 # to go far from where it starts (the smallest, SignMuon's in its sign steps, is a third of SMALL a step).
 RATES: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5}
 SMALL = 0.001
+
+# Weights to start from, of rules that leave zeros alone.
+FIRST = {"MuonH": SMALL}
 
 # A momentum in fp32 is some roundings of 6e-8 off; a sign taken of less than 16 of them is anybody's guess.
 ROUNDING = 2.0**-20
@@ -132,11 +136,12 @@ def test_fifty_steps_follow_the_reference(name: str, hyper: dict[str, Any]) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_defaults_are_those_of_the_spec(name: str) -> None:
     """From weights 0, where a displacement is all there is, however small the default rates."""
-    grads = random_grads(4)
-    ours = trained(name, grads, 0.0, **for_package(name, {}))
-    theirs = referred(name, grads, 0.0, **for_reference(name, {}))
-    for parameter, expected in theirs.items():
-        error = ours[parameter] - expected
+    grads, scale = random_grads(4), FIRST.get(name, 0.0)
+    ours = trained(name, grads, scale, **for_package(name, {}))
+    theirs = referred(name, grads, scale, **for_reference(name, {}))
+    start = weights_of(SmallModel(scale))
+    for parameter, reached in theirs.items():
+        error, expected = ours[parameter] - reached, reached - start[parameter]
         if orthogonalized(name, {}, parameter):
             assert normwise(error, expected) < 1e-3, parameter
         else:
@@ -178,9 +183,9 @@ def test_constant_gradients_of_any_size(name: str, value: float) -> None:
     """Three steps from 0: fp32 squares of 1e-30 vanish and of 1e30 overflow, and neither may be seen."""
     grads = constant_grads(value, 3)
     # (Weights 0 have no singular vectors: what SpectralLion's other basis does with them is in test_spectral_lion.py.)
-    hyper = RATES
-    ours = trained(name, grads, 0.0, **for_package(name, hyper))
-    theirs = referred(name, grads, 0.0, **for_reference(name, hyper))
+    hyper, scale = RATES, FIRST.get(name, 0.0)
+    ours = trained(name, grads, scale, **for_package(name, hyper))
+    theirs = referred(name, grads, scale, **for_reference(name, hyper))
     for parameter, expected in theirs.items():
         assert np.abs(expected).max() > 0
         assert np.isfinite(ours[parameter]).all()
