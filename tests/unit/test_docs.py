@@ -125,7 +125,7 @@ def test_commands_of_the_docs_parse() -> None:
 
 def test_commands_that_need_no_ranks_run(capsys: pytest.CaptureFixture[str]) -> None:
     quick = [words[1:] for _, words in commands() if words[:2] in (["ds-optim", "estimate"], ["ds-optim", "simulate"])]
-    quick = [words for words in quick if "qwen3-134m" in words]
+    quick = [words for words in quick if "qwen3-134m" in words and "--plugin" not in words]
     assert {words[0] for words in quick} == {"estimate", "simulate"}
     for words in quick:
         with pytest.raises(SystemExit) as ended:
