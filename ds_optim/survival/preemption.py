@@ -119,9 +119,10 @@ class Preemption:
         print(f"ds-optim: {line}", file=sys.stderr, flush=True)
 
     def _end(self, line: str, status: int) -> NoReturn:
-        if sys.stderr.isatty():
-            print("\x1b[?25h", end="", file=sys.stderr)  # a progress bar hides the cursor
-        self._say(line)
+        shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+        # Not by sys.stderr: the main thread may be where it points elsewhere, or hold its lock.
+        with suppress(OSError):
+            os.write(2, f"{shown}ds-optim: {line}\n".encode())
         sys.stdout.flush()
         os._exit(status)
 
