@@ -23,8 +23,7 @@ import torch
 from ds_optim.bench import engines, ranks
 from ds_optim.bench.engines import ADAMW, ModelShape
 from ds_optim.bench.timing import without_times
-from ds_optim.memory.interfaces import sent_bytes
-from ds_optim.memory.traffic import TrafficCounter
+from ds_optim.memory.traffic import TrafficCounter, sent_bytes
 from ds_optim.report.schema import Row
 
 STEPS = 4

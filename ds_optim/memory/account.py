@@ -72,16 +72,8 @@ class MemoryAccount:
 
     def owners(self) -> dict[str, int]:
         """Bytes by owner, the optimizer's state as one; they add up to ``total_bytes``."""
-        return {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "master": self.master,
-            "state": sum(self.state.values()),
-            "scalars": self.scalars,
-            "buckets": self.buckets,
-            "activations": self.activations,
-            "other": self.other,
-        }
+        names = ("weights", "gradients", "master", "state", "scalars", "buckets", "activations", "other")
+        return {name: sum(self.state.values()) if name == "state" else getattr(self, name) for name in names}
 
 
 class _Ledger:

@@ -1,19 +1,28 @@
-"""Bytes that a rank hands to collectives, counted where PyTorch dispatches them.
+"""Bytes that a rank hands to collectives, counted where PyTorch dispatches them, and that its machine has sent.
 
 Every collective of ``torch.distributed`` passes the dispatcher as an operator of the namespace ``c10d``, whoever
 called it (DeepSpeed, an optimizer, user code). The bytes sent are those of the bandwidth-optimal algorithm (ring or
 direct), as the mean over the group's N ranks: what a backend sends beyond it (gloo's and NCCL's headers, trees for
 small messages) is not counted.
+
+Interfaces count headers, and whatever else the machine sends meanwhile; what passes no network stack (shared memory,
+NVLink, InfiniBand verbs) they do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_LOOPBACK = "lo"
+_SENT_COLUMN = 8
+TABLE = Path("/proc/net/dev")
 
 
 def _all_reduce(size: int, n: int) -> float:
@@ -26,25 +35,23 @@ def _one_way(size: int, n: int) -> float:
 
 # Operator: (index of the argument whose bytes count, bytes sent by a rank of n, mean over the group).
 _COST: dict[str, tuple[int, Callable[[int, int], float]]] = {
-    "allreduce_": (0, _all_reduce),
-    "allreduce_coalesced_": (0, _all_reduce),
-    "_reduce_scatter_base_": (1, _one_way),
-    "reduce_scatter_": (1, _one_way),
-    "reduce_scatter_tensor_coalesced_": (1, _one_way),
-    "_allgather_base_": (0, _one_way),
-    "allgather_": (0, _one_way),
-    "allgather_coalesced_": (0, _one_way),
-    "allgather_into_tensor_coalesced_": (0, _one_way),
-    "alltoall_": (1, _one_way),
-    "alltoall_base_": (1, _one_way),
-    "broadcast_": (0, _one_way),
-    "reduce_": (0, _one_way),
-    "gather_": (0, _one_way),
-    "scatter_": (1, _one_way),
+    **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), (0, _all_reduce)),
+    **dict.fromkeys(
+        (
+            *("_allgather_base_", "allgather_", "allgather_coalesced_", "allgather_into_tensor_coalesced_"),
+            *("broadcast_", "reduce_", "gather_"),
+        ),
+        (0, _one_way),
+    ),
+    **dict.fromkeys(
+        (
+            *("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"),
+            *("alltoall_", "alltoall_base_", "scatter_"),
+        ),
+        (1, _one_way),
+    ),
     "send": (0, lambda size, n: float(size)),
-    "recv_": (0, lambda size, n: 0.0),
-    "recv_any_source_": (0, lambda size, n: 0.0),
-    "barrier": (0, lambda size, n: 0.0),
+    **dict.fromkeys(("recv_", "recv_any_source_", "barrier"), (0, lambda size, n: 0.0)),
 }
 
 
@@ -112,3 +119,29 @@ def _process_group(values: list[Any]) -> Any:
             except (RuntimeError, TypeError):  # the reduce op is a script object too
                 continue
     raise RuntimeError("a collective without a process group: this version of PyTorch dispatches them otherwise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentBytes:
+    """inside: over the loopback interface. between: over all others."""
+
+    inside: int
+    between: int
+
+    def since(self, before: SentBytes) -> SentBytes:
+        return SentBytes(inside=self.inside - before.inside, between=self.between - before.between)
+
+
+def sent_bytes(table: Path = TABLE) -> SentBytes | None:
+    """What this machine (or its network namespace) has sent so far; None where the system keeps no such table."""
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    by_name = {}
+    for line in lines:
+        name, colon, counters = line.partition(":")
+        if colon:
+            by_name[name.strip()] = int(counters.split()[_SENT_COLUMN])
+    inside = by_name.pop(_LOOPBACK, 0)
+    return SentBytes(inside=inside, between=sum(by_name.values()))

@@ -11,9 +11,8 @@ from ds_optim.job.results import Moment
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
 from ds_optim.memory.account import MemoryAccount, account
-from ds_optim.memory.interfaces import SentBytes, sent_bytes
 from ds_optim.memory.measure import MemoryWatch, peak_resident_bytes
-from ds_optim.memory.traffic import TrafficCounter
+from ds_optim.memory.traffic import SentBytes, TrafficCounter, sent_bytes
 from ds_optim.sweep.cells import UNTIMED_STEPS
 from ds_optim.sweep.result import RankSpeed
 

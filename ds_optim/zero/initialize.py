@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,14 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """Build a DeepSpeed engine; the JSON's ``optimizer.type`` may be one of ours.
+    """``deepspeed.initialize``, where the JSON's ``optimizer.type`` may be one of ours.
 
     Bare names mean this package where it has them ("Lion", "Muon", "LionMuon", …), ``"deepspeed:Muon"``
-    means DeepSpeed's, and any other type goes to DeepSpeed untouched; which it was is printed on rank 0.
-
-    Args: as ``deepspeed.initialize``. An "auto" in the config becomes what follows from the rest of it and from the
-        model (``ds_optim.zero.auto``).
+    means DeepSpeed's, and any other type goes to DeepSpeed untouched; which it was is printed on rank 0. An "auto" in
+    the config becomes what follows from the rest of it and from the model (``ds_optim.zero.auto``).
 
     Returns:
-        (engine, optimizer, dataloader, lr_scheduler), as ``deepspeed.initialize``.
+        (engine, optimizer, dataloader, lr_scheduler).
 
     Raises:
         UserError: a mistake in the config or the model, on every rank.
@@ -58,27 +56,23 @@ def initialize(
     import deepspeed
 
     _init_distributed(deepspeed, dist_init_required, distributed_port)
-    loaded, built = _read(args, model, optimizer, model_parameters, config, config_params, mpu, mesh_param)
+    configs = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
+    parallel = mpu is not None or mesh_param is not None
+    loaded, built = _read(model, optimizer, model_parameters, configs, parallel=parallel)
     rendezvous.settle()  # the ranks have spoken to each other
-    section = loaded.get("optimizer")
-    if section is not None:
-        name = type_of(section)
-        announce_choice(name.removeprefix(DEEPSPEED_PREFIX), ours=is_ours(name))
-        section["type"] = name.removeprefix(DEEPSPEED_PREFIX)
-    parameters = model_parameters
+    _announce(loaded, built, lr_scheduler)
     if isinstance(built, ZeroOptimizer):
-        announce_routes(built, peaks=None if lr_scheduler is not None else share_config(loaded, built))
         prepare_config(loaded)
-        parameters = None
-    elif parameters is None and built is None:
+        model_parameters = None
+    elif model_parameters is None and built is None:
         assert model is not None
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        model_parameters = [p for p in model.parameters() if p.requires_grad]
     with as_user_errors():
-        engine, wrapped, loader, scheduler = deepspeed.initialize(
+        engine, *others = deepspeed.initialize(
             args=_without_config(args),
             model=model,
             optimizer=built,
-            model_parameters=parameters,
+            model_parameters=model_parameters,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
             distributed_port=distributed_port,
@@ -88,25 +82,37 @@ def initialize(
             config=loaded,
             mesh_param=mesh_param,
         )
-    if isinstance(built, ZeroOptimizer) and engine.basic_optimizer is not built:
+    if isinstance(built, ZeroOptimizer):
+        _check_stepped(engine.basic_optimizer, built)
+    return engine, *others
+
+
+def _check_stepped(stepped: Any, built: ZeroOptimizer) -> None:
+    if stepped is not built:
         raise RuntimeError(
-            f"DeepSpeed steps {type(engine.basic_optimizer).__name__} instead of {type(built).__name__}: "
+            f"DeepSpeed steps {type(stepped).__name__} instead of {type(built).__name__}: "
             "something between ds_optim and the engine replaced the optimizer"
         )
-    return engine, wrapped, loader, scheduler
+
+
+def _announce(loaded: Config, built: Any, lr_scheduler: Any) -> None:
+    """Whose optimizer it is, its routes, and a rate of the config's schedule for each of our groups."""
+    section = loaded.get("optimizer")
+    if section is not None:
+        name = type_of(section)
+        section["type"] = name.removeprefix(DEEPSPEED_PREFIX)
+        announce_choice(section["type"], ours=is_ours(name))
+    if isinstance(built, ZeroOptimizer):
+        announce_routes(built, peaks=None if lr_scheduler is not None else share_config(loaded, built))
 
 
 def _read(
-    args: Any,
-    model: nn.Module | None,
-    optimizer: Any,
-    model_parameters: Iterable[Any] | None,
-    config: Any,
-    config_params: Any,
-    mpu: Any,
-    mesh_param: Any,
+    model: nn.Module | None, optimizer: Any, parameters: Iterable[Any] | None, configs: Sequence[Any], *, parallel: bool
 ) -> tuple[Config, Any]:
-    """The config as a dict of our own, and the optimizer; a mistake on one rank is raised on all."""
+    """The config as a dict of our own, and the optimizer; a mistake on one rank is raised on all.
+
+    parallel: the call brings model or sequence parallelism along.
+    """
     problem: UserError | None = None
     loaded: Config = {}
     built = optimizer
@@ -114,20 +120,21 @@ def _read(
         check_versions()
         if model is None:
             raise UserError("ds_optim.initialize needs a model")
-        loaded = load_config(_given_config(args, config, config_params))
+        loaded = load_config(_one(configs))
         ours = isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded)
+        if ours and parallel:
+            raise UserError("model and sequence parallelism are not supported: pass neither mpu nor mesh_param")
         if ours:
-            _check_parallelism(mpu, mesh_param)
             check_config(loaded)
         loaded = understood(loaded)
         fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))
         comm = world()
         # Other parallelism, which is DeepSpeed's own optimizers', has fewer data-parallel ranks.
-        if ours or not (mpu or mesh_param or "sequence_parallel_size" in loaded):
+        if ours or not (parallel or "sequence_parallel_size" in loaded):
             batch_sizes(loaded, comm.world_size)
         if comm.rank == 0:
             check_monitors(loaded)
-        built = _choose_optimizer(model, optimizer, loaded, model_parameters)
+        built = _choose_optimizer(model, optimizer, loaded, parameters)
     except UserError as error:
         problem = error
     # Before DeepSpeed's first collective: the other ranks would hang in it.
@@ -135,22 +142,16 @@ def _read(
     return loaded, built
 
 
-def _given_config(args: Any, config: Any, config_params: Any) -> Any:
-    given = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
-    if not given:
+def _one(configs: Sequence[Any]) -> Any:
+    if not configs:
         raise UserError("ds_optim.initialize needs a config: a dict or the path of a DeepSpeed JSON")
-    if len(given) > 1:
+    if len(configs) > 1:
         raise UserError("the config is given twice: pass it as config=, or in args.deepspeed_config, not both")
-    return given[0]
+    return configs[0]
 
 
 def _names_ours(config: Config) -> bool:
     return config.get("optimizer") is not None and is_ours(type_of(config["optimizer"]))
-
-
-def _check_parallelism(mpu: Any, mesh_param: Any) -> None:
-    if mpu is not None or mesh_param is not None:
-        raise UserError("model and sequence parallelism are not supported: pass neither mpu nor mesh_param")
 
 
 def _choose_optimizer(model: nn.Module, optimizer: Any, config: Config, parameters: Iterable[Any] | None) -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ds_optim.memory import TensorTracker, TrafficCounter, account, peak_resident_bytes
 from ds_optim.memory.account import innermost_optimizer, parameter_count
-from ds_optim.memory.interfaces import SentBytes, sent_bytes
+from ds_optim.memory.traffic import SentBytes, sent_bytes
 
 WIDTH = 64
 
