@@ -27,7 +27,7 @@ _WITHOUT_FLAG = {
     "tuned": "Start from the preset's tuned parameters of the optimizer; off where a JSON names the optimizer.",
     "deepspeed": "What else the DeepSpeed JSON (`--config`) says, as it is.",
 }
-_DEFAULTS = {"momentum_dtype": "float32", "decay_1d": False, "diagnostics": False, "seed": 0}
+_DEFAULTS = {"momentum_dtype": "float32", "decay_1d": False, "cautious_decay": False, "diagnostics": False, "seed": 0}
 _MATRIX_WORDS = {
     "aux": "the rule for what is no matrix",
     "aux_lr": "its learning rate; LionMuon and SignMuon give it `lr / sign_lr_ratio`",

@@ -103,8 +103,9 @@ def polar(x: Array, h: Hyper) -> Array:
 
 
 def decay(theta: Array, h: Hyper, eta: float | None = None) -> Array:
-    """theta (1 - eta lambda), with the step size that this step uses."""
-    return theta * (1 - (h["eta"] if eta is None else eta) * h["weight_decay"])
+    """theta (1 - eta lambda), with the step size that this step uses; cautious decay comes after the update."""
+    h["decayed by"] = (h["eta"] if eta is None else eta) * h["weight_decay"]
+    return theta if h.get("cautious_decay") else theta * (1 - h["decayed by"])
 
 
 def blend(old: Any, new: Array, b: float) -> Array:
@@ -401,7 +402,10 @@ def run(
             shape = weights[name].shape
             theta = weights[name].reshape(view or shape)
             gradient = np.asarray(g, dtype=np.float64).reshape(view or shape)
-            theta = chosen.step(theta, gradient, states[name], h).reshape(shape)
+            stepped = chosen.step(theta, gradient, states[name], h)
+            if h.get("cautious_decay"):  # arXiv 2510.12402: eta lambda theta where u theta >= 0
+                stepped = stepped - h["decayed by"] * theta * ((theta - stepped) * theta >= 0)
+            theta = stepped.reshape(shape)
             weights[name] = theta if store is None else store(name, steps_taken, theta)
             if observe is not None:
                 observe(name, index, states[name])

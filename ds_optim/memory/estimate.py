@@ -216,7 +216,9 @@ def _rank(
         gathered=_gathered(model, zero),
         step_gradients=step_gradients(units, zero),
         exchange=scratch.get(nearest, 0),
-        chunks=chunk_scratch(units, zero, stored=stored) if optimizer.ours and not zero.offload else 0,
+        chunks=chunk_scratch(units, zero, stored=stored, kept=2 * optimizer.cautious)
+        if optimizer.ours and not zero.offload
+        else 0,
         host=master + before_step + sum(state.values()) if zero.offload else 0,
         host_buckets=on_host,
         persistent_buckets=zero.stage == 3,

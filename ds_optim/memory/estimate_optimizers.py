@@ -79,6 +79,8 @@ class OptimizerPlan:
     bucket_mb: float = EXCHANGE_DEFAULTS["bucket_mb"]
     overlap: bool = EXCHANGE_DEFAULTS["overlap"]
     ours: bool = True
+    cautious: bool = False
+    """Whether old weights are kept, a chunk at a time, to decay by."""
 
 
 def takes_momentum_dtype(name: str) -> bool:
@@ -135,6 +137,7 @@ def plan_optimizer(
         polar=PolarSpec.from_json(params.get("polar", {})).resolve(torch.device(device), weights),
         bucket_mb=exchange["bucket_mb"],
         overlap=exchange["overlap"],
+        cautious=bool(params.get("cautious_decay", False)),
     )
 
 

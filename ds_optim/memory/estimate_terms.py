@@ -213,10 +213,10 @@ def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
     return largest * (cast + zero.grad_itemsize)
 
 
-def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool) -> int:
+def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool, kept: int = 0) -> int:
     """Bytes of the fp32 chunks that an elementwise step works in: two, one that rounded momentum is read to, and with
-    bf16 masters two that weights and gradient are read to.
+    bf16 masters two that weights and gradient are read to; ``kept`` more.
     """
     chunk = CPU_CHUNK if zero.offload or zero.device == "cpu" else CUDA_CHUNK
     lengths = [max(s.numel for s in u.params) if u.cut == "none" else u.partition_numel for u in units]
-    return min(chunk, max(lengths, default=0)) * _FP32 * (2 + stored + 2 * zero.bf16_masters)
+    return min(chunk, max(lengths, default=0)) * _FP32 * (2 + stored + kept + 2 * zero.bf16_masters)

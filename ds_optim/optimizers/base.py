@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import DTYPES, wide
+from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, options_of, parameters_of, steps_of
@@ -27,7 +27,7 @@ from ds_optim.optimizers.groups import build_groups, hyper_of
 from ds_optim.optimizers.loading import unwrap, wrapped
 from ds_optim.optimizers.local import Local, blocks_of
 from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
-from ds_optim.optimizers.options import CommonOptions, MatrixOptions, check_exchange, check_options
+from ds_optim.optimizers.options import BF16_AND_CAUTIOUS, CommonOptions, MatrixOptions, check_exchange, check_options
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.planning import plan_exchanges
 from ds_optim.optimizers.row_state import init_rows
@@ -115,6 +115,9 @@ class ZeroOptimizer(GroupedOptimizer):
                 f"{type(self).__name__} keeps two values a parameter here, and momentum_dtype is for optimizers that "
                 'keep one: write momentum_dtype "float32" or leave it out'
             )
+        self._cautious = bool(options.get("cautious_decay", False))
+        if self._cautious and not own.decoupled:
+            raise UserError(f"{type(self).__name__} has no decay beside its update: take cautious_decay out")
         # As built: a universal load at stage 3 writes the first group's into all.
         self._names, self._rules = (tuple(group[key] for group in built.groups) for key in ("name", "rule"))
         self._universal = False
@@ -262,6 +265,8 @@ class ZeroOptimizer(GroupedOptimizer):
             )
         binding = bind(self, self._members, self._all_groups)
         self._alike.begin(binding.peers, self._meant(binding))
+        if self._cautious and any(t.dtype in NARROW for tensors in binding.tensors for t in tensors):
+            raise UserError(BF16_AND_CAUTIOUS)
         self._binding, self._planned, self._waits_for_engine = binding, False, False
         self._init_states(binding)
         return binding
@@ -272,6 +277,7 @@ class ZeroOptimizer(GroupedOptimizer):
             "optimizer": type(self).__name__,
             "momentum_dtype": self._momentum_dtype,
             "diagnostics": self._diagnostics is not None,
+            "cautious_decay": self._cautious,
         }
         return {
             **options_of(options, self._polar, self._exchange),
@@ -322,7 +328,10 @@ class ZeroOptimizer(GroupedOptimizer):
         if binding.sharded and local.absent:
             raise RuntimeError("ZeRO called step() without a gradient in the flat partition: nothing was changed")
         rule = RULES[group["rule"]]
-        update = rule.update({**hyper_of(group), "diagnostics": self._diagnostics is not None}, local.step)
+        hyper = {**hyper_of(group), "diagnostics": self._diagnostics is not None}
+        if self._cautious:
+            local.cautious_decay, hyper["weight_decay"] = hyper["weight_decay"], 0.0
+        update = rule.update(hyper, local.step)
         old = self._diagnostics.before(local) if self._diagnostics else None
         done: Outcome = {}
         if isinstance(update, MatrixUpdate):

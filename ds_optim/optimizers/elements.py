@@ -12,9 +12,11 @@ from ds_optim.optimizers.rules import MOMENTUM, SECOND_MOMENT, AdamWUpdate, Sign
 
 def step_elements(local: Local, update: SignUpdate | AdamWUpdate) -> None:
     """Step every tensor of a unit that has a gradient, in one pass over memory."""
-    if local.rounds:
-        for piece in map(local.piece, local.slices()):
-            _step(local, update, piece.p, piece.momentum, piece.second, piece.g)
+    if local.rounds or local.cautious_decay:
+        for held in local.slices():
+            for piece in map(local.piece, local.parts(held)):
+                with local.decaying(piece, update.lr):
+                    _step(local, update, piece.p, piece.momentum, piece.second, piece.g)
         return
     for p, g, state in zip(local.p, local.g, local.states, strict=True):
         if g is not None:

@@ -15,7 +15,7 @@ from ds_optim.sharding.binding import Binding, Member, is_read_by_engine
 
 _COPIED = (
     *("_members", "_lr_ratios", "_built_rates", "_shares_rates", "_sealed", "loaded_shares"),
-    *("_polar", "_exchange", "_momentum_dtype", "_diagnostics", "_costs"),
+    *("_polar", "_exchange", "_momentum_dtype", "_diagnostics", "_costs", "_cautious"),
     *("_names", "_rules", "_universal", "skipped_steps"),
 )
 """What a copy of an optimizer keeps besides what torch copies."""

@@ -28,7 +28,7 @@ from ds_optim.sharding.layout import ParamSpec
 LARGEST_NORM = 10.0
 
 
-@rule("lamb", hyper={"betas": check_betas, "eps": check_positive}, buffers=(WIDE_MEAN, ROOT_SQUARES))
+@rule("lamb", hyper={"betas": check_betas, "eps": check_positive}, buffers=(WIDE_MEAN, ROOT_SQUARES), decoupled=False)
 def lamb(group: Group, step: int) -> ParameterUpdate:
     moments = Moments(betas=group["betas"], eps=group["eps"], step=step + 1)
     decay = group["weight_decay"]

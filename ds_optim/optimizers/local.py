@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import NARROW, WEIGHTS, Bfloat16, Flat, Int8, scales_numel
+from ds_optim.elementwise.chunks import Scratch, chunk_elements
+from ds_optim.elementwise.momentum import BLOCK, NARROW, WEIGHTS, Bfloat16, Flat, Int8, scales_numel
 from ds_optim.elementwise.noise import NoiseKey, stream_of
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
@@ -33,6 +36,7 @@ class Local:
         state: the optimizer's state of each of them.
         scratch: of this call.
         seed: of the noise in rounding momentum and weights.
+        cautious_decay: what the rule was told nothing of, to be done around its steps.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Local:
         state: Mapping[Tensor, dict[str, Any]],
         scratch: Scratch,
         seed: int,
+        cautious_decay: float = 0.0,
     ) -> None:
         self.unit = unit
         self.comm = comm
@@ -50,6 +55,7 @@ class Local:
         self.states = [state[tensor] for tensor in tensors]
         self.scratch = scratch
         self.seed = seed
+        self.cautious_decay = cautious_decay
         self.absent = frozenset(number for number, tensor in enumerate(tensors) if tensor.grad is None)
         """Tensors without a gradient: to be left alone. None under ZeRO."""
 
@@ -84,6 +90,31 @@ class Local:
             scratch=self.scratch,
         )
 
+    def parts(self, held: Slice) -> Iterator[Slice]:
+        """A slice as it is to be stepped: whole, or where the old weights are to be kept, in chunks of whole blocks."""
+        if not self.cautious_decay:
+            yield held
+            return
+        step = chunk_elements(self.p[held.tensor].device)
+        first = step - held.start % BLOCK
+        begins = [0, *range(first, held.numel, step)]
+        for begin, end in zip(begins, [*begins[1:], held.numel], strict=True):
+            yield replace(held, start=held.start + begin, offset=held.offset + begin, numel=end - begin)
+
+    @contextmanager
+    def decaying(self, piece: Piece, lr: float) -> Iterator[None]:
+        """Around a step of one of these parts without decay: decays, by lr, where the step was not away from zero."""
+        if not self.cautious_decay:
+            yield
+            return
+        weights = piece.p
+        assert isinstance(weights, Tensor)
+        with self.scratch.lend(weights, 2) as (old, moved):
+            old.copy_(weights)
+            yield
+            torch.sub(old, weights, out=moved).mul_(old).ge_(0)
+            weights.sub_(old.mul_(lr * self.cautious_decay).mul_(moved))
+
     def read(self, held: Slice, values: Tensor) -> Flat:
         """Values of a slice, (n,) in fp32 or bfloat16, to be read only."""
         if values.dtype not in NARROW:
@@ -92,8 +123,9 @@ class Local:
 
     def _momentum(self, held: Slice, state: Mapping[str, Any]) -> Flat | None:
         if CODES_OF_MOMENTUM in state:
-            codes, (first, count) = run(flat(state[CODES_OF_MOMENTUM]), held), self._blocks[held.param]
-            scales = state[SCALES_OF_MOMENTUM][first : first + count]
+            codes, (first, _) = run(flat(state[CODES_OF_MOMENTUM]), held), self._blocks[held.param]
+            first += held.start // BLOCK - self._starts[held.param] // BLOCK
+            scales = state[SCALES_OF_MOMENTUM][first : first + scales_numel(held.start, held.numel)]
             return Int8(rounding=self._rounding(held, self.step), codes=codes, scales=scales)
         if MOMENTUM not in state:
             return None
@@ -107,6 +139,10 @@ class Local:
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:
         return blocks_of(self.unit, self.comm.rank)
+
+    @cached_property
+    def _starts(self) -> dict[int, int]:
+        return {held.param: held.start for held in self.unit.slices(self.comm.rank)}
 
     @cached_property
     def step(self) -> int:

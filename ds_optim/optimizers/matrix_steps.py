@@ -6,7 +6,7 @@ The gradient is never written, so that no direction can be taken for one later.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -46,14 +46,15 @@ def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUp
     views = exchange.plan.views
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
-        piece = local.piece(held)
         for moved in results[1:]:
             local.rows(held, rule).copy_(moved)
-        if opened[held.param]:
-            scale = scale_of(views[held.param], update.scale)
-            apply_update(piece.p, results[0], lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
-        else:
-            _apply_raw(piece, update)
+        scale = scale_of(views[held.param], update.scale)
+        for piece, change in _parts(local, held, results[0]):
+            if opened[held.param]:
+                with local.decaying(piece, update.lr):
+                    apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
+            else:
+                _apply_raw(local, piece, update)
 
     exchange.run(fill, shaped(exchange.plan, update.scale, update.finish), apply, local.absent)
     return opened
@@ -66,32 +67,36 @@ def step_by_shaped_gradients(local: Local, exchange: Exchange, update: MatrixSig
         blend_into(messages[0], None, local.piece(held).g, _GRADIENT, local.scratch)
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
-        piece = local.piece(held)
-        sign_step(
-            piece.p,
-            piece.m,
-            local.read(held, results[0].to(local.p[held.tensor].device)),
-            blend=update.blend,
-            lr=update.lr,
-            decay=update.decay,
-            scratch=local.scratch,
-        )
+        rates = {"lr": update.lr, "decay": update.decay}
+        for piece, shaped_gradient in _parts(local, held, results[0].to(local.p[held.tensor].device)):
+            gradient = local.read(held, shaped_gradient)
+            with local.decaying(piece, update.lr):
+                sign_step(piece.p, piece.m, gradient, blend=update.blend, **rates, scratch=local.scratch)
 
     exchange.run(fill, shaped(exchange.plan, None), apply, local.absent)
 
 
 def _step_raw(local: Local, update: MatrixUpdate) -> None:
     """Every gate is closed: nothing needs to travel."""
-    for piece in map(local.piece, local.slices()):
-        move_momentum(piece.m, piece.g, update.blend, local.scratch)
-        _apply_raw(piece, update)
+    for held in local.slices():
+        for piece in map(local.piece, local.parts(held)):
+            move_momentum(piece.m, piece.g, update.blend, local.scratch)
+            _apply_raw(local, piece, update)
 
 
-def _apply_raw(piece: Piece, update: MatrixUpdate) -> None:
+def _parts(local: Local, held: Slice, result: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """A slice in the parts that it is to be stepped in, each with its values of a result (n,) of the slice."""
+    for part in local.parts(held):
+        begin = part.start - held.start
+        yield local.piece(part), result[begin : begin + part.numel]
+
+
+def _apply_raw(local: Local, piece: Piece, update: MatrixUpdate) -> None:
     """By the momentum itself, which has moved on and is the direction of every rule with a gate."""
     assert update.gate is not None
     assert update.blend.direction == update.blend.momentum
-    apply_update(piece.p, piece.m, lr=update.gate.lr, decay=update.decay, scratch=piece.scratch)
+    with local.decaying(piece, update.gate.lr):
+        apply_update(piece.p, piece.m, lr=update.gate.lr, decay=update.decay, scratch=piece.scratch)
 
 
 def _gates(local: Local, exchange: Exchange, blend: Blend, gate: Gate) -> dict[int, bool]:

@@ -29,6 +29,7 @@ def _scratch(m: int, n: int, spec: PolarSpec) -> int:
     "muon_h",
     hyper={"momentum": check_beta, "nesterov": check_bool},
     shape=replace(POLAR, name="polar, on a sphere", weights=True, scratch=_scratch),
+    decoupled=False,
 )
 def muon_h(group: Group, step: int) -> MatrixUpdate:
     mu, lr = group["momentum"], group["lr"]

@@ -12,6 +12,8 @@ from ds_optim.optimizers.checks import check_bool, check_choice, check_keys, che
 from ds_optim.optimizers.rules import RULES
 
 EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 256, "overlap": True, "costs": "measured"}
+BF16_AND_CAUTIOUS = "cautious_decay is for fp32 master weights: take it or bf16_master_weights_and_grads out"
+"""Of a change that bfloat16 has rounded nobody can tell where it went."""
 COST_MODELS = ("measured", "modelled")
 
 
@@ -21,6 +23,8 @@ class CommonOptions(TypedDict, total=False):
     momentum_dtype: of rules whose only buffer is momentum: "float32", "bfloat16" (2 bytes a value) or "int8"
     (1.016 bytes), rounded without bias (see ``ds_optim.elementwise.momentum``); ``aux="adamw"`` keeps fp32.
     decay_1d: decay biases and gains too.
+    cautious_decay: decay an element only where its update does not turn away from zero what decay would bring there:
+    theta <- theta - lr u - lr wd theta [u theta >= 0] (Chen et al. 2025, arXiv 2510.12402), u as fp32 weights show it.
     diagnostics: count at every step what the rule does (see ``ZeroOptimizer.diagnostics``) and log it on rank 0; it
     costs a copy of the partition in work, a pass over it and a small all-reduce.
     seed: of all random numbers, those of rounding momentum and weights and a rule's own. They are a function of it, the
@@ -29,6 +33,7 @@ class CommonOptions(TypedDict, total=False):
 
     momentum_dtype: str
     decay_1d: bool
+    cautious_decay: bool
     diagnostics: bool
     seed: int
 
@@ -72,6 +77,7 @@ def check_options(cls: type, options: Mapping[str, Any]) -> None:
     dtype = options.get("momentum_dtype", "float32")
     check_choice("momentum_dtype", dtype, DTYPES)
     check_bool("decay_1d", options.get("decay_1d", False))
+    check_bool("cautious_decay", options.get("cautious_decay", False))
     check_bool("diagnostics", options.get("diagnostics", False))
     check_seed("seed", options.get("seed", 0))
 

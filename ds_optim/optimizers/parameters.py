@@ -28,7 +28,9 @@ def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisi
             assert scalar is not None
             kept[spec.name] = scalar
     for held in local.slices():
-        update.apply(local.piece(held), decisions[held.param])
+        for piece in map(local.piece, local.parts(held)):
+            with local.decaying(piece, decisions[held.param].lr):
+                update.apply(piece, decisions[held.param])
     return decisions
 
 

@@ -209,7 +209,8 @@ class Rule:
 
     hyper: what it reads of a group besides "lr" and "weight_decay", with the check of each. shape: the function of
     whole matrices that some step of it asks for. aux: of a rule that may be the aux rule of others, its "lr" and
-    hyperparameters there where nobody writes them.
+    hyperparameters there where nobody writes them. decoupled: decay is lr times "weight_decay" of each weight and
+    nothing else, so that somebody else may do it in its place.
     """
 
     name: str
@@ -218,6 +219,7 @@ class Rule:
     hyper: Mapping[str, Check] = field(default_factory=dict)
     shape: Shape | None = None
     aux: Mapping[str, Any] | None = None
+    decoupled: bool = True
 
     @cached_property
     def elements(self) -> tuple[str, ...]:
@@ -263,6 +265,7 @@ def rule(
     buffers: tuple[Buffer, ...] = (MEAN,),
     shape: Shape | None = None,
     aux: Mapping[str, Any] | None = None,
+    decoupled: bool = True,
 ) -> Callable[[Callable[[Group, int], Update]], Callable[[Group, int], Update]]:
     """Register a function (group, steps done so far) -> update under ``name``.
 
@@ -274,7 +277,7 @@ def rule(
         _check_new(name, function, buffers, shape)
         kept = any(buffer.kind == ROW for buffer in buffers)
         seen = replace(shape, rows=True) if shape is not None and kept else shape
-        RULES[name] = Rule(name, buffers, function, hyper or {}, seen, aux)
+        RULES[name] = Rule(name, buffers, function, hyper or {}, seen, aux, decoupled)
         return function
 
     return register

@@ -12,13 +12,14 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers import OPTIMIZERS, ZeroOptimizer, known_keys, param_groups
 from ds_optim.optimizers.checks import check_keys, nearest
+from ds_optim.optimizers.options import BF16_AND_CAUTIOUS
 from ds_optim.optimizers.registry import canonical_type
 from ds_optim.optimizers.routing import ROUTING_OPTIONS
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
-from ds_optim.zero.support import check_config, check_model, check_parameters
+from ds_optim.zero.support import check_config, check_model, check_parameters, uses_bf16_masters
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
@@ -125,6 +126,8 @@ def build_optimizer(
     cls = OPTIMIZERS[name]
     check_keys(name, params, known_keys(cls) | set(ROUTING_OPTIONS))
     check_parameters(list(model.named_parameters()))
+    if uses_bf16_masters(config) and params.get("cautious_decay"):
+        raise UserError(BF16_AND_CAUTIOUS)
     routing = {key: params[key] for key in ROUTING_OPTIONS if key in params}
     own = {key: value for key, value in params.items() if key not in ROUTING_OPTIONS}
     return cls(param_groups(model, parameters=parameters, **routing), **own)

@@ -56,6 +56,11 @@ OPTIMIZERS: dict[str, Run] = {
     "SpectralLion-gradient-bfloat16": Run(
         type="SpectralLion", params={"lr": 1e-3, "basis": "gradient", "polar": BF16, "momentum_dtype": "bfloat16"}
     ),
+    "Lion-cautious_decay": Run(type="Lion", params={"lr": 1e-2, "cautious_decay": True}),
+    "NorMuon-cautious_decay": Run(type="NorMuon", params={"polar": FP32, "cautious_decay": True, "weight_decay": 5.0}),
+    "LionMuon-bfloat16-cautious_decay": Run(
+        type="LionMuon", params={"polar": FP32, "momentum_dtype": "bfloat16", "cautious_decay": True, "aux": "adamw"}
+    ),
     "Lamb": Run(type="Lamb", params={"lr": 1e-2}),
     "StableAdamW": Run(type="StableAdamW", params={"lr": 1e-3}),
 }

@@ -24,6 +24,7 @@ from tests.stepping import (
 )
 
 STEPS = 50
+CAUTIOUS = {"cautious_decay": True}
 # A new optimizer: one line here.  (name, hyperparameters of package and reference alike)
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("Lion", {}),
@@ -57,6 +58,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("SpectralLion", {"basis": "gradient"}),
     ("Lamb", {"lr": 0.1}),
     ("StableAdamW", {}),
+    ("Lion", CAUTIOUS),
+    ("NorMuon", {"aux_lr": 0.005, **CAUTIOUS}),
+    ("LionMuon", {"aux": "adamw", **CAUTIOUS}),
+    ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02, **CAUTIOUS}),
+    ("SpectralLion", {"basis": "gradient", **CAUTIOUS}),
+    ("LASM", CAUTIOUS),
+    ("StableAdamW", CAUTIOUS),
 ]
 NAMES = sorted({name for name, _ in CASES})
 MATRIX_RULES = {name for name in NAMES if reference.RULES[name].matrix}
