@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_uint64, c_void_p
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -40,20 +40,21 @@ def key_of(key: NoiseKey, begin: int) -> Key:
     return Key(key.seed, key.stream, key.step, key.start + begin)
 
 
-def is_addressable(tensor: Any) -> bool:
-    """Whether its address is that of its values, as they are: no subclass's, and not to be negated yet."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
-
-
-def is_plain(tensor: Any) -> bool:
-    """Whether it is a vector of fp32 in a CPU's memory, without gaps."""
+def is_flat_cpu(tensor: Any) -> bool:
+    """Whether it is a vector in a CPU's memory, without gaps, and its address that of its values, as they are: no
+    subclass's, and not to be negated yet."""
     return (
-        is_addressable(tensor)
-        and tensor.dtype is torch.float32
+        type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.is_cpu
         and tensor.dim() == 1
         and tensor.is_contiguous()
+        and not tensor.is_neg()
     )
+
+
+def is_plain(tensor: Any) -> TypeGuard[Tensor]:
+    """Whether it is such a vector of fp32."""
+    return is_flat_cpu(tensor) and tensor.dtype is torch.float32
 
 
 def address(tensor: Tensor, begin: int = 0) -> c_void_p:

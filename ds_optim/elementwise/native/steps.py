@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Stored
-from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_addressable, key_of
+from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_flat_cpu, is_plain, key_of
 from ds_optim.elementwise.native.library import library
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -51,7 +50,7 @@ def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, fac
 def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
     """out <- d0 m + d1 g; m <- k0 m + k1 g."""
     lib = library()
-    if lib is None or not _real(g) or not _known(m) or not _is_flat_cpu(out) or out.dtype not in _KINDS:
+    if lib is None or not _real(g) or not _known(m) or not is_flat_cpu(out) or out.dtype not in _KINDS:
         return False
     if out.dtype == torch.int8 or out.data_ptr() == _data(g).data_ptr():
         return False
@@ -72,7 +71,7 @@ def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
     if lib is None or not _real(p) or isinstance(update, Int8):
         return False
     values = _data(update)
-    if not _is_flat_cpu(values) or values.dtype not in _KINDS:
+    if not is_flat_cpu(values) or values.dtype not in _KINDS:
         return False
 
     def part(begin: int, count: int) -> None:
@@ -86,7 +85,7 @@ def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
 def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
     lib = library()
-    if lib is None or not _real(p) or not _real(g) or not _plain(m) or not _plain(v):
+    if lib is None or not _real(p) or not _real(g) or not is_plain(m) or not is_plain(v):
         return False
     adam = _Adam(*numbers)
 
@@ -100,7 +99,7 @@ def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
 def load(m: Stored, position: int, out: Tensor) -> bool:
     """out <- the values of ``m`` at [position, position + k)."""
     lib = library()
-    if lib is None or not _plain(out) or not _known(m):
+    if lib is None or not is_plain(out) or not _known(m):
         return False
     lib.ds_optim_load(c_int64(out.numel()), _array(m, position), address(out))
     return True
@@ -109,29 +108,21 @@ def load(m: Stored, position: int, out: Tensor) -> bool:
 def store(m: Stored, position: int, values: Tensor) -> bool:
     """Round ``values`` (k,) to [position, position + k) of ``m``."""
     lib = library()
-    if lib is None or not _plain(values) or not _known(m):
+    if lib is None or not is_plain(values) or not _known(m):
         return False
     lib.ds_optim_store(c_int64(values.numel()), _array(m, position), address(values))
     return True
 
 
-def _is_flat_cpu(tensor: Tensor) -> bool:
-    return is_addressable(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
-
-
-def _plain(tensor: Flat) -> TypeGuard[Tensor]:
-    return isinstance(tensor, Tensor) and _is_flat_cpu(tensor) and tensor.dtype == torch.float32
-
-
 def _real(tensor: Flat) -> bool:
     """Whether these are weights or a gradient that the kernels know: fp32, or stored in bfloat16."""
-    return _plain(tensor) or (isinstance(tensor, Bfloat16) and _is_flat_cpu(tensor.values))
+    return is_plain(tensor) or (isinstance(tensor, Bfloat16) and is_flat_cpu(tensor.values))
 
 
 def _known(m: Flat | None) -> bool:
     if isinstance(m, Stored):
-        return isinstance(m, Bfloat16 | Int8) and _is_flat_cpu(m.data)
-    return m is None or _plain(m)
+        return isinstance(m, Bfloat16 | Int8) and is_flat_cpu(m.data)
+    return m is None or is_plain(m)
 
 
 def _cut_alike(p: Flat, m: Flat | None) -> bool:
