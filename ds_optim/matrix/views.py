@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -97,7 +98,7 @@ class MatrixView:
     @property
     def is_cut_up(self) -> bool:
         """Whether the matrices are taken out of the parameter by a copy; heads and experts that stack up need none."""
-        return self.transpose or len(self._parts()) > 1
+        return self.transpose or len(self._matrices) > 1
 
     @property
     def of_rows(self) -> MatrixView:
@@ -107,8 +108,12 @@ class MatrixView:
 
     def matrices(self) -> list[tuple[int, int, int]]:
         """(count, m, n) of each block, in the order of ``unpack``: m rows (fan-out), n columns (fan-in)."""
+        return list(self._matrices)
+
+    @cached_property
+    def _matrices(self) -> tuple[tuple[int, int, int], ...]:
         stacked = math.prod(self.shape[: self.batch_dims])
-        return [(stacked * heads, rows // heads, self.columns) for rows, heads in self._parts()]
+        return tuple((stacked * heads, rows // heads, self.columns) for rows, heads in self._parts())
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """The blocks (count, m, n) of ``flat`` (numel,), in the order of ``matrices``.

@@ -92,7 +92,8 @@ def build_groups(
 
 def hyper_of(group: Group) -> Group:
     """What a step reads of a group as it stands now: schedulers and users may have written tensors into it."""
-    return {key: _plain(value) for key, value in group.items() if key != "params"}
+    own = {key: value for key, value in group.items() if key != "params"}
+    return {key: value if type(value) in (float, bool, str) else _plain(value) for key, value in own.items()}
 
 
 def _plain(value: Any) -> Any:
