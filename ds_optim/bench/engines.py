@@ -52,6 +52,16 @@ class ModelShape:
         return f"Qwen3, {self.width} wide, {self.layers} layers, vocabulary {self.vocabulary}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a benchmark of engines runs: these of ``CASES``, on so many ranks, at these stages, on such a model."""
+
+    ranks: int
+    stages: tuple[int, ...]
+    cases: tuple[str, ...]
+    shape: ModelShape
+
+
 def qwen3(shape: ModelShape, seed: int = 0) -> torch.nn.Module:
     """A Qwen3 model with that family's proportions: intermediate 3x, two query heads to a key head."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

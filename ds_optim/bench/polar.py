@@ -62,6 +62,10 @@ class Job:
     made: Callable[[], Callable[[], object]]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.dtype}"
+
 
 def rows(settings: PolarSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
     """A row for each case, shape by shape."""
@@ -99,22 +103,14 @@ def own_jobs(m: int, n: int, settings: PolarSettings) -> Iterator[Job]:
                     dtype=dtype,
                     operations=cost(m, n, spec),
                     whole=cost(m, n, spec, whole=True),
-                    made=_own(m, n, spec, settings.device),
-                    facts={
-                        "schedule": name,
-                        "method": method,
-                        "auto": method == auto,
-                        "strips": spec.strips_for(m, n),
-                    },
+                    made=partial(_own, m, n, spec, settings.device),
+                    facts={"schedule": name, "method": method, "auto": method == auto, "strips": spec.strips_for(m, n)},
                 )
 
 
-def _own(m: int, n: int, spec: PolarSpec, device: torch.device) -> Callable[[], Callable[[], object]]:
-    def made() -> Callable[[], object]:
-        x = random_matrix(m, n, device, spec.message_dtype).unsqueeze(0)
-        return lambda: polar(x, spec)
-
-    return made
+def _own(m: int, n: int, spec: PolarSpec, device: torch.device) -> Callable[[], object]:
+    x = random_matrix(m, n, device, spec.message_dtype).unsqueeze(0)
+    return lambda: polar(x, spec)
 
 
 def deepspeed_jobs(m: int, n: int, settings: PolarSettings) -> Iterator[Job]:
@@ -132,25 +128,22 @@ def deepspeed_jobs(m: int, n: int, settings: PolarSettings) -> Iterator[Job]:
                 dtype=dtype,
                 operations=operations,
                 whole=operations,
-                made=_deepspeed(m, n, settings.device, eager=name == DEEPSPEED_EAGER),
+                made=partial(_deepspeed, m, n, settings.device, eager=name == DEEPSPEED_EAGER),
                 facts={"schedule": "keller", "method": method},
             )
 
 
-def _deepspeed(m: int, n: int, device: torch.device, *, eager: bool) -> Callable[[], Callable[[], object]]:
-    def made() -> Callable[[], object]:
-        routine = _deepspeed_module(device).zeropower_via_gram_newtonschulz
-        if eager:
-            routine = torch.compiler.disable(getattr(routine, "_torchdynamo_orig_callable", routine))
-        x = random_matrix(m, n, device, torch.bfloat16)
+def _deepspeed(m: int, n: int, device: torch.device, *, eager: bool) -> Callable[[], object]:
+    routine = _deepspeed_module(device).zeropower_via_gram_newtonschulz
+    if eager:
+        routine = torch.compiler.disable(getattr(routine, "_torchdynamo_orig_callable", routine))
+    x = random_matrix(m, n, device, torch.bfloat16)
 
-        def run() -> object:
-            with torch.no_grad():
-                return routine(x, steps=_STEPS)
+    def run() -> object:
+        with torch.no_grad():
+            return routine(x, steps=_STEPS)
 
-        return run
-
-    return made
+    return run
 
 
 def deepspeed_dtypes(device: torch.device) -> tuple[str]:
@@ -175,14 +168,14 @@ def random_matrix(m: int, n: int, device: torch.device, dtype: torch.dtype) -> t
 
 def measure(jobs: list[Job], settings: PolarSettings, limits: Limits | None) -> dict[str, Outcome]:
     """Times by ``key``; the reason where a case was left out."""
-    makers = {key(job): too_slow(job, settings, limits) or partial(_case, job) for job in jobs}
+    makers = {job.key: too_slow(job, settings, limits) or partial(_case, job) for job in jobs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of what torch.compile still calls
         return take_turns_of(makers, settings.device, settings.rounds)
 
 
 def _case(job: Job) -> Case:
-    return Case(name=key(job), run=job.made())
+    return Case(name=job.key, run=job.made())
 
 
 def too_slow(job: Job, settings: PolarSettings, limits: Limits | None) -> str | None:
@@ -195,16 +188,11 @@ def too_slow(job: Job, settings: PolarSettings, limits: Limits | None) -> str | 
     return reason if whole > settings.seconds else None
 
 
-def key(job: Job) -> str:
-    """A case's name, alone within its shape."""
-    return f"{job.name} {job.dtype}"
-
-
 def to_row(
     job: Job, shape: tuple[int, int], outcomes: Mapping[str, Outcome], limits: Limits | None, stamp: Mapping[str, Any]
 ) -> Row:
     """One case's row, with its ratios to the others of the same shape and to the machine."""
-    outcome = outcomes[key(job)]
+    outcome = outcomes[job.key]
     operations = {"operations": job.operations, "operations_as_whole": job.whole}
     facts = {**operations, "limits": limits.record() if limits else None, **job.facts, **stamp}
     row = _row(job.name, shape, job.dtype, facts)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ds_optim.bench import engines, ranks
-from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON, ModelShape
+from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON, ModelShape, RunSettings
 from ds_optim.bench.limits import Limits, measure_limits
 from ds_optim.bench.timing import NotMeasured, Outcome, Times, ratio, with_times, without_times
 from ds_optim.bench.trace import Overlap, traced
@@ -29,17 +29,13 @@ _LIMIT_BYTES, _LIMIT_SIZE, _LIMIT_SECONDS = 1 << 27, 1024, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings:
+class StepSettings(RunSettings):
     """What is run.
 
     tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` timed steps, after one to warm up. traces: a folder that
     keeps the traces from which the overlap is read.
     """
 
-    ranks: int
-    stages: tuple[int, ...]
-    cases: tuple[str, ...]
-    shape: ModelShape
     tokens: int = 64
     rounds: int = 6
     traces: Path | None = None

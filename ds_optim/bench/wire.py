@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_optim.bench import engines, ranks
-from ds_optim.bench.engines import ADAMW, ModelShape
+from ds_optim.bench.engines import ADAMW, RunSettings
 from ds_optim.bench.timing import without_times
 from ds_optim.memory.traffic import TrafficCounter, sent_bytes
 from ds_optim.report.schema import Row
@@ -33,14 +32,8 @@ _JOB = "import sys; from ds_optim.bench.wire import run_job; run_job(sys.argv[1]
 Measured = dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WireSettings:
+class WireSettings(RunSettings):
     """What is run; AdamW, which the others are compared with, is always among the cases."""
-
-    ranks: int
-    stages: tuple[int, ...]
-    cases: tuple[str, ...]
-    shape: ModelShape
 
 
 def rows(settings: WireSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,26 +46,14 @@ def step(
     force: Force = False,
 ) -> int:
     """Training steps and the optimizers' part in them, interleaved, against AdamW and DeepSpeed's Muon."""
-    from ds_optim.bench import arguments, engines, output, step, tables
-    from ds_optim.bench.ranks import default_ranks
-    from ds_optim.machine.forked import check_ranks
+    from ds_optim.bench import arguments, output, step, tables
 
-    shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
-    shape.check()
     arguments.at_least("--tokens", tokens, 2)
     arguments.at_least("--rounds", rounds, 1)
-    ranks = default_ranks() if ranks is None else ranks
-    check_ranks(ranks)
-    settings = step.StepSettings(
-        ranks=ranks,
-        stages=tuple(arguments.stages(stages)),
-        cases=tuple(arguments.names("--cases", cases or ",".join(engines.DEFAULT_CASES), list(engines.CASES))),
-        shape=shape,
-        tokens=tokens,
-        rounds=rounds,
-        traces=None if traces is None else traces.absolute(),
-    )
-    title = f"Training steps, {ranks} ranks, {shape}, {tokens} tokens a rank"
+    run = _run_settings(ranks, stages, cases, width, layers, vocabulary)
+    kept = None if traces is None else traces.absolute()
+    settings = step.StepSettings(**run, tokens=tokens, rounds=rounds, traces=kept)
+    title = f"Training steps, {settings.ranks} ranks, {settings.shape}, {tokens} tokens a rank"
     return _run(title, lambda: step.rows(settings, output.stamp()), tables.STEP, out, force)
 
 
@@ -81,22 +69,11 @@ def wire(
     force: Force = False,
 ) -> int:
     """Bytes sent per rank and step beyond AdamW's, counted twice, beside the formula."""
-    from ds_optim.bench import arguments, engines, output, tables, wire
-    from ds_optim.bench.ranks import default_ranks
-    from ds_optim.machine.forked import check_ranks
+    from ds_optim.bench import engines, output, tables, wire
 
-    shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
-    shape.check()
-    ranks = default_ranks() if ranks is None else ranks
-    check_ranks(ranks)
-    named = arguments.names("--cases", cases or ",".join(engines.DEFAULT_CASES), list(engines.CASES))
-    settings = wire.WireSettings(
-        ranks=ranks,
-        stages=tuple(arguments.stages(stages)),
-        cases=tuple(dict.fromkeys([engines.ADAMW, *named])),
-        shape=shape,
-    )
-    title = f"Bytes on the wire, {ranks} ranks, {shape}"
+    run = _run_settings(ranks, stages, cases, width, layers, vocabulary)
+    settings = wire.WireSettings(**{**run, "cases": tuple(dict.fromkeys([engines.ADAMW, *run["cases"]]))})
+    title = f"Bytes on the wire, {settings.ranks} ranks, {settings.shape}"
     return _run(title, lambda: wire.rows(settings, output.stamp()), tables.WIRE, out, force)
 
 
@@ -171,6 +148,22 @@ def elementwise(
     settings = elementwise.ElementwiseSettings(device=place, missing=missing, elements=elements, rounds=rounds)
     title = f"One flat tensor of {elements:,} elements, {place.type}"
     return _run(title, lambda: elementwise.rows(settings, output.stamp()), tables.ELEMENTWISE, out, force)
+
+
+def _run_settings(
+    ranks: int | None, stages: str, cases: str | None, width: int, layers: int, vocabulary: int
+) -> dict[str, Any]:
+    """What ``step`` and ``wire`` both run, checked, as fields of ``RunSettings``."""
+    from ds_optim.bench import arguments, engines
+    from ds_optim.bench.ranks import default_ranks
+    from ds_optim.machine.forked import check_ranks
+
+    shape = engines.ModelShape(width=width, layers=layers, vocabulary=vocabulary)
+    shape.check()
+    ranks = default_ranks() if ranks is None else ranks
+    check_ranks(ranks)
+    named = arguments.names("--cases", cases or ",".join(engines.DEFAULT_CASES), list(engines.CASES))
+    return {"ranks": ranks, "stages": tuple(arguments.stages(stages)), "cases": tuple(named), "shape": shape}
 
 
 def _run(title: str, measure: Callable[[], Iterable[Row]], spec: TableSpec, out: Path | None, force: bool) -> int:

@@ -267,14 +267,3 @@ def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, 
         for rank in sampled_ranks(plan.unit.world_size):
             most[rank] = max(most.get(rank, 0), plan.peak_scratch(rank))
     return most
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "MemoryEstimate",
-    "RankMemory",
-    "ZeroSettings",
-    "activations",
-    "estimate",
-    "layout_of",
-]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -49,7 +49,7 @@ def with_savings(rows: Sequence[Row]) -> list[Row]:
         other = base.get(group_of(row))
         saving: dict[str, Any] | None = None
         if row.status == "ok" and other is not None and other is not row:
-            sizes = {name: (_size_of(other, name), _size_of(row, name)) for name in _SIZES}
+            sizes = {name: (int(read(other) or 0), int(read(row) or 0)) for name, read in _SIZES.items()}
             saving = {name: theirs - own for name, (theirs, own) in sizes.items()}
             percent = {name: 100 * (1 - own / theirs) if theirs else 0.0 for name, (theirs, own) in sizes.items()}
             saving = {**saving, "percent": percent}
@@ -57,16 +57,11 @@ def with_savings(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-_SIZES = ("optimizer state", "model states", "peak")
-
-
-def _size_of(row: Row, name: str) -> int:
-    sizes = {
-        "optimizer state": row.extra["optimizer_state_bytes"],
-        "model states": row.model_state_bytes,
-        "peak": row.peak_bytes,
-    }
-    return int(sizes[name] or 0)
+_SIZES: dict[str, Callable[[Row], Any]] = {
+    "optimizer state": lambda row: row.extra["optimizer_state_bytes"],
+    "model states": lambda row: row.model_state_bytes,
+    "peak": lambda row: row.peak_bytes,
+}
 
 
 def _merged(repeats: Sequence[Row]) -> Row:
@@ -88,13 +83,12 @@ def _spread(row: Row) -> str:
 
 
 def _saved(name: str) -> Column:
-    def share(row: Row) -> str:
-        saving = row.extra.get("saving")
-        return "" if saving is None else f"{fixed(saving['percent'][name], 1)} %"
-
     def amount(row: Row) -> float | None:
         saving = row.extra.get("saving")
         return None if saving is None else float(saving[name])
+
+    def share(row: Row) -> str:
+        return f"{fixed(row.extra['saving']['percent'][name], 1)} %"
 
     return Column(title=f"Saved of {name}", value=amount, text=size, detail=share)
 

@@ -125,7 +125,7 @@ def test_rates_are_of_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deepspeeds_routine_is_what_we_say_it_is() -> None:
     (job,) = polar.deepspeed_jobs(16, 48, polar_settings())
-    ours = polar._own(16, 48, polar.PolarSpec(method="gram", dtype="float32"), CPU)()
+    ours = polar._own(16, 48, polar.PolarSpec(method="gram", dtype="float32"), CPU)
     theirs = job.made()()
     assert isinstance(theirs, torch.Tensor)
     difference = torch.linalg.matrix_norm(theirs.float() - ours().squeeze(0))  # type: ignore[attr-defined]

@@ -184,20 +184,9 @@ def _to_adamw(portable: Portable, params: Mapping[str, Any], reset: bool) -> Por
             "AdamW keeps a second buffer that the checkpoint does not hold: write --reset-optimizer to start it anew"
         )
     lr = float(params.get("lr", 1e-3))
-    hyper = {
-        "lr": lr * _fraction_of_peak(portable),
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "bias_correction": True,
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-        "decoupled_weight_decay": True,
-    }
+    # As torch's AdamW and DeepSpeed's FusedAdam have it.
+    hyper = {**torch.optim.AdamW([torch.empty(1, dtype=torch.float32, device="cpu")]).defaults, "bias_correction": True}
+    hyper["lr"] = lr * _fraction_of_peak(portable)
     unknown = sorted(set(params) - set(hyper) - {"torch_adam", "adam_w_mode"})
     if unknown:
         raise UserError(f"--optimizer-params: AdamW has no {unknown[0]!r}")

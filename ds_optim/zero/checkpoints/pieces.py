@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise.momentum import decode, scales_numel
+from ds_optim.elementwise.momentum import decode
 from ds_optim.elementwise.quantized import quantize, recut
 from ds_optim.matrix.views import row_range
 from ds_optim.optimizers.local import blocks_of
@@ -44,22 +44,18 @@ def flat_state(portable: Portable, unit: Unit, rank: int) -> dict[str, Tensor]:
 
     A buffer that a parameter lacks, which never had a gradient in a run without ZeRO, is zero.
     """
-    held = list(unit.slices(rank))
-    dtype = dtype_of(portable, unit.params[0].name, MASTER)  # bfloat16 where DeepSpeed keeps its masters so
-    flats = {MASTER: torch.zeros(unit.partition_numel, dtype=dtype, device="cpu")}
-    keys = dict.fromkeys(key for spec in unit.params for key in portable.buffers[spec.name])
-    for key in keys:
-        owner = next(spec.name for spec in unit.params if key in portable.buffers[spec.name])
-        dtype = dtype_of(portable, owner, key)
-        flats[key] = torch.zeros(unit.partition_numel, dtype=dtype, device="cpu")
-        if flats[key].dtype == torch.int8:
-            count = sum(scales_numel(s.start, s.numel) for s in held)
-            flats[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32, device="cpu")
     blocks = blocks_of(unit, rank)
-    for key in [key for key in flats if key != SCALES_OF_MOMENTUM]:
-        for s in held:
+    flats: dict[str, Tensor] = {}
+    for key in (MASTER, *dict.fromkeys(key for spec in unit.params for key in portable.buffers[spec.name])):
+        owner = next(spec.name for spec in unit.params if key in (MASTER, *portable.buffers[spec.name]))
+        dtype = dtype_of(portable, owner, key)  # of masters bfloat16 where DeepSpeed keeps them so
+        flats[key] = torch.zeros(unit.partition_numel, dtype=dtype, device="cpu")
+        if dtype == torch.int8:
+            count = sum(count for _, count in blocks.values())
+            flats[SCALES_OF_MOMENTUM] = torch.zeros(count, dtype=torch.float32, device="cpu")
+        for s in unit.slices(rank):
             name = unit.params[s.param].name
-            if key != MASTER and key not in portable.buffers[name]:
+            if key not in (MASTER, *portable.buffers[name]):
                 continue
             stored, scales = piece(portable, name, key, s.start, s.numel)
             flats[key][s.offset : s.offset + s.numel] = stored
