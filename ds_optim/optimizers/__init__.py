@@ -19,6 +19,7 @@ from ds_optim.optimizers.muon import Muon, Muonlight
 from ds_optim.optimizers.muon_h import MuonH
 from ds_optim.optimizers.nor_muon import NorMuon
 from ds_optim.optimizers.options import known_keys
+from ds_optim.optimizers.qk_clip import QKClip
 from ds_optim.optimizers.registry import OPTIMIZERS, canonical_type, register
 from ds_optim.optimizers.routing import param_groups
 from ds_optim.optimizers.signum import SignSGD, Signum
@@ -44,6 +45,7 @@ __all__ = [
     "MuonH",
     "Muonlight",
     "NorMuon",
+    "QKClip",
     "SignMuon",
     "SignSGD",
     "Signum",
