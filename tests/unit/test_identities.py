@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import ds_optim
+from tests.cases import TYPES as NAMES
 from tests.stepping import MATRICES, Grads, SmallModel, build, random_grads, take_steps, trained, warmup_cosine
 
-NAMES = ["Lion", "SignSGD", "Signum", "Muon", "Muonlight", "LionMuon", "SignMuon"]
 STEPS = 12
 
 
