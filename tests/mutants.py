@@ -163,7 +163,7 @@ MUTANTS = [
     Mutant(
         "an owner does not apply results to its own slices",
         "exchange.py",
-        "_call(apply, self._in_stacks(route.kept, route.runs, results, back))",
+        "_call(apply, back.in_stacks(back.kept, results))",
         "pass",
         f"{U}exchange_property.py {D}exchange.py",
     ),

@@ -121,6 +121,7 @@ def counted() -> list[dict[str, MemoryAccount]]:
     return run_ranks(2, count_all, timeout=100)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_what_is_accounted(name: str) -> None:
     cell, optimizer, settings = CASES[name]
@@ -205,6 +206,7 @@ def saved_and_loaded(rank: int, world_size: int, folder: Path) -> dict[str, list
     return found
 
 
+@pytest.mark.full
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     for found in run_ranks(2, saved_and_loaded, tmp_path):
         for label, facts in found.items():
@@ -227,6 +229,7 @@ def client_step(rank: int, world_size: int) -> None:
     one_step(engine, 0, rank, world_size)
 
 
+@pytest.mark.full
 def test_a_client_optimizer_is_refused_at_its_first_step() -> None:
     outcomes = run_ranks(2, client_step, expect_error=True)
     assert_all_raised(outcomes, "UserError", "bf16.bf16_master_weights_and_grads", "use stage 2")

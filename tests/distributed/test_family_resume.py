@@ -125,6 +125,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return resumed_cells(tmp_path_factory.mktemp("checkpoints"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("label", CELLS)
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(label: str, cells: list[dict[str, dict[str, Any]]]) -> None:
     for rank, found in enumerate(cells):
@@ -132,6 +133,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(label: str, cells: list[d
         assert facts == {"moved": True, "loaded": [], "resumed": [], "same scalars": True}, rank
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("label", SCALARS)
 def test_numbers_of_whole_parameters_are_in_the_checkpoint(label: str, cells: list[dict[str, dict[str, Any]]]) -> None:
     """One a parameter, above 0, by name, and the steps that follow lean on it."""
@@ -205,6 +207,7 @@ def unsharded() -> dict[str, dict[str, float]]:
     return run_ranks(1, watch_plain, init=False)[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("place", "world_size"), PLACED)
 @pytest.mark.parametrize("name", WATCHED)
 def test_diagnostics_are_those_of_the_unsharded_run(name: str, place: str, world_size: int) -> None:
@@ -215,6 +218,7 @@ def test_diagnostics_are_those_of_the_unsharded_run(name: str, place: str, world
         assert found[f"{name} {place}"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.full
 def test_the_numbers_compared_are_of_some_parameters_and_not_of_others() -> None:
     """A share that is 0 or 1 would be so of any slice."""
     for name, what in [

@@ -26,6 +26,8 @@ from tests.distributed.harness import run_ranks
 from .survival import ALL, STEPS, Watcher, log_of, tiny
 from .test_train import command, launched
 
+pytestmark = pytest.mark.full
+
 # ---- signals
 
 

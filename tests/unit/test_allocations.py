@@ -19,6 +19,8 @@ from ds_optim.memory import MemoryWatch
 from ds_optim.optimizers import OPTIMIZERS
 from tests.cases import NARROW
 
+pytestmark = pytest.mark.full
+
 #: Several chunks of a CPU's, so that a whole tensor is told from a chunk.
 NUMEL = 32 * (1 << 17) + 321
 DTYPES = ("float32", "bfloat16", "int8")

@@ -60,6 +60,7 @@ def test_fp64_parameters_follow_the_reference_in_fp64(name: str, hyper: dict[str
             assert worst(error, displacement) < (1e-7 if name in ROUNDED_ONCE else 1e-13), parameter
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("name", "hyper"), CASES)
 def test_16_bit_models_are_stepped_by_fp32_copies(name: str, hyper: dict[str, Any], dtype: torch.dtype) -> None:
