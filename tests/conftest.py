@@ -1,4 +1,5 @@
-"""The suite's options: `--gpus N` runs the ranks on N GPUs over NCCL and enables tests marked cuda."""
+"""The suite's options: `--gpus N` runs the ranks on N GPUs over NCCL and enables tests marked cuda; `--full` runs what
+the default tier leaves out (tiers.py)."""
 
 from __future__ import annotations
 
@@ -23,12 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run ranks on N GPUs over NCCL (default: CPU over gloo); tests that need more are skipped",
     )
+    parser.addoption("--full", action="store_true", help="all tests: minutes instead of 3 (tests/tiers.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     gpus = config.getoption("--gpus")
     if gpus < 0:
         raise pytest.UsageError(f"--gpus {gpus}: write a number of GPUs, 0 for none")
+    if config.getoption("--full"):
+        os.environ["DS_OPTIM_FULL"] = "1"
     # DeepSpeed picks its accelerator at import, in this process too.
     os.environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
     # DeepSpeed's ops are built once a machine, not once a session.
@@ -47,6 +51,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from tests.tiers import FULL  # which reads what pytest_configure has set
+
+    left = [item for item in items if item.get_closest_marker("full") and not FULL]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
     if config.getoption("--gpus"):
         return
     skip = pytest.mark.skip(reason="needs CUDA: run with --gpus N")

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the checks, then the tests.
 #
-#   bash tests/run.sh [--gpus N] [options of pytest]
+#   bash tests/run.sh [--full] [--gpus N] [options of pytest]
 #
-# --gpus N runs the ranks on N GPUs over NCCL. Fails if any check or test fails.
+# Without --full the tests that take under 3 minutes on two cores, with it all of them (tests/README.md). --gpus N runs
+# the ranks on N GPUs over NCCL. Fails if any check or test fails.
 set -euo pipefail
 
 # shellcheck source=launch/setup_env.sh

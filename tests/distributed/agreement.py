@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.optimizers.rules import RULES, MatrixUpdate, ParameterUpdate, SignUpdate
+from ds_optim.optimizers.rules import RULES, MatrixSignUpdate, MatrixUpdate, ParameterUpdate, SignUpdate
 
 from .training import Run, Trained, Weights, initial_weights, replay, total_norm
 
@@ -144,6 +144,8 @@ def _sign_rates(optimizer: Any) -> tuple[dict[str, float], float]:
             rates[name] = sign[0]
         elif sign:
             on_matrices = sign[0]
+        elif isinstance(updates[0], MatrixSignUpdate):
+            on_matrices = updates[0].lr
         elif any(isinstance(update, ParameterUpdate) for update in updates):
             on_matrices = LARGEST_FACTOR * group["lr"]
     return rates, on_matrices
@@ -158,7 +160,7 @@ def _named(optimizer: Any) -> list[tuple[dict[str, Any], str]]:
 def _flips(sharded: Trained, plain: Trained, noise: Noise) -> tuple[int, int, float]:
     flips, decisions, farthest = 0, 0, 0.0
     for group, name in _named(plain.optimizer):
-        if isinstance(RULES[group["rule"]].update(group, 0), ParameterUpdate):
+        if isinstance(RULES[group["rule"]].update(group, 0), ParameterUpdate | MatrixSignUpdate):
             continue  # what it takes signs of, and whether it does, is its own business
         ours, theirs = (_directions(group, name, trained.gradients) for trained in (sharded, plain))
         for c, expected in zip(ours, theirs, strict=True):

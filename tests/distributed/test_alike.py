@@ -15,6 +15,8 @@ from .harness import run_ranks
 from .small_runs import Cell, differences, new_model, one_step, quiet, snapshot
 from .test_bad_input import attempt
 
+pytestmark = pytest.mark.full
+
 POLAR = {"steps": 3, "dtype": "float32"}
 LAYERS = {"square": 2.0}
 

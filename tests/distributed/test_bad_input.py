@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -169,6 +170,7 @@ def refused_by_deepspeed(rank: int, world_size: int) -> dict[str, tuple[str, str
     return {name: attempt(ds_optim.initialize, **with_config(**settings)) for name, settings in theirs.items()}
 
 
+@pytest.mark.full
 def test_what_deepspeed_refuses_is_one_line_on_every_rank() -> None:
     first, second = run_ranks(2, refused_by_deepspeed)
     assert first == second
@@ -202,6 +204,7 @@ def one_bad_file(rank: int, world_size: int, folder: Path) -> dict[str, tuple[st
     return found
 
 
+@pytest.mark.full
 def test_a_mistake_in_one_ranks_file_is_raised_on_all(tmp_path: Path) -> None:
     for found in run_ranks(2, one_bad_file, tmp_path):
         for call in ("initialize", "from_config"):
@@ -230,6 +233,7 @@ def disagreeing_clients(rank: int, world_size: int, what: str) -> tuple[str, str
     return attempt(lambda: one_step(engine, 0, rank, world_size))
 
 
+@pytest.mark.full
 def test_client_optimizers_that_disagree_are_found_at_the_first_step() -> None:
     said = {
         "steps": "polar.steps (3 on rank 0, 4 on rank 1)",

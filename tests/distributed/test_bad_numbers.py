@@ -8,21 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers import OPTIMIZERS
+from tests.cases import CASES
 
 from .harness import run_ranks
 from .small_runs import Cell, differences, equal, full_weights, one_step, own_optimizer, snapshot, start
 
+pytestmark = pytest.mark.full
+
 MATRIX = "tall.weight"
 _FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
-_SPECTRAL = ("Muon", "LionMuon", "SignMuon", "MiMuon", "Muonlight")
 
 
 def settings_of(name: str, **params: Any) -> dict[str, Any]:
-    spectral = _FP32 if name in _SPECTRAL else {}
+    spectral = _FP32 if CASES[name].rule.shape is POLAR else {}
     return {"type": name, "params": {"lr": 1e-2, **spectral, **params}}
 
 

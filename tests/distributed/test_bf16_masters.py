@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -20,6 +19,8 @@ from ds_optim.memory.estimate_model import shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.sharding import binding
+from tests.cases import WITH_VARIANTS
+from tests.tiers import cells
 
 from .harness import assert_all_raised, run_ranks
 from .models import TinyNet, batch, share
@@ -30,28 +31,12 @@ STEPS = 4
 MASTERS: dict[str, Any] = {
     "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 }
-FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
-
-# To add an optimizer, add a line; those after the first three run where DS_OPTIM_ALL_CELLS is set.
-OPTIMIZERS: dict[str, Run] = {
-    "Lion": Run(type="Lion", params={"lr": 1e-3}),
-    "Muon-aux_adamw": Run(type="Muon", params={"polar": FP32, "aux": "adamw"}),
-    "LionMuon-bfloat16": Run(type="LionMuon", params={"polar": BF16, "momentum_dtype": "bfloat16"}),
-    "Lion-bfloat16": Run(type="Lion", params={"lr": 1e-3, "momentum_dtype": "bfloat16"}),
-    "SignSGD": Run(type="SignSGD", params={"lr": 1e-3}),
-    "LionMuon": Run(type="LionMuon", params={"polar": FP32}),
-    "CautiousLion": Run(type="CautiousLion", params={"lr": 1e-3}),
-    "StableLion": Run(type="StableLion", params={"lr": 1e-3, "trust_ratio_max": 1e3}),
-    "LASM-element": Run(type="LASM", params={"lr": 1e-3, "variance": "element"}),
-    "StoSignSGD": Run(type="StoSignSGD", params={"lr": 1e-3}),
-    "MiMuon-some_closed": Run(type="MiMuon", params={"polar": FP32, "tau": 2.0}),
-    "SpectralLion": Run(type="SpectralLion", params={"lr": 1e-3, "basis": "weight"}),
-    "Lamb": Run(type="Lamb", params={"lr": 1e-2}),
-    "StableAdamW": Run(type="StableAdamW", params={"lr": 1e-3}),
+# An optimizer of each way through the package; --full adds AdamW beside matrices, and narrow momentum.
+OPTIMIZERS = {
+    name: Run(type=WITH_VARIANTS[name].type, params=WITH_VARIANTS[name].params)
+    for name in cells(["Lion"], ["Muon-aux_adamw", "LionMuon-bfloat16"], WITH_VARIANTS)
 }
-if not os.environ.get("DS_OPTIM_ALL_CELLS"):
-    OPTIMIZERS = dict(list(OPTIMIZERS.items())[:3])
-PLACES = {2: ("z1", "z3"), 3: ("z2", "z3-sub_groups")}
+PLACES = dict(cells([(2, ("z1", "z3"))], [(3, ("z2", "z3-sub_groups"))]))
 
 
 def placed(run: Run, place: str) -> Run:
@@ -136,6 +121,7 @@ def counted() -> list[dict[str, MemoryAccount]]:
     return run_ranks(2, count_all, timeout=100)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_what_is_accounted(name: str) -> None:
     cell, optimizer, settings = CASES[name]
@@ -220,6 +206,7 @@ def saved_and_loaded(rank: int, world_size: int, folder: Path) -> dict[str, list
     return found
 
 
+@pytest.mark.full
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     for found in run_ranks(2, saved_and_loaded, tmp_path):
         for label, facts in found.items():
@@ -242,6 +229,7 @@ def client_step(rank: int, world_size: int) -> None:
     one_step(engine, 0, rank, world_size)
 
 
+@pytest.mark.full
 def test_a_client_optimizer_is_refused_at_its_first_step() -> None:
     outcomes = run_ranks(2, client_step, expect_error=True)
     assert_all_raised(outcomes, "UserError", "bf16.bf16_master_weights_and_grads", "use stage 2")

@@ -101,6 +101,7 @@ def _momentum_dtype(optimizer: Mapping[str, Any]) -> str:
     return f"torch.{optimizer['params'].get('momentum_dtype', 'float32')}"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(world_size: int, tmp_path: Path) -> None:
     for rank, found in enumerate(run_ranks(world_size, saved_and_loaded, tmp_path, timeout=300)):
@@ -163,6 +164,7 @@ def full_states(rank: int, world_size: int) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.full
 def test_deepspeed_hands_out_the_full_momentum() -> None:
     for found in run_ranks(2, full_states):
         assert found == {label: [] for label in found}

@@ -28,6 +28,8 @@ from .small_runs import (
     quiet,
 )
 
+pytestmark = pytest.mark.full
+
 STEPS = 4
 INPUTS = 6
 

@@ -21,6 +21,8 @@ from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
 
 from .harness import run_ranks
 
+pytestmark = pytest.mark.full
+
 BUCKET = 20_000
 PERSISTENT = 100
 TOKENS = 32

@@ -115,6 +115,7 @@ def mistakes(rank: int, world_size: int) -> list[tuple[str, str, str, str, list[
     return found
 
 
+@pytest.mark.full
 def test_mistakes_are_found_on_every_rank_before_any_write() -> None:
     ranks = run_ranks(2, mistakes, timeout=300)
     for rank, found in enumerate(ranks):
@@ -203,6 +204,7 @@ def client_settings(rank: int, world_size: int) -> dict[str, tuple[str, str]]:
     return found
 
 
+@pytest.mark.full
 def test_a_client_optimizer_refuses_settings_at_the_end_of_initialize() -> None:
     for found in run_ranks(2, client_settings):
         for part, (error, line) in found.items():
@@ -252,6 +254,7 @@ def after_engines(rank: int, world_size: int) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.full
 def test_a_model_is_trained_plainly_and_by_others_after_an_engine_is_gone() -> None:
     for found in run_ranks(2, after_engines):
         assert found == {label: [] for label in GONE}
@@ -263,6 +266,7 @@ def cut_and_gone(rank: int, world_size: int) -> None:
     ds_optim.Lion(ds_optim.param_groups(model)).step()
 
 
+@pytest.mark.full
 def test_shards_of_an_engine_that_is_gone_are_refused_in_one_line() -> None:
     outcomes = run_ranks(2, cut_and_gone, expect_error=True)
     assert_all_raised(outcomes, "UserError", "lies in the shards of a ZeRO-3 engine that is gone: build the model anew")

@@ -82,6 +82,7 @@ def frozen_and_saved(rank: int, world_size: int, folder: Path, moment: str) -> l
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_what_was_bound_is_what_is_saved(moment: str, tmp_path: Path) -> None:
     for found in run_ranks(2, frozen_and_saved, tmp_path, moment):
@@ -113,6 +114,7 @@ def thawed_after(rank: int, world_size: int, stage: int) -> None:
     step(engine, 0, rank, world_size)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_is_unfrozen_too_late_to_be_trained_is_named(stage: int) -> None:
     outcomes = run_ranks(2, thawed_after, stage, expect_error=True)
@@ -196,6 +198,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     return folder, [gathered(rank[number] for rank in every) for number in range(len(SAVED_AT))]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["whole", "adapter", "all frozen", "nothing"])
 def test_a_verified_copy_of_a_frozen_base_loads(
     kind: str, adapters: tuple[Path, list[dict[tuple[str, str], Tensor]]], tmp_path: Path

@@ -156,6 +156,7 @@ def test_a_result_that_cannot_be_sent_is_an_error() -> None:
         run_ranks(1, unpicklable, init=False)
 
 
+@pytest.mark.full
 def test_a_hang_shows_stacks_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RankTimeout, match=r"ranks \[0, 1\] still ran after 3 s") as caught:
         run_ranks(2, hang_here, tmp_path, timeout=3, init=False)
@@ -163,6 +164,7 @@ def test_a_hang_shows_stacks_and_leaves_nothing(tmp_path: Path) -> None:
     assert gone(started(tmp_path, 4))
 
 
+@pytest.mark.full
 def test_ranks_end_when_the_test_process_is_killed(tmp_path: Path) -> None:
     code = (
         "import pathlib; from tests.distributed import harness, test_harness;"

@@ -18,6 +18,8 @@ from .harness import run_ranks
 from .small_runs import LION, LION_MUON, MUON, Cell, differences, one_step, snapshot, start
 from .test_bad_input import attempt
 
+pytestmark = pytest.mark.full
+
 OPTIM = "{tag}/zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 

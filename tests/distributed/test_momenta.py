@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ds_optim
 from ds_optim.errors import UserError
+from tests.tiers import cells
 
 from .harness import run_ranks
 from .models import TinyNet
@@ -25,11 +26,14 @@ INT8 = [
     Cell(stage=0, dtype="bf16"),
     Cell(stage=2, dtype="bf16"),
 ]
-CELLS = [
-    *((cell, "int8") for cell in INT8),
-    *((Cell(stage=stage), "bfloat16") for stage in (0, 1, 3)),
-    *((Cell(stage=stage), "float32") for stage in (2, 3)),
-]
+CELLS = cells(
+    [(INT8[0], "int8")],
+    [
+        *((cell, "int8") for cell in INT8),
+        *((Cell(stage=stage), "bfloat16") for stage in (0, 1, 3)),
+        *((Cell(stage=stage), "float32") for stage in (2, 3)),
+    ],
+)
 LR = 2.0**-10
 NAME = "fused.weight"
 
@@ -146,5 +150,6 @@ def alone(rank: int, world_size: int) -> str:
         return str(problem)
 
 
+@pytest.mark.full
 def test_codes_are_never_handed_out_as_numbers() -> None:
     assert run_ranks(1, alone) == ["exp_avg not found in optimizer state fragment"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 import ds_optim
@@ -19,6 +20,8 @@ from ds_optim.zero.reading import load_config
 
 from .harness import run_ranks
 from .small_runs import new_model, quiet
+
+pytestmark = pytest.mark.full
 
 LION = '"optimizer": {"type": "Lion", "params": {"lr": 0.001}}'
 WARMUP = '"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 4}}'

@@ -18,6 +18,8 @@ from .resharding import gathered, held
 from .small_runs import Cell, bits, one_step, own_optimizer, quiet
 from .test_universal import to_universal
 
+pytestmark = pytest.mark.full
+
 STEPS = 2
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 2, "warmup_type": "linear"}}
 FP32 = {"polar": {"steps": 3, "dtype": "float32"}}

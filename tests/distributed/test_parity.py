@@ -9,7 +9,6 @@ gradients agree between the two (agreement.py).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,37 +16,25 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import CASES, one_of_each_kind
+from tests.tiers import ALL, FULL
+
 from .agreement import CHANCE, Noise, Verdict, disturbed, judge, measure_noise
 from .harness import run_ranks
 from .training import Run, Trained, Weights, layout_of, replay, train_plain, train_sharded
 
-FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+BF16 = {"dtype": "bfloat16"}
 
-# To add an optimizer, add a line.
+# One rule of each kind: that all rules give the unsharded bits is shown by test_same_gradients.py.
+RATES = {"Muon": 1e-2, "LionMuon": 1e-2, "MiMuon": 1e-2, "Lamb": 1e-2}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "Lion": {"lr": 1e-3, "weight_decay": 0.1},
-    "SignSGD": {"lr": 1e-3},
-    "Signum": {"lr": 1e-3},
-    "Muon": {"lr": 1e-2, "weight_decay": 0.1, "aux_lr": 1e-3, "polar": FP32},
-    "Muonlight": {"lr": 1e-2, "aux": "signum", "aux_lr": 1e-3, "polar": FP32},
-    "LionMuon": {"lr": 1e-2, "weight_decay": 0.1, "polar": FP32},
-    "SignMuon": {"lr": 3e-2, "polar": FP32},
-    "CautiousLion": {"lr": 1e-3, "weight_decay": 0.1},
-    "CLion": {"lr": 1e-3, "weight_decay": 0.1, "nu": 1e-3},
-    "StableLion": {"lr": 1e-3, "weight_decay": 0.1},
-    "LASM": {"lr": 1e-3},
-    "StoSignSGD": {"lr": 1e-3},
-    "MiMuon": {"lr": 1e-2, "aux_lr": 1e-3, "polar": FP32},
-    "SpectralLion": {"lr": 1e-3, "basis": "weight", "polar": FP32},
-    "Lamb": {"lr": 1e-2},
-    "StableAdamW": {"lr": 1e-3},
+    name: {"lr": RATES.get(name, 1e-3), "weight_decay": 0.1, **CASES[name].params} for name in one_of_each_kind()
 }
-# One optimizer is run in every cell of up to three ranks: the one that orthogonalizes, takes signs of matrices and
-# hands the rest to Lion. The others are run at every sharded stage and world size, precision and accumulation dealt as
-# in a Latin square; in every cell too (three times as long) where DS_OPTIM_ALL_CELLS is set.
-ALL_CELLS = bool(os.environ.get("DS_OPTIM_ALL_CELLS"))
-# What the rest is built of; the others are dealt to two ranks in fp32, and to three at one stage.
-FOUNDATION = ("Lion", "SignSGD", "Signum", "Muon", "Muonlight", "LionMuon", "SignMuon")
+# One is run in every cell of up to three ranks: the one that orthogonalizes, takes signs of matrices and hands the rest
+# to Lion. The others are run at every sharded stage and world size, precision and accumulation dealt as in a Latin
+# square; in every cell too (three times as long) where DS_OPTIM_ALL_CELLS is set.
+FOUNDATION = ("Lion", "SignSGD", "Muon", "LionMuon")
+"""What the rest is built of; the others are dealt to two ranks in fp32, and to three at one stage."""
 _SQUARE = (("fp32", 1), ("bf16", 3), ("fp32", 3), ("bf16", 1))
 
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -113,7 +100,8 @@ def _cell(
     # 16-bit training computes its polar factors in 16 bits.
     if dtype == "bf16" and "polar" in params:
         params["polar"] = BF16
-    run = Run(type=kind, params=params | other.pop("params", {}), stage=stage, dtype=dtype, accumulation=accumulation)
+    params |= other.pop("params", {})
+    run = Run(type=CASES[kind].type, params=params, stage=stage, dtype=dtype, accumulation=accumulation)
     name = f"{kind}-z{stage}-{world_size}ranks-{dtype}-acc{accumulation}" + (f"-{variant}" if variant else "")
     return Cell(world_size, replace(run, **other), name)
 
@@ -124,7 +112,7 @@ def _cells() -> Iterator[Cell]:
             for stage in (0, 1, 2, 3):
                 for dtype in ("fp32", "bf16"):
                     for accumulation in (1, 3):
-                        everywhere = ALL_CELLS or (kind == "LionMuon" and world_size < 4)
+                        everywhere = ALL or (kind == "LionMuon" and world_size < 4)
                         if everywhere or _is_dealt(kind, world_size, stage, dtype, accumulation):
                             yield _cell(world_size, kind, stage, dtype, accumulation)
     for variant, (kinds, stages, world_sizes, changes, params) in VARIANTS.items():
@@ -148,8 +136,26 @@ def _is_dealt(kind: str, world_size: int, stage: int, dtype: str, accumulation: 
     return dealt or alike
 
 
-CELLS = {cell.name: cell for cell in _cells()}
-assert len(CELLS) == sum(1 for _ in _cells())
+# Of the default tier: stages 1 and 3, which must agree to the bit, of one rule, and a cell of each hard setting.
+_FEW = (
+    *(f"LionMuon-z{stage}-2ranks-fp32-acc1" for stage in (1, 3)),
+    "Muon-z3-2ranks-fp32-acc3-clipped",
+    "Lion-z1-2ranks-bf16-acc1-bf16_optimizer",
+    "LionMuon-z2-2ranks-fp32-acc1-offload",
+)
+CELLS = {cell.name: cell for cell in _cells() if FULL or cell.name in _FEW}
+STAGES_ALIKE = [
+    (kind, stage, 1)
+    for stage in (2, 3)
+    for kind in OPTIMIZERS
+    if {f"{kind}-z{s}-2ranks-fp32-acc1" for s in (stage, 1)} <= CELLS.keys()
+]
+
+
+def test_every_cell_has_a_name_of_its_own() -> None:
+    assert len({cell.name for cell in _cells()}) == sum(1 for _ in _cells())
+    assert CELLS.keys() >= set(_FEW)
+    assert {kind for kind, _, _ in STAGES_ALIKE} == (set(OPTIMIZERS) if FULL else {"LionMuon"})
 
 
 # --------------------------------------------------------------------------------------------- on the ranks
@@ -238,8 +244,7 @@ def test_signs_flip_only_within_the_difference_of_gradients(verdict: Results, ce
     assert seen.off_multiple <= 0.01
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize(("stage", "other"), [(2, 1), (3, 1)])
+@pytest.mark.parametrize(("kind", "stage", "other"), STAGES_ALIKE)
 def test_stages_give_the_same_bits_at_two_ranks(verdict: Results, kind: str, stage: int, other: int) -> None:
     """In fp32 without clipping, the gradients' bits are alike as they are."""
     one, another = (verdict(f"{kind}-z{s}-2ranks-fp32-acc1").weights for s in (stage, other))

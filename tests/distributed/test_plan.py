@@ -62,6 +62,7 @@ def planned(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.full
 def test_rank_0s_clock_decides_and_a_resumed_run_keeps_its_plan(tmp_path: Path) -> None:
     first, *others = run_ranks(3, planned, tmp_path)
     assert all(other == first for other in others)
@@ -90,6 +91,7 @@ def loaded_late(rank: int, world_size: int, folder: Path) -> tuple[list[str], li
     return saved, before, after
 
 
+@pytest.mark.full
 def test_a_checkpoint_loaded_between_steps_brings_its_plan(tmp_path: Path) -> None:
     for saved, before, after in run_ranks(3, loaded_late, tmp_path):
         assert saved == after
@@ -112,6 +114,7 @@ def universal(rank: int, world_size: int, folder: Path, load: bool) -> list[str]
     return found
 
 
+@pytest.mark.full
 def test_a_universal_load_brings_the_plan(tmp_path: Path) -> None:
     saved = run_ranks(3, universal, tmp_path, False)
     to_universal(tmp_path, "one")
@@ -136,6 +139,7 @@ def failing(rank: int, world_size: int, folder: Path) -> str:
     return "no error"
 
 
+@pytest.mark.full
 def test_what_rank_0_cannot_do_is_said_by_all(tmp_path: Path) -> None:
     said = "rank 0 could not plan the exchange of matrices: ZeroDivisionError: the clock stands still"
     assert run_ranks(2, failing, tmp_path) == [said, said]
@@ -156,6 +160,7 @@ def unequal(rank: int, world_size: int, folder: Path) -> tuple[list[str], list[b
     return found
 
 
+@pytest.mark.full
 def test_ranks_with_other_threads_plan_alike(tmp_path: Path) -> None:
     first, second = run_ranks(2, unequal, tmp_path)
     assert first == second
@@ -175,6 +180,7 @@ def replicas(rank: int, world_size: int, folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.full
 def test_replicas_work_alike(tmp_path: Path) -> None:
     first, second = run_ranks(2, replicas, tmp_path)
     assert first == second
@@ -222,6 +228,7 @@ HELD = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "stage", "bucket_mb", "overlap"), HELD)
 def test_a_step_holds_no_more_than_the_bucket_or_a_multiple_of_the_largest_matrix(
     kind: str, stage: int, bucket_mb: float, overlap: bool

@@ -5,7 +5,6 @@ The gradients are known ones, put into the flat partitions; the reference never 
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import reference
+from tests.tiers import ALL
 from tests.unit.test_optimizers import (
     CASES,
     MATRIX_RULES,
@@ -26,6 +26,8 @@ from tests.unit.test_optimizers import (
 from .harness import run_ranks
 from .training import Run, Weights, initial_weights, random_gradients, train_sharded
 
+pytestmark = pytest.mark.full
+
 STEPS = 50
 # (stage, world size): each optimizer at one of them in turn; at all six, and in all its variants, where
 # DS_OPTIM_ALL_CELLS is set. (test_same_gradients.py: all places agree with each other to the bit.)
@@ -35,7 +37,6 @@ PLACES = [(stage, world_size) for world_size in (2, 3) for stage in (1, 2, 3)]
 RATES: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.5}
 LARGER = {"StableLion": {"lr": 1.0}, "Lamb": {"lr": 1.0}}
 LABELS = [f"{name}-{number}" for number, (name, _) in enumerate(CASES)]
-ALL = bool(os.environ.get("DS_OPTIM_ALL_CELLS"))
 
 
 def _cells() -> list[tuple[int, int, int]]:

@@ -1,6 +1,6 @@
 """Every optimizer goes on from a checkpoint bit for bit, over stages, momentum dtypes, accumulation and offload.
 
-Default: a cell an optimizer, so chosen that every pair of (stage, dtype, momentum, accumulation, offload) occurs;
+--full: a cell an optimizer, so chosen that every pair of (stage, dtype, momentum, accumulation, offload) occurs;
 DS_OPTIM_ALL_CELLS=1 runs the product. (test_checkpoint.py and test_family_resume.py look closer at fewer of them.)
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -16,7 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from ds_optim.optimizers import OPTIMIZERS
+from tests.cases import CASES, NARROW
+from tests.cases import TYPES as OPTIMIZERS
+from tests.tiers import ALL, FULL
 
 from .harness import device, run_ranks
 from .models import TinyNet, batch, share
@@ -24,17 +25,6 @@ from .small_runs import BATCH, OFFLOAD, Cell, differences, local_tensors, own_op
 
 BEFORE, AFTER = 3, 2
 """Odd before, so that a period of 2 is resumed between its phases."""
-ALL = bool(os.environ.get("DS_OPTIM_ALL_CELLS"))
-
-_POLAR = {"polar": {"steps": 3, "dtype": "float32"}}
-_PARAMS: dict[str, dict[str, Any]] = {
-    "LionMuon": {"period": 2, **_POLAR},
-    **{name: _POLAR for name in ("Muon", "Muonlight", "SignMuon", "MiMuon")},
-    "StoSignSGD": {"seed": 3},
-}
-_TWO_VALUES = ("Lamb", "StableAdamW")
-_NO_STATE = ("SignSGD",)
-
 STAGES = (0, 1, 2, 3)
 DTYPES = ("fp32", "bf16")
 MOMENTA = ("float32", "bfloat16", "int8")
@@ -55,7 +45,7 @@ class Where(NamedTuple):
 def is_possible(name: str, where: Where) -> bool:
     """Only one momentum can be narrow, and there is nothing to offload at stage 0."""
     narrow = where.momentum != "float32"
-    return not (narrow and name in (*_TWO_VALUES, *_NO_STATE)) and not (where.offload and where.stage == 0)
+    return not (narrow and name not in NARROW) and not (where.offload and where.stage == 0)
 
 
 PRODUCT = [Where(*values) for values in itertools.product(STAGES, DTYPES, MOMENTA, ACCUMULATIONS, OFFLOADS)]
@@ -79,9 +69,11 @@ def choose() -> list[tuple[str, Where]]:
 
 
 CELLS = [(n, w) for n in OPTIMIZERS for w in PRODUCT if is_possible(n, w)] if ALL else choose()
+if not FULL:  # one that keeps a mean, one with a number for each parameter, one with two values an element
+    CELLS = [cell for cell in CELLS if cell[0] in ("LionMuon", "LASM", "Lamb")]
 
 
-def test_the_default_cells_cover_every_pair() -> None:
+def test_the_chosen_cells_cover_every_pair() -> None:
     possible = set().union(*(pairs(where) for where in PRODUCT if is_possible("Lion", where)))
     assert set().union(*(pairs(where) for _, where in choose())) == possible
     assert {name for name, _ in choose()} == set(OPTIMIZERS)
@@ -95,7 +87,7 @@ def step_of(engine: Any, step: int, rank: int, world_size: int, accumulation: in
 
 
 def new_engine(name: str, where: Where, world_size: int, seed: int) -> Any:
-    params = {"lr": 1e-2, **_PARAMS.get(name, {})}
+    params = {**CASES[name].params, "lr": 1e-2}
     if where.momentum != "float32":
         params["momentum_dtype"] = where.momentum
     cell = Cell(
@@ -139,7 +131,7 @@ def go_on(rank: int, world_size: int, folder: Path, cells: list[tuple[str, Where
             "loaded": loaded,
             "resumed": differences(whole, snapshot(resumed)),
             "dtypes": kinds,
-            "expected": set() if name in _NO_STATE else {where.momentum},
+            "expected": {where.momentum} if CASES[name].rule.elements else set(),
         }
         resumed.destroy()
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ from .small_runs import (
     snapshot,
     start,
 )
+
+pytestmark = pytest.mark.full
 
 # ------------------------------------------------------------------------------- steps that must move nothing
 

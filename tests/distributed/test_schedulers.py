@@ -106,6 +106,7 @@ def schedules() -> list[dict[str, Any]]:
     return run_ranks(2, all_schedules, timeout=300)
 
 
+@pytest.mark.full
 def test_every_group_steps_at_its_share_of_a_schedules_rate(schedules: list[dict[str, Steps]]) -> None:
     for name, steps in schedules[0].items():
         assert len({shown[0] for shown, _ in steps}) > 1, f"{name} never moved the rate"
@@ -117,6 +118,7 @@ def test_every_group_steps_at_its_share_of_a_schedules_rate(schedules: list[dict
     assert schedules[0] == schedules[1]
 
 
+@pytest.mark.full
 def test_what_a_section_means_does_not_hang_on_the_way_in(schedules: list[dict[str, Steps]]) -> None:
     found = schedules[0]
     for name in BOTH_WAYS:
@@ -206,6 +208,7 @@ def resumed(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Steps, 
     return found
 
 
+@pytest.mark.full
 def test_a_resumed_schedule_goes_on_with_each_groups_rate(tmp_path: Path) -> None:
     for found in run_ranks(2, resumed, tmp_path, timeout=200):
         for name, (whole, again) in found.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 import ds_optim
+from ds_optim.matrix.shapes import ELEMENTS, ROWS, SIGN_POLAR, WEIGHT_BASIS, Part
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.optimizers.routing import MEMBERS
+from ds_optim.optimizers.rules import ELEMENT, MatrixSignUpdate, MatrixUpdate, ParameterUpdate
 from ds_optim.sharding.layout import Layout, Slice
+from tests.cases import CASES, WITH_VARIANTS, Case, one_of_each_kind, update_of
+from tests.tiers import cells
 
 from .harness import run_ranks
 from .training import ParityNet, Run, layout_of, start_engine, take_step
@@ -27,49 +31,20 @@ STEPS = 4
 SUB_GROUPS = {"sub_group_size": 300}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
-# name -> (run, state bytes per parameter, the same of what is no matrix). To add an optimizer, add a line.
-OPTIMIZERS: dict[str, tuple[Run, int, int]] = {
-    "Lion": (Run(type="Lion"), 4, 4),
-    "SignSGD": (Run(type="SignSGD"), 0, 0),
-    "Signum": (Run(type="Signum"), 4, 4),
-    "Muon": (Run(type="Muon", params={"polar": BF16}), 4, 4),
-    "Muon-aux_adamw": (Run(type="Muon", params={"polar": BF16, "aux": "adamw"}), 4, 8),
-    "Muonlight": (Run(type="Muonlight", params={"polar": BF16, "aux": "signum"}), 4, 4),
-    "LionMuon": (Run(type="LionMuon", params={"polar": BF16}), 4, 4),
-    "SignMuon": (Run(type="SignMuon", params={"polar": BF16}), 4, 4),
-    "Lion-bfloat16": (Run(type="Lion", params={"momentum_dtype": "bfloat16"}), 2, 2),
-    "Lion-int8": (Run(type="Lion", params={"momentum_dtype": "int8"}), 1, 1),
-    "LionMuon-int8": (Run(type="LionMuon", params={"polar": BF16, "momentum_dtype": "int8"}), 1, 1),
-    "Muon-bfloat16": (Run(type="Muon", params={"polar": BF16, "momentum_dtype": "bfloat16"}), 2, 2),
-    "CautiousLion": (Run(type="CautiousLion"), 4, 4),
-    "CLion": (Run(type="CLion"), 4, 4),
-    "CLion-tensor": (Run(type="CLion", params={"gate": "tensor"}), 4, 4),
-    "StableLion": (Run(type="StableLion"), 4, 4),
-    "LASM": (Run(type="LASM"), 4, 4),
-    "LASM-element": (Run(type="LASM", params={"variance": "element"}), 8, 8),
-    "StoSignSGD": (Run(type="StoSignSGD"), 4, 4),
-    "StoSignSGD-element": (Run(type="StoSignSGD", params={"bound": "element"}), 8, 8),
-    "MiMuon": (Run(type="MiMuon", params={"polar": BF16}), 4, 4),
-    "SpectralLion": (Run(type="SpectralLion", params={"polar": BF16, "basis": "weight"}), 4, 4),
-    "SpectralLion-momentum": (Run(type="SpectralLion", params={"polar": BF16, "basis": "momentum"}), 4, 4),
-    "SpectralLion-gradient": (Run(type="SpectralLion", params={"polar": BF16, "basis": "gradient"}), 4, 4),
-    "Lamb": (Run(type="Lamb"), 8, 8),
-    "StableAdamW": (Run(type="StableAdamW"), 8, 8),
-}
-# Bytes a parameter tensor and step that a rule joins in its one all-reduce; of matrices alone, or of all parameters.
-JOINED = {
-    **dict.fromkeys(["CautiousLion", "CLion-tensor", "LASM", "StoSignSGD", "StableAdamW"], 8),
-    **dict.fromkeys(["StableLion", "Lamb"], 16),
-    "MiMuon": 8,
-}
-# How many of the counted steps of an optimizer send matrices; none of those not named here.
-SENDING = {
-    **dict.fromkeys(["Muon", "Muon-aux_adamw", "Muon-bfloat16", "Muonlight", "MiMuon"], STEPS),
-    **dict.fromkeys(["SpectralLion", "SpectralLion-momentum", "SpectralLion-gradient"], STEPS),
-    **dict.fromkeys(["LionMuon", "LionMuon-int8", "SignMuon"], STEPS // 2),
-}
+
+def _bf16(case: Case) -> dict[str, Any]:
+    """Directions that travel in 16 bits."""
+    return {"polar": BF16} if case.has_matrices else {}
+
+
+CHOSEN = {name: WITH_VARIANTS[name] for name in (*CASES, "Muon-aux_adamw", "Lion-bfloat16")}
+"""Every rule, an aux rule that keeps more, and (below) momentum of fewer bits."""
+RUNS = {name: Run(type=case.type, params={**case.params, **_bf16(case)}) for name, case in CHOSEN.items()}
+for _type, _dtype in (("Muon", "bfloat16"), ("Lion", "int8"), ("LionMuon", "int8")):
+    CHOSEN[f"{_type}-{_dtype}"] = CASES[_type]
+    RUNS[f"{_type}-{_dtype}"] = Run(type=_type, params={**RUNS[_type].params, "momentum_dtype": _dtype})
 # Bytes of an element on its way to the owner and back, where it is not 2 and 2: a sign is one byte.
-TRAVELLING = {"SpectralLion": (2 + 4, 1), "SpectralLion-momentum": (2, 1)}
+TRAVELLING = {WEIGHT_BASIS: (2 + 4, 1), SIGN_POLAR: (2, 1)}
 # place -> (settings of the run, world sizes).
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z1": ({"stage": 1}, (2, 3, 4)),
@@ -79,14 +54,47 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z2-offload": ({"stage": 2, "zero": OFFLOAD}, (2,)),
     "z3-offload": ({"stage": 3, "zero": OFFLOAD}, (2,)),
 }
-# On four ranks, one of each kind: what the others add is theirs on three too; all where DS_OPTIM_ALL_CELLS is set.
-ON_FOUR = set(OPTIMIZERS) if os.environ.get("DS_OPTIM_ALL_CELLS") else {
-    *("Lion", "Lion-int8", "Muon", "LionMuon", "SpectralLion", "LASM"),
-}  # fmt: skip
+# Every rule at stage 3 on two ranks; with --full those of each kind at all places; all where DS_OPTIM_ALL_CELLS is set.
+KINDS = ("Lion", "Lion-int8", "Muon", "LionMuon", "SpectralLion-weight", "LASM", *one_of_each_kind(), *list(RUNS)[-3:])
+CELLS = cells(
+    product(CASES, ["z3"], [2]),
+    [
+        *((name, place, 3) for name, place in product(RUNS, ("z1", "z3"))),
+        *(
+            (name, place, size)
+            for place, (_, sizes) in PLACES.items()
+            for size in sizes
+            for name in KINDS
+        ),
+    ],
+    [(name, place, size) for place, (_, sizes) in PLACES.items() for size in sizes for name in RUNS],
+)
+
+
+def element_bytes(name: str) -> tuple[int, int]:
+    """Bytes of state for an element of a matrix, and of what is none."""
+    case, params = CHOSEN[name], RUNS[name].params
+    stored = {"bfloat16": 2, "int8": 1}.get(params.get("momentum_dtype", ""), 4)
+    own = sum(stored if buffer.narrow else 4 for buffer in case.rule.buffers if buffer.kind == ELEMENT)
+    return own, (8 if params.get("aux") == "adamw" else stored) if case.has_matrices else own
+
+
+def joined_bytes(name: str) -> int:
+    """Bytes of the numbers of a whole parameter that a step joins in its one all-reduce."""
+    update = update_of(CHOSEN[name], 0)
+    if isinstance(update, ParameterUpdate):
+        return 8 * update.measure.columns if update.measure is not None else 0
+    return 8 if isinstance(update, MatrixUpdate) and update.gate is not None else 0
+
+
+def sending_steps(name: str) -> int:
+    """How many of the counted steps send matrices."""
+    updates = [update_of(CHOSEN[name], 1 + step) for step in range(STEPS)]
+    return sum(isinstance(update, MatrixUpdate | MatrixSignUpdate) for update in updates)
 
 
 def _run(name: str, place: str) -> Run:
-    run = Run(type="AdamW") if name == "AdamW" else OPTIMIZERS[name][0]
+    run = Run(type="AdamW") if name == "AdamW" else RUNS[name]
     return Run(type=run.type, params=run.params, **PLACES[place][0])
 
 
@@ -98,7 +106,7 @@ class Seen:
     strangers: tensors that the optimizer can reach besides parameters, partitions and state. claimed: bytes sent
     as the optimizer counts them in the counted steps; handed: the same seen at ``all_to_all_single``;
     total: all that the rank sent in these steps, DeepSpeed's own included. planned: elements that one
-    exchange of every unit sends to owners, and back, says the plan.
+    exchange of every unit sends to owners, and back, says the plan; rows: values of rows, there and back together.
     """
 
     state: int
@@ -108,6 +116,7 @@ class Seen:
     handed: int = 0
     total: float = 0.0
     planned: tuple[int, int] = (0, 0)
+    rows: int = 0
     unknown: set[str] = field(default_factory=set)
 
 
@@ -129,25 +138,30 @@ def _count(run: Run, rank: int, world_size: int) -> Seen:
             take_step(engine, run, rank, world_size, step)
         counter.stop()
     seen = Seen(
-        state=sum(_storages(t for state in optimizer.state.values() for t in state.values()).values()),
-        keys={key for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value)},
+        state=sum(_storages(t for state in optimizer.state.values() for t in _tensors(state)).values()),
+        keys={key for state in optimizer.state.values() for key, value in state.items() if list(_tensors(value))},
         strangers=_strangers(optimizer, model),
         claimed=comm.sent_bytes - before if comm else 0,
         handed=wire.sent,
         total=counter.sent_bytes,
-        planned=_planned(optimizer, rank),
+        planned=(_planned(optimizer, rank, ELEMENTS, True), _planned(optimizer, rank, ELEMENTS, False)),
+        rows=_planned(optimizer, rank, ROWS, True) + _planned(optimizer, rank, ROWS, False),
         unknown=counter.unknown,
     )
     engine.destroy()
     return seen
 
 
-def _planned(optimizer: torch.optim.Optimizer, rank: int) -> tuple[int, int]:
-    """Elements of slices that a rank sends to owners, and those of results that it sends back."""
+def _planned(optimizer: torch.optim.Optimizer, rank: int, part: Part, there: bool) -> int:
+    """Values of one kind that a rank sends to owners in an exchange of every unit, or back."""
     plans = [exchange.plan for exchange in getattr(optimizer, "exchanges", {}).values()]
-    buckets = [(plan, bucket) for plan in plans for bucket in plan.buckets]
-    there = sum(sum(plan.sent_counts(bucket, rank)) for plan, bucket in buckets)
-    return there, sum(sum(plan.received_counts(bucket, rank)) for plan, bucket in buckets)
+    sent = [
+        (plan.sent_counts if there else plan.received_counts)(bucket, rank, part)
+        for plan in plans
+        if part in (plan.there if there else plan.back) or part is ELEMENTS
+        for bucket in plan.buckets
+    ]
+    return sum(map(sum, sent))
 
 
 class _AllToAll:
@@ -170,6 +184,15 @@ class _AllToAll:
         return self._original(out, message, out_counts, counts, **kwargs)
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """A tensor, or those in a mapping: what is kept for rows is by parameter."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif torch.is_tensor(value):
+        yield value
+
+
 def _storages(values: Any) -> dict[int, int]:
     """Bytes by storage; a step count is no vector."""
     found = [v.untyped_storage() for v in values if torch.is_tensor(v) and v.dim()]
@@ -181,7 +204,7 @@ def _strangers(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list
     if not isinstance(optimizer, ds_optim.optimizers.ZeroOptimizer):
         return []
     known = {id(p) for p in model.parameters()} | {id(t) for t in optimizer.state}
-    known |= {id(v) for state in optimizer.state.values() for v in state.values()}
+    known |= {id(t) for state in optimizer.state.values() for t in _tensors(state)}
     return [tuple(t.shape) for t in _reachable(optimizer, set()) if id(t) not in known]
 
 
@@ -204,15 +227,12 @@ def _reachable(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 @cache
 def counted(world_size: int) -> dict[str, list[Seen]]:
-    """For each cell what every rank counted."""
-    places = [place for place, (_, sizes) in PLACES.items() if world_size in sizes]
-    cells = {f"{name} {place}": _run(name, place) for place in places for name in [*_named(world_size), "AdamW"]}
-    ranks = run_ranks(world_size, count_all, cells, timeout=400)
-    return {name: [rank[name] for rank in ranks] for name in cells}
-
-
-def _named(world_size: int) -> list[str]:
-    return [name for name in OPTIMIZERS if world_size < 4 or name in ON_FOUR]
+    """For each cell what every rank counted, and the same of AdamW's."""
+    mine = [(name, place) for name, place, size in CELLS if size == world_size]
+    runs = {f"{name} {place}": _run(name, place) for name, place in mine}
+    runs |= {f"AdamW {place}": _run("AdamW", place) for _, place in mine}
+    ranks = run_ranks(world_size, count_all, runs, timeout=400)
+    return {name: [rank[name] for rank in ranks] for name in runs}
 
 
 def layout(world_size: int, place: str) -> Layout:
@@ -226,14 +246,8 @@ def matrix_numels() -> list[int]:
 
 def at_places(*stages: int) -> Any:
     """Parametrize by the places of these stages, and their world sizes."""
-    cells = [(p, w) for p, (settings, sizes) in PLACES.items() if settings["stage"] in stages for w in sizes]
-    return pytest.mark.parametrize(("place", "world_size"), cells)
-
-
-def at_all_places() -> Any:
-    """Parametrize by optimizers, places and world sizes."""
-    cells = [(name, p, w) for p, (_, sizes) in PLACES.items() for w in sizes for name in _named(w)]
-    return pytest.mark.parametrize(("name", "place", "world_size"), cells)
+    places = [(p, w) for _, p, w in CELLS if PLACES[p][0]["stage"] in stages]
+    return pytest.mark.parametrize(("place", "world_size"), list(dict.fromkeys(places)))
 
 
 def scale_bytes(slices: list[Slice]) -> int:
@@ -245,11 +259,11 @@ def test_int8_takes_1_016_bytes_where_slices_are_long() -> None:
     assert (2**20 + scale_bytes(whole)) / 2**20 == 1 + 4 / 256
 
 
-@at_all_places()
+@pytest.mark.parametrize(("name", "place", "world_size"), CELLS)
 def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_size: int) -> None:
     """Summed over ranks, padding apart: 4 bytes a parameter for one fp32 buffer."""
     seen = counted(world_size)[f"{name} {place}"]
-    _, on_matrices, elsewhere = OPTIMIZERS[name]
+    rule, (on_matrices, elsewhere) = CHOSEN[name].rule, element_bytes(name)
     expected = 0
     for unit in layout(world_size, place).units:
         elements = sum(spec.numel for spec in unit.params) + sum(unit.padding(rank) for rank in range(world_size))
@@ -257,28 +271,33 @@ def test_state_is_what_the_rule_says_to_the_byte(name: str, place: str, world_si
         if name.endswith("int8"):  # a scale for every 256 elements of a parameter, or what a border leaves of them
             slices = [piece for rank in range(world_size) for piece in unit.slices(rank)]
             expected += scale_bytes(slices)
+        if unit.group == 0:  # a row's value is with one rank
+            expected += sum(4 * spec.shape[0] * len(rule.rows) for spec in unit.params)
     assert sum(rank.state for rank in seen) == expected
-    parameters = sum(p.numel() for p in ParityNet().parameters())
-    padding = sum(u.padding(r) for u in layout(world_size, place).units for r in range(world_size))
-    if on_matrices == elsewhere and not name.endswith("int8"):
-        assert sum(rank.state for rank in seen) - on_matrices * padding == on_matrices * parameters
-    kept: dict[int, set[str]] = {0: set(), 8: {"exp_avg", "exp_avg_sq"}}
+    kept = {key for rank in seen for key in rank.keys}
     int8 = {"exp_avg_codes", "exp_avg_scale"}
-    buffers = int8 | kept.get(elsewhere, set()) if name.endswith("int8") else kept.get(elsewhere, {"exp_avg"})
-    assert {key for rank in seen for key in rank.keys} == buffers
+    assert kept >= (int8 if name.endswith("int8") else {*rule.elements, *rule.rows})
+    assert kept <= {*rule.elements, *rule.rows, *(int8 if name.endswith("int8") else ()), *_of_aux(name)}
     assert [rank.strangers for rank in seen] == [[]] * world_size
 
 
-@at_all_places()
+def _of_aux(name: str) -> set[str]:
+    if not CHOSEN[name].has_matrices:
+        return set()
+    return {"exp_avg", "exp_avg_sq"} if RUNS[name].params.get("aux") == "adamw" else {"exp_avg"}
+
+
+@pytest.mark.parametrize(("name", "place", "world_size"), CELLS)
 def test_bytes_sent_are_those_of_the_plan(name: str, place: str, world_size: int) -> None:
     """As the optimizer claims, as the collective sees, and as the dispatcher sees beside AdamW's run."""
-    cells = counted(world_size)
-    there, back = TRAVELLING.get(name, (2, 2))
+    seen, case = counted(world_size), CHOSEN[name]
+    there, back = TRAVELLING.get(case.rule.shape, (2, 2))  # type: ignore[arg-type]
     units = layout(world_size, place).units
-    tensors = sum(len(unit.params) for unit in units if name != "MiMuon" or unit.group == 0)
-    joined = JOINED.get(name, 0) * tensors * STEPS
-    for rank, beside in zip(cells[f"{name} {place}"], cells[f"AdamW {place}"], strict=True):
-        assert rank.handed == SENDING.get(name, 0) * (rank.planned[0] * there + rank.planned[1] * back)
+    tensors = sum(len(unit.params) for unit in units if not case.has_matrices or unit.group == 0)
+    joined = joined_bytes(name) * tensors * STEPS
+    for rank, beside in zip(seen[f"{name} {place}"], seen[f"AdamW {place}"], strict=True):
+        planned = rank.planned[0] * there + rank.planned[1] * back + 4 * rank.rows
+        assert rank.handed == sending_steps(name) * planned
         assert rank.claimed == rank.handed + joined
         assert not rank.unknown
         # An all-reduce hands each byte over 2 (N-1)/N times.
@@ -301,6 +320,7 @@ def test_stage_3_sends_two_in_n_of_the_matrices(place: str, world_size: int) -> 
     assert half == [count / 2 for count in sent]
 
 
+@pytest.mark.full
 @at_places(1, 2)
 def test_stages_1_and_2_send_only_what_a_border_cuts(place: str, world_size: int) -> None:
     unit = layout(world_size, place).units[0]

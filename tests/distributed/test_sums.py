@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import ParamSpec, Slice, Unit, build_layout
 from ds_optim.sharding.sums import reduce_parameters, square_sum
+from tests.tiers import cells
 
 from .harness import run_ranks
 
@@ -74,7 +75,7 @@ def reduced(world_size: int) -> list[dict[str, Reduced]]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", cells([2, 3], [1, 4]))
 def test_reductions_are_those_of_the_whole_parameter(world_size: int, place: str) -> None:
     """numpy in fp64 over the unsharded values, rounded to fp32: to the bit, on every rank."""
     whole = [values_of(f"p{number}").double().numpy() for number in range(len(SHAPES))]
@@ -87,7 +88,7 @@ def test_reductions_are_those_of_the_whole_parameter(world_size: int, place: str
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", cells([2], [1, 4]))
 def test_eight_bytes_a_number_travel(world_size: int, place: str) -> None:
     """One small all-reduce a unit and call, and none on one rank."""
     numbers = len(SHAPES) * (2 + 1 + 1)

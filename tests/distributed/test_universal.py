@@ -17,6 +17,8 @@ from .models import TinyNet
 from .resharding import AFTER, BEFORE, KINDS, Seen, Shape, chosen, gathered, held, place, save_runs, steps
 from .small_runs import Cell, bits, local_tensors, own_optimizer, start
 
+pytestmark = pytest.mark.full
+
 CARRIED: list[tuple[str, Shape, Shape]] = [
     ("LionMuon", (2, 1), (3, 2)),
     ("LionMuon", (2, 3), (3, 3)),

@@ -16,6 +16,8 @@ import ds_optim
 from .harness import run_ranks
 from .small_runs import quiet
 
+pytestmark = pytest.mark.full
+
 
 def said(work: Callable[[], None]) -> list[str]:
     """What the package warned of in ``work``."""

@@ -18,6 +18,8 @@ import ds_optim
 from .harness import run_ranks
 from .small_runs import LION_MUON, Cell, Weights, equal, full_weights, new_model, one_step, quiet, trained_weights
 
+pytestmark = pytest.mark.full
+
 STEPS = 3
 CELLS = [Cell(stage=s) for s in (0, 1, 2, 3)] + [
     Cell(stage=2, dtype="bf16"),

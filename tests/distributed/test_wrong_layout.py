@@ -12,6 +12,7 @@ import torch
 
 import ds_optim.zero.partitions
 from ds_optim.sharding.layout import Layout, build_layout
+from tests.tiers import cells
 
 from .harness import run_ranks
 from .training import ParityNet, Run, start_engine, take_step
@@ -79,7 +80,10 @@ MISTAKES: dict[str, tuple[Callable[[Any, ParityNet, int], None], tuple[int, ...]
 }
 
 
-CASES = [(mistake, stage) for mistake, (_, stages, _) in MISTAKES.items() for stage in stages]
+CASES = cells(
+    ((mistake, stages[-1]) for mistake, (_, stages, _) in MISTAKES.items()),
+    ((mistake, stage) for mistake, (_, stages, _) in MISTAKES.items() for stage in stages),
+)
 
 
 @dataclass(frozen=True)

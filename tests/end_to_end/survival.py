@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from .test_train import LION_MUON
 
 FIRST_RELEASE = Path(__file__).parent.parent / "data" / "first_release"
 STEPS = 6
-ALL = bool(os.environ.get("DS_OPTIM_ALL_CELLS"))
 
 
 def tiny(**changed: Any) -> dict[str, Any]:

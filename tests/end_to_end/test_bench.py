@@ -17,6 +17,8 @@ from ds_optim.cli.app import main
 from ds_optim.matrix import dispatch
 from ds_optim.report import Row, read_rows
 
+pytestmark = pytest.mark.full
+
 MODEL = ("--ranks", "2", "--stages", "3", "--width", "32", "--layers", "2", "--vocabulary", "64")
 
 

@@ -142,6 +142,7 @@ def stand_in(job: CellJob) -> CellOutcome:
     return CellOutcome(reason=None, wall_s=1.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     started: list[str] = []
@@ -181,6 +182,7 @@ def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(tmp_path: Path, numb
         run_compare(settings(tmp_path / "none", **given, resume=True), never_called)
 
 
+@pytest.mark.full
 def test_a_failed_cell_is_a_row_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_compare(settings(tmp_path, optimizers=["adamw", "lion"], stages=[1, 2, 3]), stand_in) == 1
     rows = read_rows(tmp_path / "results.jsonl")
@@ -244,6 +246,7 @@ def _gone(folder: Path) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_rank_ends_the_others_within_seconds(
     tmp_path: Path, launcher: ForkserverLauncher, monkeypatch: pytest.MonkeyPatch
@@ -255,6 +258,7 @@ def test_a_killed_rank_ends_the_others_within_seconds(
     assert _gone(tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_cell_that_hangs_is_ended_at_its_timeout(
     tmp_path: Path, launcher: ForkserverLauncher, monkeypatch: pytest.MonkeyPatch
@@ -270,6 +274,7 @@ def _by_optimizer(rows: list[Row]) -> dict[str, Row]:
     return {row.optimizer: row for row in rows}
 
 
+@pytest.mark.full
 def test_a_comparison_for_real(tmp_path: Path) -> None:
     given = {"optimizers": ["lion", "lion_muon", "muon"], "stages": [3], "optimizer_params": {"muon": {"perod": 2}}}
     assert run_compare(settings(tmp_path, timeout=300, **given)) == 1

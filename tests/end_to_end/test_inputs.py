@@ -115,6 +115,7 @@ def _line(given: dict[str, Any]) -> str:
     return ""
 
 
+@pytest.mark.full
 def test_inputs_that_changed_are_refused_or_accepted_by_name(place: Path) -> None:
     found = run_ranks(1, resumed, place, init=False, timeout=200)[0]
     assert found.pop("nothing") == [""]
@@ -151,6 +152,7 @@ def one_rank_changed(rank: int, world_size: int, folder: Path, what: str) -> Non
     train(make_settings(**{**given, "out": None, "save_every": 0, "stage": 3, "zero_init": True}))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("what", "says"),
     [

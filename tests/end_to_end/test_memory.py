@@ -14,6 +14,8 @@ from ds_optim.report import Row, read_rows
 from ds_optim.sweep.memory import MemorySettings, run_memory
 from ds_optim.sweep.memory_cells import plan_memory
 
+pytestmark = pytest.mark.full
+
 SMALL = {"seq_len": 32, "micro_batch": 2, "repeat": 1, "steady": 2}
 #: Elements of a bucket that no machine has memory for; DeepSpeed makes it at stages 1 to 3 and not at stage 0.
 IMPOSSIBLE = 10**15

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ds_optim.errors import UserError
@@ -20,6 +21,8 @@ from ds_optim.train.loop import train
 from tests.distributed.harness import run_ranks
 
 from .survival import log_of, tiny
+
+pytestmark = pytest.mark.full
 
 SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 MODEL = "mp_rank_00_model_states.pt"

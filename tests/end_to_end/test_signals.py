@@ -22,8 +22,11 @@ import pytest
 
 from ds_optim.job.exits import PREEMPTED, RANK_LOST
 from ds_optim.survival import manifest
+from tests.tiers import ALL
 
-from .survival import ALL, log_of
+from .survival import log_of
+
+pytestmark = pytest.mark.full
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 MODEL = "--model model --optimizer lion --stage 1 --dtype fp32 --seq-len 16 --micro-batch 2 --eval-batches 1"

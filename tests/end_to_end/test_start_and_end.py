@@ -22,6 +22,8 @@ from tests.distributed.harness import run_ranks
 
 from .survival import STEPS, Watcher, log_of, tiny
 
+pytestmark = pytest.mark.full
+
 # ---- a rank that is lost before the watching began, or before the first step
 
 

@@ -34,6 +34,7 @@ def go_on(rank: int, world_size: int, folder: Path) -> TrainResult:
     return train(make_settings(**tiny(out="out", resume=True, save_every=3)))
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_the_first_release_resumes(place: Path) -> None:
     shutil.copytree(FIRST_RELEASE, place / "out")
     for result in run_ranks(2, go_on, place):
@@ -92,6 +93,7 @@ def kept(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     return {"whole": whole.losses, "rest": rest.losses, "latest": latest, "tags": tags}
 
 
+@pytest.mark.full
 def test_damage_is_skipped_and_named_and_old_checkpoints_go(place: Path) -> None:
     for found in run_ranks(2, kept, place):
         assert found["latest"] == "step-6"
@@ -143,6 +145,7 @@ def full_disk(rank: int, world_size: int, folder: Path, stage: int, full: tuple[
     return train(make_settings(**tiny(out="out", save_every=2, stage=stage)), Watcher(swap))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("stage", "full", "status"), [(1, (4,), 0), (3, (4, 6), SAVE_FAILED)])
 def test_a_full_disk_on_one_rank_costs_that_checkpoint_alone(
     place: Path, stage: int, full: tuple[int, ...], status: int
@@ -200,6 +203,7 @@ def changed_attributes(place: Path) -> Iterator[Callable[[], None]]:
         change("-", place / "disk/out/checkpoints")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("how", "stage"), [("full", 3), ("immutable", 1)])
 def test_a_first_save_that_finds_no_place_costs_checkpoints_and_not_the_run(
     place: Path, how: str, stage: int, changed_attributes: Callable[[], None]
@@ -223,6 +227,7 @@ def test_a_first_save_that_finds_no_place_costs_checkpoints_and_not_the_run(
         ]
 
 
+@pytest.mark.full
 def test_a_recovery_script_that_cannot_be_copied_costs_nothing(place: Path) -> None:
     results = run_ranks(2, spoiled, place, "script", 3, timeout=60)
     assert [(result.status, result.steps) for result in results] == [(0, STEPS)] * 2
@@ -243,6 +248,7 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.full
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     torch.save({"step": Payload(tmp_path / "it ran")}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match=r"evil\.pt is refused, and nothing in it was run"):
@@ -306,6 +312,7 @@ RESETS: list[tuple[int, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.full
 def test_another_optimizer_starts_from_the_same_weights_and_place(place: Path) -> None:
     for found in run_ranks(2, reset, place):
         assert len(found) == len(RESETS)
@@ -340,6 +347,7 @@ def write_runs(rank: int, world_size: int, folder: Path) -> None:
     train(make_settings(**tiny(out="muon", steps=2, save_every=2, optimizer="muon", optimizer_params={"lr": 1e-3})))
 
 
+@pytest.mark.full
 def test_a_checkpoint_that_is_damaged_on_one_node_is_loaded_by_no_rank(place: Path) -> None:
     """Rank 0 looks at the file that rank 1 loads, and finds its own copy whole."""
     run_ranks(2, write_runs, place)

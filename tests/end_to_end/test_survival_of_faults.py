@@ -22,9 +22,12 @@ from ds_optim.job.settings import make_settings
 from ds_optim.survival import manifest
 from ds_optim.train.loop import train
 from tests.distributed.harness import run_ranks
+from tests.tiers import ALL
 
-from .survival import ALL, STEPS, Watcher, log_of, tiny
+from .survival import STEPS, Watcher, log_of, tiny
 from .test_train import command, launched
+
+pytestmark = pytest.mark.full
 
 # ---- signals
 

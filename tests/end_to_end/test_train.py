@@ -121,6 +121,7 @@ def same_batch(rank: int, world_size: int, folder: Path) -> dict[str, TrainResul
     return runs
 
 
+@pytest.mark.full
 def test_ranks_stages_and_zero_init_train_alike(tmp_path: Path) -> None:
     alone = run_ranks(1, same_batch, tmp_path, timeout=200)[0]
     shared = run_ranks(2, same_batch, tmp_path, timeout=200)[0]
@@ -147,6 +148,7 @@ def learn(rank: int, world_size: int, out: Path) -> TrainResult:
     return train(settings)
 
 
+@pytest.mark.full
 def test_tiny_preset_learns_from_context_in_bf16_and_leaves_its_records(tmp_path: Path) -> None:
     result = run_ranks(2, learn, tmp_path, timeout=300)[0]
     assert 3.2 < result.unigram_entropy < 3.4
@@ -202,6 +204,7 @@ def misuse(rank: int, world_size: int, folder: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.full
 def test_mistakes_are_one_line_on_every_rank_and_hang_none(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
@@ -218,6 +221,7 @@ def lonely_mistake(rank: int, world_size: int, folder: Path) -> None:
     train(make_settings(**{**small_model(folder / str(rank)), "model": str(folder / "0"), "data": "text.txt"}))
 
 
+@pytest.mark.full
 def test_mistake_of_one_rank_ends_all(tmp_path: Path) -> None:
     for rank in "01":
         (tmp_path / rank).mkdir()
@@ -240,6 +244,7 @@ def other_run(rank: int, world_size: int, folder: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.full
 def test_checkpoints_are_not_written_over_nor_continued_by_another_run(tmp_path: Path) -> None:
     over, seed, steps = run_ranks(1, other_run, tmp_path, timeout=100)[0]
     assert "holds checkpoints of an earlier run; add --resume" in over
@@ -254,6 +259,7 @@ def timed(rank: int, world_size: int, folder: Path) -> tuple[int, list[float]]:
     return cut.steps, cut.losses + rest.losses
 
 
+@pytest.mark.full
 def test_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
     steps, losses = run_ranks(1, timed, tmp_path, timeout=100)[0]
     assert steps == 1
@@ -280,6 +286,7 @@ def launched(*arguments: str) -> list[str]:
     return [*launcher, "--master_port", str(port), "--module", "ds_optim", "train", *arguments]
 
 
+@pytest.mark.full
 def test_launcher_starts_two_ranks(tmp_path: Path) -> None:
     small_model(tmp_path / "model")
     arguments = "--model model --optimizer lion --stage 3 --seq-len 16 --steps 2 --eval-batches 1 --out out"
@@ -290,6 +297,7 @@ def test_launcher_starts_two_ranks(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.full
 def test_launcher_ends_with_the_line_of_a_mistake(tmp_path: Path) -> None:
     done = command(launched("--data", "nowhere.txt"), tmp_path)
     assert done.returncode != 0
@@ -299,6 +307,7 @@ def test_launcher_ends_with_the_line_of_a_mistake(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
     small_model(tmp_path / "model")
     arguments = "-m ds_optim train --model model --optimizer muon --seq-len 16 --steps 2 --eval-batches 1"

@@ -17,6 +17,9 @@ from ds_optim.elementwise.chunks import chunk_elements
 from ds_optim.elementwise.native import steps as calls
 from ds_optim.memory import MemoryWatch
 from ds_optim.optimizers import OPTIMIZERS
+from tests.cases import NARROW
+
+pytestmark = pytest.mark.full
 
 #: Several chunks of a CPU's, so that a whole tensor is told from a chunk.
 NUMEL = 32 * (1 << 17) + 321
@@ -24,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 #: fp32 chunks that a step holds at most: three are the walk's, the rest the eager path's noise, or sums in fp64.
 CHUNKS = 16
 ELEMENTWISE = [name for name, cls in OPTIMIZERS.items() if not getattr(cls, "has_aux", False)]
-ONE_BUFFER = [name for name in ELEMENTWISE if name not in ("Lamb", "StableAdamW", "SignSGD")]
+ONE_BUFFER = [name for name in ELEMENTWISE if name in NARROW]
 
 
 class Allocations(TorchDispatchMode):

@@ -47,6 +47,7 @@ def test_cases_take_turns_and_a_failing_one_has_its_reason() -> None:
     assert ratio(a, found["bad"]) is None
 
 
+@pytest.mark.full
 def test_what_prepares_a_sample_is_not_timed() -> None:
     pause = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: torch.randn(1 << 22).sort())
     found = take_turns([Case(name="a", run=lambda: None, prepare=pause)], CPU, 2)["a"]
@@ -85,6 +86,7 @@ def polar_settings(**given: Any) -> polar.PolarSettings:
     return polar.PolarSettings(**{**tiny, **given})
 
 
+@pytest.mark.full
 def test_polar_rows_have_ratios_of_their_medians() -> None:
     rows = list(polar.rows(polar_settings(schedules=("keller", "you")), STAMP))
     assert [row.optimizer for row in rows] == [
@@ -240,6 +242,7 @@ def test_no_table_from_too_few_elements(cache: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.full
 def test_elementwise_rows_have_ratios_of_their_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_OPTIM_NATIVE", "1")
     settings = elementwise.ElementwiseSettings(device=CPU, elements=4096 + 37, rounds=3)
@@ -326,6 +329,7 @@ def test_of_each_step_the_slowest_rank_counts() -> None:
     assert rows["Lion"].notes == ["not measured: no such thing here"]
 
 
+@pytest.mark.full
 def test_the_least_work_of_a_step_is_in_bytes_and_products() -> None:
     shape = ModelShape(width=32, layers=1, vocabulary=64)
     numel = sum(parameter.numel() for parameter in step.engines.qwen3(shape).parameters())

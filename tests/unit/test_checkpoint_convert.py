@@ -14,6 +14,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.saved import SAVED
 from ds_optim.zero.checkpoints import open_checkpoint, reshard
 from ds_optim.zero.checkpoints.convert import change_optimizer
+from tests.cases import WITH_ONE_MEAN
 
 from .checkpoint_files import STEPS, Tangle, content, own, same_bits, save_unsharded, trained
 
@@ -44,7 +45,7 @@ def loaded(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Mo
     return optimizer
 
 
-OURS = ["Lion", "LionMuon", "Muon", "Signum", "SignMuon", "Muonlight", "CautiousLion", "SpectralLion"]
+OURS = WITH_ONE_MEAN
 
 
 @pytest.mark.parametrize("target", OURS)

@@ -265,6 +265,7 @@ def test_lists_are_split_at_commas() -> None:
     assert split_list("adamw, lion,,deepspeed:Muon") == ["adamw", "lion", "deepspeed:Muon"]
 
 
+@pytest.mark.full
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys\n"

@@ -20,6 +20,8 @@ from ds_optim.sharding.sums import reduce_parameters
 from tests.stepping import SmallModel, build, random_grads, take_steps
 from tests.unit.test_optimizers import CASES
 
+pytestmark = pytest.mark.full
+
 FACTORIES = {
     *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "hann_window", "linspace", "logspace"),
     *("normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices"),

@@ -13,29 +13,16 @@ import torch
 
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.optimizers.diagnostics import Diagnostics
+from tests.cases import CASES, SMALL
 from tests.reference import Array
 from tests.stepping import MATRICES, Grads, SmallModel, build, random_grads, take_steps, trained, weights_of
 
 FP32: dict[str, Any] = {"polar": {"dtype": "float32"}}
 GROUPS = {"matrix": MATRICES, "aux": ("row", "dot", "embed.weight"), "vector": ("tall.bias", "gain")}
+SPECTRAL = {case.type for case in CASES.values() if case.has_matrices}
 FAMILY: list[tuple[str, dict[str, Any]]] = [
-    ("Lion", {}),
-    ("Signum", {}),
-    ("LionMuon", FP32),
+    *((name, {**(FP32 if name in SPECTRAL else {}), **hyper}) for name, hyper in SMALL if hyper.get("period") != "inf"),
     ("Muon", {**FP32, "aux": "adamw"}),
-    ("CautiousLion", {}),
-    ("CLion", {"nu": 0.3}),
-    ("CLion", {"nu": 0.3, "gate": "tensor"}),
-    ("StableLion", {}),
-    ("LASM", {}),
-    ("LASM", {"variance": "element"}),
-    ("StoSignSGD", {}),
-    ("StoSignSGD", {"bound": "element"}),
-    ("MiMuon", {**FP32, "tau": 0.3, "raw_lr": 0.05}),
-    ("MiMuon", {**FP32, "tau": 0.02, "gate": "singular_gap"}),
-    ("SpectralLion", {}),
-    ("Lamb", {}),
-    ("StableAdamW", {}),
 ]
 
 

@@ -115,6 +115,7 @@ def doctor(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.full
 def test_the_command_names_the_optimizer_that_stepped(tmp_path: Path) -> None:
     """Of a config with all that is only DeepSpeed's: comments, words for switches, "auto", a scheduler."""
     config = tmp_path / "ds.json"
@@ -183,6 +184,7 @@ def test_the_trial_is_of_the_users_config_as_it_is(monkeypatch: pytest.MonkeyPat
     assert tried[1]["optimizer"]["type"] == "LionMuon", "what train takes where nothing else is said"
 
 
+@pytest.mark.full
 def test_a_config_that_does_not_train_is_something_to_do(tmp_path: Path) -> None:
     config = tmp_path / "ds.json"
     optimizer = {"type": "Lion", "params": {"lr": 1e-3, "btas": [0.9, 0.99]}}
@@ -194,12 +196,14 @@ def test_a_config_that_does_not_train_is_something_to_do(tmp_path: Path) -> None
     assert done.stdout.splitlines()[-1].endswith("1 to do")
 
 
+@pytest.mark.full
 def test_a_mistake_in_the_command() -> None:
     done = doctor("--timeout", "0")
     assert done.returncode == 2
     assert done.stderr.startswith("ds-optim: error: --timeout is 0")
 
 
+@pytest.mark.full
 def test_a_rank_that_cannot_join_says_so(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -179,6 +179,7 @@ def test_batches_and_gpus_are_monotone() -> None:
     assert memory[8].peak(best * each) <= 0.9 * 8 * GIB < memory[8].peak((best + 1) * each)
 
 
+@pytest.mark.full
 def test_fewest_gpus_fit_and_one_less_does_not() -> None:
     model = shape_of_count(2e8)
 
@@ -256,6 +257,7 @@ def test_command_prints_rows_as_json(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "an estimate" in rows[1]["activations_are"]
 
 
+@pytest.mark.full
 def test_command_prints_a_table_and_draws_curves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     printed = table(capsys, "--params", "1e6", "--ranks", "4", "--optimizers", "lion", "--out", str(tmp_path))
     assert "1,000,000 parameters" in printed
@@ -297,6 +299,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: st
     assert message in output.err
 
 
+@pytest.mark.full
 def test_arithmetic_imports_no_deepspeed() -> None:
     program = (
         "import sys\n"

@@ -64,6 +64,19 @@ def test_traffic_is_what_owners_lack_there_and_back(plan: ExchangePlan) -> None:
     assert sum(plan.sent_bytes(rank) for rank in range(plan.unit.world_size)) == FP32 * total
 
 
+@pytest.mark.parametrize("busy", [0, 1])
+def test_what_lies_whole_on_a_rank_counts_as_its_work(busy: int) -> None:
+    """Of three matrices on two ranks the border cuts the second: it goes to the rank whose own one costs less."""
+    costly = ((10, 10), (5, 20))[busy]
+    plan = plan_exchange(
+        make_unit([(10, 10), (3, 8), (5, 20)], 1, 2),
+        bucket_elements=200,
+        cost=lambda m, n: 100.0 if (m, n) == costly else 1.0,
+    )
+    assert plan.whole == (((0,),), ((2,),))
+    assert owners_of(plan) == [(1, 1 - busy)]
+
+
 @given(plans)
 def test_buckets_are_bounded_and_batches_of_one_view(plan: ExchangePlan) -> None:
     """A matrix larger than a bucket has one to itself."""

@@ -29,6 +29,13 @@ class Mailroom:
     ranks: int
     posted: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     arrival: threading.Condition = field(default_factory=threading.Condition)
+    closed: bool = False
+
+    def close(self) -> None:
+        """A rank has failed: nobody waits for it."""
+        with self.arrival:
+            self.closed = True
+            self.arrival.notify_all()
 
     def post(self, call: int, sender: int, pieces: list[Tensor]) -> None:
         with self.arrival:
@@ -38,7 +45,10 @@ class Mailroom:
     def collect(self, call: int, rank: int) -> list[Tensor]:
         senders = [(call, sender) for sender in range(self.ranks)]
         with self.arrival:
-            if not self.arrival.wait_for(lambda: all(key in self.posted for key in senders), PATIENCE_S):
+            arrived = self.arrival.wait_for(
+                lambda: self.closed or all(key in self.posted for key in senders), PATIENCE_S
+            )
+            if self.closed or not arrived:
                 raise TimeoutError(f"rank {rank} waits for message {call}: a rank posts fewer than the others")
             return [self.posted[key][rank] for key in senders]
 
@@ -102,7 +112,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
     return Drawn(layout, draw(st.sampled_from([1, 20, 60, 10_000])), draw(st.booleans()))
 
 
-def on_every_rank(ranks: int, body: Callable[[int], None]) -> None:
+def on_every_rank(ranks: int, room: Mailroom, body: Callable[[int], None]) -> None:
     """Run ``body`` as each rank; the first failure of any is raised."""
     failures: list[BaseException] = []
 
@@ -111,6 +121,7 @@ def on_every_rank(ranks: int, body: Callable[[int], None]) -> None:
             body(rank)
         except BaseException as failure:  # raised below, where it is seen
             failures.append(failure)
+            room.close()
 
     threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in range(ranks)]
     for thread in threads:
@@ -169,6 +180,6 @@ def test_every_slice_comes_back_to_its_place(case: Drawn) -> None:
             covered = sum(held.numel for held in plan.unit.slices(rank))
             assert int((back == -1).sum()) == plan.unit.partition_numel - covered, "padding is left alone"
 
-        on_every_rank(ranks, as_rank)
+        on_every_rank(ranks, room, as_rank)
         assert sorted(seen) == list(range(len(unit.params))), "each matrix is worked on by one rank"
         assert len(set(digests.values())) == 1, "all ranks made the same plan"

@@ -48,6 +48,7 @@ if triton.__version__.startswith("3.5."):
     ROUNDED_ANYHOW |= {"div.rn.ftz.f32", "sqrt.rn.ftz.f32"}
 
 
+@pytest.mark.full
 def test_bits_are_those_of_the_eager_path() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.unit.gpu_cases"]

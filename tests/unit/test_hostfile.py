@@ -165,6 +165,7 @@ def test_mistakes_in_a_job(tmp_path: Path) -> None:
         read_hostfile(path)
 
 
+@pytest.mark.full
 def test_command(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ds_optim", "hostfile", *arguments]

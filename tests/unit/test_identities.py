@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import ds_optim
+from ds_optim.optimizers.rules import RULES
+from tests.cases import CASES, Case
+from tests.cases import TYPES as NAMES
 from tests.stepping import MATRICES, Grads, SmallModel, build, random_grads, take_steps, trained, warmup_cosine
 
-NAMES = ["Lion", "SignSGD", "Signum", "Muon", "Muonlight", "LionMuon", "SignMuon"]
 STEPS = 12
 
 
@@ -106,17 +108,27 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_fp32_buffer_is_all_that_is_kept(name: str) -> None:
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_kept_is_what_the_rule_says(case: Case) -> None:
     model = SmallModel()
-    optimizer = build(name, model)
+    optimizer = build(case.type, model, **case.option)
     take_steps(model, optimizer, random_grads(3))
-    elements = sum(p.numel() for p in model.parameters())
-    assert state_bytes(optimizer) == (0 if name == "SignSGD" else 4 * elements)
-    for state in optimizer.state.values():
-        assert set(state) == ({"step"} if name == "SignSGD" else {"step", "exp_avg"})
-        assert type(state["step"]) is int
-        assert state["step"] == 3
+    for group in optimizer.param_groups:
+        rule = RULES[group["rule"]]
+        for p in group["params"]:
+            state = optimizer.state[p]
+            assert set(state) == {"step", *(buffer.key for buffer in rule.buffers)}
+            assert type(state["step"]) is int
+            assert state["step"] == 3
+            for key in rule.elements:
+                assert (state[key].dtype, state[key].shape) == (torch.float32, p.shape)
+
+
+def test_rules_say_of_themselves_what_the_papers_keep() -> None:
+    """One fp32 value an element of the sign and matrix rules, two of Adam's kin, none of the sign alone."""
+    values = {name: len(case.rule.elements) for name, case in CASES.items()}
+    two = {"Lamb", "StableAdamW", "LASM-element", "StoSignSGD-element"}
+    assert values == {name: 2 if name in two else 0 if name == "SignSGD" else 1 for name in CASES}
 
 
 def test_aux_adamw_keeps_a_second_buffer_for_its_own_part_only() -> None:

@@ -215,6 +215,7 @@ TOOLS = [
 ]
 
 
+@pytest.mark.full
 def test_dry_runs_need_no_launcher_and_no_job(tmp_path: Path) -> None:
     """With nothing on PATH but the shell's tools, Python and its packages."""
     (tmp_path / "bin").mkdir()

@@ -18,6 +18,8 @@ from ds_optim.machine import extensions, run_lock
 from ds_optim.machine.extensions import clear_left_overs, guarded
 from ds_optim.machine.run_lock import LOCK_NAME, RunLock
 
+pytestmark = pytest.mark.full
+
 #: Builds as torch does, or holds our lock alone meanwhile, and says when it is in the middle of it.
 BUILDS = """
 import os, sys, time

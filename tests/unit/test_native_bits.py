@@ -162,6 +162,7 @@ def test_odd_values(kind: str, dtypes: tuple[str, str], eager: Choose) -> None:
     assert any(torch.isnan(tensor).any() for tensor in expected)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("other_processor")
 def test_any_processor_has_the_same_bits(eager: Choose) -> None:
     for kind, dtypes in product(MOMENTA, STORED[:2]):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import reference
+from tests.cases import SMALL, TYPES
 from tests.stepping import (
     MATRICES,
     SmallModel,
@@ -24,49 +25,8 @@ from tests.stepping import (
 )
 
 STEPS = 50
-CAUTIOUS = {"cautious_decay": True}
-# A new optimizer: one line here.  (name, hyperparameters of package and reference alike)
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("Lion", {}),
-    ("SignSGD", {}),
-    ("Signum", {}),
-    ("Muon", {"aux_lr": 0.005}),
-    ("Muon", {"aux_lr": 0.005, "nesterov": False, "scale": "unit_rms"}),
-    ("Muonlight", {"aux_lr": 0.005}),
-    ("Muonlight", {"aux_lr": 0.005, "aux": "adamw", "aux_weight_decay": 0.2}),
-    ("Muonlight", {"aux_lr": 0.005, "aux": "signum", "aux_beta": 0.8, "decay_1d": True}),
-    ("NorMuon", {"aux_lr": 0.005}),
-    ("MuonH", {"aux_lr": 0.005}),
-    ("LionMuon", {}),
-    ("LionMuon", {"period": 5, "betas": (0.95, 0.98), "aux": "adamw", "aux_betas": (0.8, 0.9)}),
-    ("LionMuon", {"period": "inf"}),
-    ("SignMuon", {}),
-    ("CautiousLion", {}),
-    ("CLion", {"nu": 0.3}),
-    ("CLion", {"nu": 0.01, "gate": "tensor"}),
-    ("StableLion", {"lr": 0.1}),
-    ("StableLion", {"lr": 0.5, "trust_ratio_max": 0.02, "layer_scales": (("wide|gain", 2.0), ("i", 0.5))}),
-    ("LASM", {}),
-    ("LASM", {"variance": "element"}),
-    ("StoSignSGD", {}),
-    ("StoSignSGD", {"bound": "element", "seed": 7}),
-    ("MiMuon", {"aux_lr": 0.005}),
-    ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02}),
-    ("MiMuon", {"aux_lr": 0.005, "gate": "singular_gap", "tau": 0.02}),
-    ("SpectralLion", {"basis": "weight"}),
-    ("SpectralLion", {"basis": "momentum"}),
-    ("SpectralLion", {"basis": "gradient"}),
-    ("Lamb", {"lr": 0.1}),
-    ("StableAdamW", {}),
-    ("Lion", CAUTIOUS),
-    ("NorMuon", {"aux_lr": 0.005, **CAUTIOUS}),
-    ("LionMuon", {"aux": "adamw", **CAUTIOUS}),
-    ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02, **CAUTIOUS}),
-    ("SpectralLion", {"basis": "gradient", **CAUTIOUS}),
-    ("LASM", CAUTIOUS),
-    ("StableAdamW", CAUTIOUS),
-]
-NAMES = sorted({name for name, _ in CASES})
+CASES = SMALL
+NAMES = sorted(TYPES)
 MATRIX_RULES = {name for name in NAMES if reference.RULES[name].matrix}
 
 # The same polynomial on both sides.

@@ -12,6 +12,8 @@ import pytest
 
 from ds_optim.survival.preemption import STOP_NAME, Preemption
 
+pytestmark = pytest.mark.full
+
 RANK = """
 import sys, time
 from pathlib import Path

@@ -13,6 +13,8 @@ from ds_optim.matrix import newton_schulz
 from ds_optim.matrix.polar import PolarSpec, polar
 from ds_optim.matrix.schedules import schedule
 
+pytestmark = pytest.mark.full
+
 TABLES = [
     *(("keller", steps) for steps in (1, 2, 3, 4, 5, 6, 8, 10)),
     *(("you", steps) for steps in (1, 2, 3, 4, 5)),

@@ -30,8 +30,7 @@ from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows
 from ds_optim.report.table import build_table, markdown_text, to_markdown, to_rich
 from ds_optim.zero.checkpoints import safe
 from tests import fuzz_read_back
-
-ALL = bool(os.environ.get("DS_OPTIM_ALL_CELLS"))
+from tests.tiers import ALL, FULL
 
 
 class Pair(BaseModel):
@@ -42,8 +41,8 @@ class Pair(BaseModel):
 
 
 def test_no_flip_and_no_change_of_structure_gets_through(tmp_path: Path) -> None:
-    """A few hundred, the same each time; with DS_OPTIM_ALL_CELLS all of ``python -m tests.fuzz_read_back``."""
-    flips, changes = (20_000, 1000) if ALL else (220, 110)
+    """A few, with --full a few hundred, the same each time; DS_OPTIM_ALL_CELLS: all of ``tests.fuzz_read_back``."""
+    flips, changes = (20_000, 1000) if ALL else (220, 110) if FULL else (60, 60)
     counts, wrong = fuzz_read_back.fuzz(tmp_path, flips=flips, changes=changes, seed=3)
     assert wrong == []
     assert sum(counts.values()) >= flips + changes

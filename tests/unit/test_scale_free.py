@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ds_optim
 from ds_optim.matrix.polar import PolarSpec, polar
 from ds_optim.matrix.shapes import POLAR, SIGN_POLAR, WEIGHT_BASIS, Shape, smallest_gap
+from tests.cases import CASES
 
 NAN, INF = math.nan, math.inf
 #: Times entries between 1e-3 and 10: from 1e-30 to 1e30.
@@ -61,15 +62,10 @@ def test_any_factor_changes_no_more_than_rounding(spec: PolarSpec, sides: tuple[
     assert (got - want).norm() < 60 * torch.finfo(spec.message_dtype).eps * want.norm()
 
 
+ALWAYS = {"LionMuon": {"period": 1}, "MiMuon": {"tau": 0.0}}
 RULES: list[tuple[str, dict[str, Any]]] = [
-    ("Muon", {}),
     ("Muon", {"polar": {"normalize": "schatten4", "schedule": "polar_express"}}),
-    ("Muonlight", {}),
-    ("LionMuon", {"period": 1}),
-    ("SignMuon", {"period": 2}),
-    ("MiMuon", {"tau": 0.0}),
-    ("SpectralLion", {"basis": "weight"}),
-    ("SpectralLion", {"basis": "momentum"}),
+    *((case.type, {**case.option, **ALWAYS.get(case.type, {})}) for case in CASES.values() if case.has_matrices),
 ]
 
 
