@@ -26,6 +26,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "configs/README.md": "configs.md",
     "benchmarks/README.md": "benchmarks.md",
+    "tests/README.md": "tests.md",
 }
 #: Links that lead to a page which says the same, or to a folder that a page is about.
 _MEANT = {"README.md": "index.md", "benchmarks/results": "benchmarks.md", "configs": "configs.md"}

@@ -76,6 +76,7 @@ def run_page(rank: int, world_size: int, page: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs(page: str) -> None:
     blocks = blocks_of(page)

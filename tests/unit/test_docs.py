@@ -30,7 +30,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-        *(ROOT / "configs" / "README.md", ROOT / "benchmarks" / "README.md"),
+        *(ROOT / folder / "README.md" for folder in ("configs", "benchmarks", "tests")),
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
@@ -123,6 +123,7 @@ def test_commands_of_the_docs_parse() -> None:
     assert parsed > 10
 
 
+@pytest.mark.full
 def test_commands_that_need_no_ranks_run(capsys: pytest.CaptureFixture[str]) -> None:
     quick = [words[1:] for _, words in commands() if words[:2] in (["ds-optim", "estimate"], ["ds-optim", "simulate"])]
     quick = [words for words in quick if "qwen3-134m" in words and "--plugin" not in words]
@@ -227,6 +228,7 @@ def build(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.full
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
@@ -243,6 +245,7 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -
     assert all(f'id="{name}"' in pages["api/index.html"] for name in names)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("link", "said"),
     [
