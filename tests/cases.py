@@ -26,6 +26,9 @@ from ds_optim.optimizers.rules import (
 FP32: dict[str, Any] = {"dtype": "float32"}
 """Polar factors in fp32."""
 
+CAUTIOUS = {"cautious_decay": True}
+"""Of all rules; never with weights in bfloat16."""
+
 # name -> hyperparameters of a step that shows what the rule does: on the models of tests/distributed, whose gradients
 # are standard normal (some gates open and some closed, trust ratios not saturated, noise of a seed of its own).
 SHOWING: dict[str, dict[str, Any]] = {
@@ -54,6 +57,13 @@ SMALL_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("StoSignSGD", {"bound": "element", "seed": 7}),
     ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02}),
     ("MiMuon", {"aux_lr": 0.005, "gate": "singular_gap", "tau": 0.02}),
+    ("Lion", CAUTIOUS),
+    ("NorMuon", {"aux_lr": 0.005, **CAUTIOUS}),
+    ("LionMuon", {"aux": "adamw", **CAUTIOUS}),
+    ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02, **CAUTIOUS}),
+    ("SpectralLion", {"basis": "gradient", **CAUTIOUS}),
+    ("LASM", CAUTIOUS),
+    ("StableAdamW", CAUTIOUS),
 ]
 # What changes a step and is no rule of its own: name -> (optimizer, hyperparameters).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,6 +77,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiMuon-all_closed": ("MiMuon", {"tau": 1e3, "raw_lr": 0.1}),
     "MiMuon-gap": ("MiMuon", {"tau": 8e-3, "gate": "singular_gap"}),
     "SpectralLion-bf16": ("SpectralLion", {"polar": {"dtype": "bfloat16"}}),
+    "Lion-cautious_decay": ("Lion", {"lr": 1e-2, **CAUTIOUS}),
+    "NorMuon-cautious_decay": ("NorMuon", {"weight_decay": 5.0, **CAUTIOUS}),
+    "LionMuon-cautious_decay": ("LionMuon", {"momentum_dtype": "bfloat16", "aux": "adamw", **CAUTIOUS}),
     "SpectralLion-gradient-bfloat16": (
         "SpectralLion",
         {"basis": "gradient", "polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"},

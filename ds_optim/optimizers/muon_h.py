@@ -59,7 +59,8 @@ def on_sphere(u: Tensor, w: Tensor, norms: Tensor, lr: float) -> Tensor:
     if lr == 0.0:
         return unit.mul_(norms)
     cosine = (w * unit).sum(dim=(-2, -1), keepdim=True) / norms.clamp(min=tiny)
-    shrunk = torch.expm1(-0.5 * torch.log1p(lr * (lr * (length > 0) - 2 * cosine)))  # a - 1
+    turned = (length > 0).to(cosine.dtype)
+    shrunk = torch.expm1(-0.5 * torch.log1p(lr * (lr * turned - 2 * cosine)))  # a - 1
     return unit.mul_((shrunk + 1) * norms).sub_(w * (shrunk / lr))
 
 

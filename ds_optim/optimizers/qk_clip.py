@@ -104,7 +104,7 @@ class QKClip:
     def _asked(self, binding: Binding) -> dict[str, Tensor]:
         """g of each head, by layer; 1 where nobody has seen a logit."""
         device = binding.peers.device(binding.device)
-        none = torch.zeros(self._heads, device=device)
+        none = torch.zeros(self._heads, dtype=torch.float32, device=device)
         largest = torch.stack([self._seen.get(layer, none).to(device) for layer in self._layers])
         found = (self._tau / binding.peers.all_reduce(largest, "max").clamp(min=self._tau)).cpu()
         return dict(zip(self._layers, found, strict=True))

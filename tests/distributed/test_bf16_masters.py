@@ -35,6 +35,7 @@ MASTERS: dict[str, Any] = {
 OPTIMIZERS = {
     name: Run(type=WITH_VARIANTS[name].type, params=WITH_VARIANTS[name].params)
     for name in cells(["Lion"], ["Muon-aux_adamw", "LionMuon-bfloat16"], WITH_VARIANTS)
+    if "cautious_decay" not in WITH_VARIANTS[name].params
 }
 PLACES = dict(cells([(2, ("z1", "z3"))], [(3, ("z2", "z3-sub_groups"))]))
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import ds_optim
-from ds_optim.matrix.shapes import ELEMENTS, ROWS, SIGN_POLAR, WEIGHT_BASIS, Part
+from ds_optim.matrix.shapes import ELEMENTS, ROWS, Part
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.optimizers.routing import MEMBERS
 from ds_optim.optimizers.rules import ELEMENT, MatrixSignUpdate, MatrixUpdate, ParameterUpdate
@@ -43,8 +43,6 @@ RUNS = {name: Run(type=case.type, params={**case.params, **_bf16(case)}) for nam
 for _type, _dtype in (("Muon", "bfloat16"), ("Lion", "int8"), ("LionMuon", "int8")):
     CHOSEN[f"{_type}-{_dtype}"] = CASES[_type]
     RUNS[f"{_type}-{_dtype}"] = Run(type=_type, params={**RUNS[_type].params, "momentum_dtype": _dtype})
-# Bytes of an element on its way to the owner and back, where it is not 2 and 2: a sign is one byte.
-TRAVELLING = {WEIGHT_BASIS: (2 + 4, 1), SIGN_POLAR: (2, 1)}
 # place -> (settings of the run, world sizes).
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z1": ({"stage": 1}, (2, 3, 4)),
@@ -291,7 +289,10 @@ def _of_aux(name: str) -> set[str]:
 def test_bytes_sent_are_those_of_the_plan(name: str, place: str, world_size: int) -> None:
     """As the optimizer claims, as the collective sees, and as the dispatcher sees beside AdamW's run."""
     seen, case = counted(world_size), CHOSEN[name]
-    there, back = TRAVELLING.get(case.rule.shape, (2, 2))  # type: ignore[arg-type]
+    shape = case.rule.shape
+    # Directions are bfloat16, weights beside them fp32, and what comes back has a dtype of its own: a sign is one byte.
+    there = 2 + 4 * (shape is not None and shape.weights)
+    back = 2 if shape is None or shape.result is None else shape.result.itemsize
     units = layout(world_size, place).units
     tensors = sum(len(unit.params) for unit in units if not case.has_matrices or unit.group == 0)
     joined = joined_bytes(name) * tensors * STEPS

@@ -43,6 +43,8 @@ EVERY_OPTION: list[tuple[str, dict[str, Any]]] = [
     *(("StoSignSGD", {"bound": bound, "seed": np.int64(3)}) for bound in ("tensor", "element")),
     ("Muon", {"momentum": np.float64(0.9), "nesterov": np.bool_(False), "scale": "unit_rms", "aux": "adamw"}),
     ("Muonlight", {"aux": "signum", "aux_beta": torch.tensor(0.5), "polar": {"method": "svd"}}),
+    ("NorMuon", {"betas": np.array([0.9, 0.8]), "eps": np.float32(1e-8), "cautious_decay": np.bool_(True)}),
+    ("MuonH", {"momentum": torch.tensor(0.9), "nesterov": False}),
     ("LionMuon", {"period": np.int64(3), "period_mode": "random", "seed": 5, "aux_betas": np.array([0.5, 0.5])}),
     ("SignMuon", {"beta": torch.tensor(0.9), "period": "inf", "sign_lr_ratio": np.float32(30)}),
     ("MiMuon", {"gate": "singular_gap", "tau": np.float32(0.1), "raw_lr": torch.tensor(1e-3), "aux_weight_decay": 0}),
