@@ -25,6 +25,7 @@ from ds_optim.optimizers.rules import (
 
 FP32: dict[str, Any] = {"dtype": "float32"}
 """Polar factors in fp32."""
+CAUTIOUS: dict[str, Any] = {"cautious_decay": True}
 
 # name -> hyperparameters of a step that shows what the rule does: on the models of tests/distributed, whose gradients
 # are standard normal (some gates open and some closed, trust ratios not saturated, noise of a seed of its own).
@@ -54,11 +55,19 @@ SMALL_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("StoSignSGD", {"bound": "element", "seed": 7}),
     ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02}),
     ("MiMuon", {"aux_lr": 0.005, "gate": "singular_gap", "tau": 0.02}),
+    ("Lion", CAUTIOUS),
+    ("NorMuon", {"aux_lr": 0.005, **CAUTIOUS}),
+    ("LionMuon", {"aux": "adamw", **CAUTIOUS}),
+    ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02, **CAUTIOUS}),
+    ("SpectralLion", {"basis": "gradient", **CAUTIOUS}),
+    ("LASM", CAUTIOUS),
+    ("StableAdamW", CAUTIOUS),
 ]
 # What changes a step and is no rule of its own: name -> (optimizer, hyperparameters).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Muon-bf16": ("Muon", {"polar": {"dtype": "bfloat16"}, "exchange": {"bucket_mb": 0.01}}),
     "Muon-aux_adamw": ("Muon", {"aux": "adamw"}),
+    "NorMuon-bfloat16": ("NorMuon", {"polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"}),
     "LionMuon-random": ("LionMuon", {"period_mode": "random", "seed": 2}),
     "Lion-bfloat16": ("Lion", {"momentum_dtype": "bfloat16"}),
     "LionMuon-bfloat16": ("LionMuon", {"momentum_dtype": "bfloat16"}),
@@ -71,6 +80,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "SpectralLion",
         {"basis": "gradient", "polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"},
     ),
+    "Lion-cautious_decay": ("Lion", {"lr": 1e-2, **CAUTIOUS}),
+    "NorMuon-cautious_decay": ("NorMuon", {"weight_decay": 5.0, **CAUTIOUS}),
+    "LionMuon-bfloat16-cautious_decay": ("LionMuon", {"momentum_dtype": "bfloat16", "aux": "adamw", **CAUTIOUS}),
 }
 
 
