@@ -29,7 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 240.0
-"""A mutant that hangs its tests for so long is found, too."""
+"""Tests that take so long say nothing of the mutant."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ MUTANTS = [
         "sums.py",
         "round(mantissa * 2**24)",
         "(mantissa * 2**24)",
-        f"{D}sums.py {D}same_gradients.py",
+        f"{D}sums.py",
     ),
     # ------------------------------------------------------------------------------------------------ rules
     Mutant(
@@ -316,7 +316,7 @@ MUTANTS = [
         "matrix_steps.py",
         "math.sqrt(total / count)",
         "math.sqrt(total)",
-        f"{U}family_options.py {U}family_identities.py {U}optimizers.py",
+        f"{U}several_matrices.py",
     ),
     Mutant(
         "MiMuon's raw steps ignore their rate",
@@ -359,7 +359,7 @@ MUTANTS = [
         "matrices.py",
         "SCALES[scale](m, n) / scale_of(view, scale)",
         "scale_of(view, scale) / scale_of(view, scale)",
-        f"{U}matrix_work.py {U}optimizers.py",
+        f"{U}several_matrices.py",
     ),
     Mutant(
         "steps are not counted",
@@ -380,7 +380,7 @@ MUTANTS = [
         "base.py",
         "if not _finite(self.param_groups):",
         "if not _finite([]):",
-        f"{U}protocol.py {U}optimizers.py {D}bad_numbers.py",
+        f"{U}several_matrices.py",
     ),
     Mutant(
         "biases decay",
@@ -401,7 +401,7 @@ MUTANTS = [
         "local.py",
         '(0 if unit.cut == "none" else position), count',
         "0, count",
-        f"{D}momenta.py {D}family_resume.py",
+        f"{D}momenta.py",
     ),
     Mutant(
         "the whole momentum is what one rank holds",
@@ -742,7 +742,7 @@ def is_found(mutant: Mutant, root: Path, *options: str) -> tuple[bool, str]:
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        return True, f"no end within {LIMIT_S:g} s"
+        return False, f"no end within {LIMIT_S:g} s"
     said = log.read_text("utf-8", errors="replace")
     if process.exitcode == 5:  # all of them are left to --full
         return False, ""
