@@ -477,8 +477,8 @@ MUTANTS = [
     Mutant(
         "heads are cut along the columns' stride",
         "views.py",
-        "return [(stacked * heads, rows // heads, self.columns) for rows, heads in self._parts()]",
-        "return [(stacked * heads, rows, self.columns) for rows, heads in self._parts()]",
+        "(stacked * heads, rows // heads, self.columns)",
+        "(stacked * heads, rows, self.columns)",
         f"{U}views.py",
     ),
     # ------------------------------------------------------------------------------------------------ zero
