@@ -25,6 +25,7 @@ from ds_optim.optimizers.rules import (
 
 FP32: dict[str, Any] = {"dtype": "float32"}
 """Polar factors in fp32."""
+CAUTIOUS: dict[str, Any] = {"cautious_decay": True}
 
 CAUTIOUS = {"cautious_decay": True}
 """Of all rules; never with weights in bfloat16."""
@@ -69,6 +70,7 @@ SMALL_VARIANTS: list[tuple[str, dict[str, Any]]] = [
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Muon-bf16": ("Muon", {"polar": {"dtype": "bfloat16"}, "exchange": {"bucket_mb": 0.01}}),
     "Muon-aux_adamw": ("Muon", {"aux": "adamw"}),
+    "NorMuon-bfloat16": ("NorMuon", {"polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"}),
     "LionMuon-random": ("LionMuon", {"period_mode": "random", "seed": 2}),
     "Lion-bfloat16": ("Lion", {"momentum_dtype": "bfloat16"}),
     "LionMuon-bfloat16": ("LionMuon", {"momentum_dtype": "bfloat16"}),
@@ -84,6 +86,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "SpectralLion",
         {"basis": "gradient", "polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"},
     ),
+    "Lion-cautious_decay": ("Lion", {"lr": 1e-2, **CAUTIOUS}),
+    "NorMuon-cautious_decay": ("NorMuon", {"weight_decay": 5.0, **CAUTIOUS}),
+    "LionMuon-bfloat16-cautious_decay": ("LionMuon", {"momentum_dtype": "bfloat16", "aux": "adamw", **CAUTIOUS}),
 }
 
 

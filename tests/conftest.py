@@ -9,6 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ds_optim.machine.cache import private_folder
@@ -44,6 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
         (Path(fresh) / "kernels").symlink_to(private_folder("kernels"))
     os.environ["DS_OPTIM_CACHE"] = fresh
     harness.configure(gpus)
+    # How long an example takes says more of what else the machine does.
+    hypothesis.settings.register_profile("suite", deadline=None)
+    hypothesis.settings.load_profile("suite")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -29,7 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 240.0
-"""A mutant that hangs its tests for so long is found, too."""
+"""Tests that take so long say nothing of the mutant."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ MUTANTS = [
         "sums.py",
         "round(mantissa * 2**24)",
         "(mantissa * 2**24)",
-        f"{D}sums.py {D}same_gradients.py",
+        f"{D}sums.py",
     ),
     # ------------------------------------------------------------------------------------------------ rules
     Mutant(
@@ -286,8 +286,8 @@ MUTANTS = [
     Mutant(
         "noise starts anew in each slice",
         "sto_sign_sgd.py",
-        '"start": piece.start',
-        '"start": 0',
+        "start=piece.start)",
+        "start=0)",
         f"{D}same_gradients.py",
     ),
     Mutant(
@@ -316,7 +316,7 @@ MUTANTS = [
         "matrix_steps.py",
         "math.sqrt(total / count)",
         "math.sqrt(total)",
-        f"{U}family_options.py {U}family_identities.py {U}optimizers.py",
+        f"{U}several_matrices.py",
     ),
     Mutant(
         "MiMuon's raw steps ignore their rate",
@@ -343,8 +343,8 @@ MUTANTS = [
     Mutant(
         "matrices do not decay",
         "matrix_steps.py",
-        "apply_update(piece.p, results[0], lr=update.lr, decay=update.decay, scale=scale",
-        "apply_update(piece.p, results[0], lr=update.lr, decay=0.0, scale=scale",
+        "apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale",
+        "apply_update(piece.p, change, lr=update.lr, decay=0.0, scale=scale",
         f"{U}optimizers.py",
     ),
     Mutant(
@@ -359,7 +359,7 @@ MUTANTS = [
         "matrices.py",
         "SCALES[scale](m, n) / scale_of(view, scale)",
         "scale_of(view, scale) / scale_of(view, scale)",
-        f"{U}matrix_work.py {U}optimizers.py",
+        f"{U}several_matrices.py",
     ),
     Mutant(
         "steps are not counted",
@@ -380,7 +380,7 @@ MUTANTS = [
         "base.py",
         "if not _finite(self.param_groups):",
         "if not _finite([]):",
-        f"{U}protocol.py {U}optimizers.py {D}bad_numbers.py",
+        f"{U}several_matrices.py",
     ),
     Mutant(
         "biases decay",
@@ -401,7 +401,7 @@ MUTANTS = [
         "local.py",
         '(0 if unit.cut == "none" else position), count',
         "0, count",
-        f"{D}momenta.py {D}family_resume.py",
+        f"{D}momenta.py",
     ),
     Mutant(
         "the whole momentum is what one rank holds",
@@ -477,8 +477,8 @@ MUTANTS = [
     Mutant(
         "heads are cut along the columns' stride",
         "views.py",
-        "return [(stacked * heads, rows // heads, self.columns) for rows, heads in self._parts()]",
-        "return [(stacked * heads, rows, self.columns) for rows, heads in self._parts()]",
+        "(stacked * heads, rows // heads, self.columns)",
+        "(stacked * heads, rows, self.columns)",
         f"{U}views.py",
     ),
     # ------------------------------------------------------------------------------------------------ zero
@@ -590,10 +590,10 @@ MUTANTS = [
     ),
     Mutant(
         "files of different steps are joined",
-        "reader.py",
-        "if plain_values(of_rank.get(number, {})) != plain_values(state.get(number, {})):",
-        "if plain_values(of_rank.get(number, {})) is None:",
-        f"{U}checkpoint_files.py",
+        "states.py",
+        "if list(map(_plain_values, of_rank)) != list(map(_plain_values, states[0])):",
+        "if of_rank is None:",
+        f"{U}checkpoint_files.py {U}checkpoint_loadable.py",
     ),
     Mutant(
         "a checkpoint of too few files is read",
@@ -742,9 +742,11 @@ def is_found(mutant: Mutant, root: Path, *options: str) -> tuple[bool, str]:
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        return True, f"no end within {LIMIT_S:g} s"
+        return False, f"no end within {LIMIT_S:g} s"
     said = log.read_text("utf-8", errors="replace")
-    if process.exitcode > 2:  # 2: a file of tests that cannot even be imported
+    if process.exitcode == 5:  # all of them are left to --full
+        return False, ""
+    if process.exitcode > 2:  # (2: a file of tests that cannot even be imported)
         raise SystemExit(f"{mutant.name}: pytest ended with {process.exitcode}\n{said[-3000:]}")
     failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return process.exitcode != 0, " ".join(failed[:1])[:200]

@@ -27,7 +27,7 @@ INT8 = [
     Cell(stage=2, dtype="bf16"),
 ]
 CELLS = cells(
-    [(INT8[0], "int8")],
+    [(Cell(stage=1), "int8")],
     [
         *((cell, "int8") for cell in INT8),
         *((Cell(stage=stage), "bfloat16") for stage in (0, 1, 3)),

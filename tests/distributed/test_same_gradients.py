@@ -44,7 +44,7 @@ def _in_turn(names: Iterable[str], *places: str) -> Iterator[tuple[str, str]]:
 # (ranks, place, optimizer): every rule at one place; with --full all of them everywhere on three ranks, and on four at
 # stages 1 and 3 by turns.
 CELLS = cells(
-    ((3, place, name) for place, name in _in_turn(CASES, "z1", "z3", "z2", "z3-sub_groups")),
+    ((3, place, name) for place, name in _in_turn((*CASES, "LionMuon-bfloat16"), "z1", "z3", "z2", "z3-sub_groups")),
     [
         *((3, place, name) for place in PLACES for name in OPTIMIZERS),
         *((4, place, name) for place, name in _in_turn(OPTIMIZERS, "z1", "z3")),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import ParamSpec, Slice, Unit, build_layout
-from ds_optim.sharding.sums import reduce_parameters, square_sum
+from ds_optim.sharding.sums import reduce_parameters, rounded_once, square_sum
 from tests.tiers import cells
 
 from .harness import run_ranks
@@ -116,6 +116,13 @@ def test_a_rank_that_holds_nothing_adds_nothing() -> None:
 
     rows = {op: reduce_parameters(unit, Alone(7, 8), lambda s: [1.0], columns=1, op=op) for op in ("sum", "min", "max")}
     assert {op: row.item() for op, row in rows.items()} == {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
+
+
+def test_a_sum_is_rounded_to_what_every_order_of_addition_agrees_on() -> None:
+    """To the 24 bits of fp32, at any size that fp64 has."""
+    for size in (1.0, 2.0**-300, 2.0**300):
+        assert rounded_once(size * (1 + 2.0**-30)) == rounded_once(size * (1 - 2.0**-30)) == size
+        assert rounded_once(size * (1 + 2.0**-23)) == size * (1 + 2.0**-23)
 
 
 def test_square_sum_in_chunks() -> None:

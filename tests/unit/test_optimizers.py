@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests import reference
-from tests.cases import SMALL, TYPES
+from tests.cases import SMALL as CASES
+from tests.cases import TYPES
 from tests.stepping import (
     MATRICES,
     SmallModel,
@@ -25,7 +26,6 @@ from tests.stepping import (
 )
 
 STEPS = 50
-CASES = SMALL
 NAMES = sorted(TYPES)
 MATRIX_RULES = {name for name in NAMES if reference.RULES[name].matrix}
 

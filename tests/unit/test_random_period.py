@@ -10,9 +10,8 @@ import pytest
 from ds_optim.optimizers.lion_muon import is_spectral
 from tests.stepping import SmallModel, build, random_grads, take_steps, weights_of
 
-pytestmark = pytest.mark.full
 
-
+@pytest.mark.full
 @pytest.mark.parametrize(("period", "seed"), [(2, 0), (5, 1), (20, 2**32 - 1)])
 def test_random_phases_have_their_rate(period: int, seed: int) -> None:
     """Over 4000 steps, the first and second half alike."""
