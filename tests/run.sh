@@ -21,6 +21,7 @@ check() {
     "$@" || failed+=("$1")
 }
 check ruff check .
+check ruff format --check .
 check mypy
 if command -v shellcheck >/dev/null; then
     check shellcheck --external-sources launch/*.sh launch/slurm.sbatch tests/run.sh .ci/run

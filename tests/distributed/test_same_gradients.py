@@ -34,8 +34,6 @@ PLACES: dict[str, Run] = {
 }
 
 
-
-
 def _in_turn(names: Iterable[str], *places: str) -> Iterator[tuple[str, str]]:
     """Each with one of the places."""
     return zip(cycle(places), names)

@@ -58,12 +58,7 @@ CELLS = cells(
     product(CASES, ["z3"], [2]),
     [
         *((name, place, 3) for name, place in product(RUNS, ("z1", "z3"))),
-        *(
-            (name, place, size)
-            for place, (_, sizes) in PLACES.items()
-            for size in sizes
-            for name in KINDS
-        ),
+        *((name, place, size) for place, (_, sizes) in PLACES.items() for size in sizes for name in KINDS),
     ],
     [(name, place, size) for place, (_, sizes) in PLACES.items() for size in sizes for name in RUNS],
 )
