@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh [--full] [--gpus N] [options of pytest]
 #
-# Without --full the tests that take under 3 minutes on two cores, with it all of them (tests/README.md). --gpus N runs
+# Without --full a few minutes of tests, with it all of them (tests/README.md). --gpus N runs
 # the ranks on N GPUs over NCCL. Fails if any check or test fails.
 set -euo pipefail
 
