@@ -26,8 +26,6 @@ from ds_optim.optimizers.rules import (
 FP32: dict[str, Any] = {"dtype": "float32"}
 """Polar factors in fp32."""
 CAUTIOUS: dict[str, Any] = {"cautious_decay": True}
-
-CAUTIOUS = {"cautious_decay": True}
 """Of all rules; never with weights in bfloat16."""
 
 # name -> hyperparameters of a step that shows what the rule does: on the models of tests/distributed, whose gradients
@@ -79,9 +77,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiMuon-all_closed": ("MiMuon", {"tau": 1e3, "raw_lr": 0.1}),
     "MiMuon-gap": ("MiMuon", {"tau": 8e-3, "gate": "singular_gap"}),
     "SpectralLion-bf16": ("SpectralLion", {"polar": {"dtype": "bfloat16"}}),
-    "Lion-cautious_decay": ("Lion", {"lr": 1e-2, **CAUTIOUS}),
-    "NorMuon-cautious_decay": ("NorMuon", {"weight_decay": 5.0, **CAUTIOUS}),
-    "LionMuon-cautious_decay": ("LionMuon", {"momentum_dtype": "bfloat16", "aux": "adamw", **CAUTIOUS}),
     "SpectralLion-gradient-bfloat16": (
         "SpectralLion",
         {"basis": "gradient", "polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"},
