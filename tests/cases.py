@@ -81,9 +81,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "SpectralLion",
         {"basis": "gradient", "polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"},
     ),
-    "Lion-cautious_decay": ("Lion", {"lr": 1e-2, **CAUTIOUS}),
-    "NorMuon-cautious_decay": ("NorMuon", {"weight_decay": 5.0, **CAUTIOUS}),
-    "LionMuon-bfloat16-cautious_decay": ("LionMuon", {"momentum_dtype": "bfloat16", "aux": "adamw", **CAUTIOUS}),
 }
 
 
