@@ -171,7 +171,7 @@ def _lock(path: Path) -> str | None:
     holder = run_lock._read(path)
     if holder is None:
         return "nobody"
-    run_lock._lives(holder.model_copy(update={"place": run_lock._place()}), path)
+    run_lock._is_running(holder.model_copy(update={"place": run_lock._place()}), path)
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_optim.chaos.faults import BALLAST, Fault
 from ds_optim.chaos.lane import KILL_BOUND_S, SAVE_EVERY, Lives, Outcome
-from ds_optim.chaos.ranks import RANKS, Nursery
+from ds_optim.chaos.ranks import RANKS, ForkServer
 from ds_optim.job.exits import SAVE_FAILED
 
 _SIZE_MIB = 8
@@ -26,22 +26,22 @@ class NoFileSystem(Exception):
 
 
 def fill_disk(
-    nursery: Nursery, folder: Path, settings: dict[str, Any], full_from: int, tell: Callable[[Outcome], None]
+    server: ForkServer, folder: Path, settings: dict[str, Any], full_from: int, tell: Callable[[Outcome], None]
 ) -> Lives:
     """Fill the disk before a save; the run must go on, keep what it had, and resume when there is room.
 
     Raises ``NoFileSystem`` where there is no small disk to fill.
     """
     plan = {**settings, "steps": _STEPS, "save_every": SAVE_EVERY}
-    reference = yield nursery.start(folder / "uninterrupted", {**plan, "save_every": 0}, None)
+    reference = yield server.start(folder / "uninterrupted", {**plan, "save_every": 0}, None)
     kept = full_from // SAVE_EVERY * SAVE_EVERY
     with small_file_system(folder / "disk") as disk:
         out = disk / "out"
         fault = Fault(kind="disk full", place="forward", rank=0, step=full_from)
-        full = yield nursery.start(folder / "full", {**plan, "out": out}, fault, KILL_BOUND_S)
+        full = yield server.start(folder / "full", {**plan, "out": out}, fault, KILL_BOUND_S)
         (out / BALLAST).unlink(missing_ok=True)
         again = {"resume": True} if kept else {"force": True}
-        room = yield nursery.start(folder / "room", {**plan, "out": out, **again}, None)
+        room = yield server.start(folder / "room", {**plan, "out": out, **again}, None)
     wrong = None
     if full.hung or full.statuses != [SAVE_FAILED] * RANKS:
         wrong = f"the ranks ended with {full.statuses}, not {SAVE_FAILED}"

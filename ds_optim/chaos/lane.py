@@ -13,7 +13,7 @@ from typing import Any
 from ds_optim.chaos.damage import Damage, all_damages, contents, do_damage
 from ds_optim.chaos.endings import ending_fault, last_line
 from ds_optim.chaos.faults import DIFFERENCES, SAVE_POINTS, Fault, Kind, Place
-from ds_optim.chaos.ranks import RANKS, Life, Living, Nursery, Running
+from ds_optim.chaos.ranks import RANKS, ForkServer, Life, Living, Running
 from ds_optim.chaos.start import JOINED, START_POINTS
 from ds_optim.job.run_log import LOG_NAME
 from ds_optim.survival import manifest
@@ -53,8 +53,8 @@ class Outcome:
 class Lane:
     """A run of one model and optimizer, its faults, and the uninterrupted run that it must equal bit for bit."""
 
-    def __init__(self, nursery: Nursery, folder: Path, settings: dict[str, Any], kills: int, random: Random) -> None:
-        self._nursery = nursery
+    def __init__(self, server: ForkServer, folder: Path, settings: dict[str, Any], kills: int, random: Random) -> None:
+        self._server = server
         self._folder = folder
         self._kills = kills
         self._random = random
@@ -70,7 +70,7 @@ class Lane:
     def run(self, tell: Callable[[Outcome], None]) -> Lives:
         """All lives, each told when it is known what the next one made of it."""
         alone = {**self._settings, "out": self._folder / "reference", "save_every": 0, "keep": 0}
-        plain = yield self._nursery.start(self._folder / "uninterrupted", alone, None)
+        plain = yield self._server.start(self._folder / "uninterrupted", alone, None)
         if plain.statuses != [0] * RANKS:
             raise RuntimeError(f"the uninterrupted run failed: {last_line(plain)}")
         self._reference = plain.losses
@@ -116,7 +116,7 @@ class Lane:
         }
         joins = fault is None or fault.place != "start" or fault.count >= JOINED
         folder = self._folder / f"life{self._number}"
-        return self._nursery.start(folder, settings, fault, _bound(fault), join_s=None if joins else JOIN_S)
+        return self._server.start(folder, settings, fault, _bound(fault), join_s=None if joins else JOIN_S)
 
     def _due(self, number: int) -> bool:
         """Whether a file is to be damaged before this life: before every other one, or more often to get through."""

@@ -9,7 +9,7 @@ from typing import Any
 from ds_optim.chaos.endings import last_line
 from ds_optim.chaos.faults import GO, Fault
 from ds_optim.chaos.lane import KILL_BOUND_S, SAVE_EVERY, Lives, Outcome
-from ds_optim.chaos.ranks import RANKS, Life, Nursery, Running
+from ds_optim.chaos.ranks import RANKS, ForkServer, Life, Running
 from ds_optim.job.exits import USER_ERROR
 
 _STEPS = 6
@@ -29,18 +29,18 @@ class _Fired:
         self._running.end()
 
 
-def two_runs(nursery: Nursery, folder: Path, settings: dict[str, Any], tell: Callable[[Outcome], None]) -> Lives:
+def two_runs(server: ForkServer, folder: Path, settings: dict[str, Any], tell: Callable[[Outcome], None]) -> Lives:
     """Runs in the folder of one that lives, a new one and one to resume it: refused, and the first goes on."""
     plan = {**settings, "steps": _STEPS, "save_every": SAVE_EVERY}
-    reference = yield nursery.start(folder / "uninterrupted", {**plan, "save_every": 0}, None)
+    reference = yield server.start(folder / "uninterrupted", {**plan, "save_every": 0}, None)
     held = {**plan, "out": folder / "out"}
     fault = Fault(kind="waits", place="forward", rank=0, step=_HELD_AT)
-    first = nursery.start(folder / "first", held, fault, KILL_BOUND_S)
+    first = server.start(folder / "first", held, fault, KILL_BOUND_S)
     others: dict[str, Life] = {}
     try:
         yield _Fired(first)
         for name, resume in (("new", False), ("--resume", True)):
-            others[name] = yield nursery.start(folder / name, {**held, "resume": resume}, None)
+            others[name] = yield server.start(folder / name, {**held, "resume": resume}, None)
         (folder / "first" / GO).touch()
         life = yield first
     finally:
@@ -56,12 +56,12 @@ def two_runs(nursery: Nursery, folder: Path, settings: dict[str, Any], tell: Cal
 
 
 def come_apart(
-    nursery: Nursery, folder: Path, settings: dict[str, Any], every: int, tell: Callable[[Outcome], None]
+    server: ForkServer, folder: Path, settings: dict[str, Any], every: int, tell: Callable[[Outcome], None]
 ) -> Lives:
     """A number of one rank's optimizer changes in mid-run: all are told within ``every`` steps."""
     fault = Fault(kind="differs", place="forward", rank=1, step=_HELD_AT, count=1)
     plan = {**settings, "steps": 2 * every + _HELD_AT, "save_every": 0, "out": folder / "out"}
-    life = yield nursery.start(folder / "apart", plan, fault, KILL_BOUND_S)
+    life = yield server.start(folder / "apart", plan, fault, KILL_BOUND_S)
     wrong = None
     told = [[line for line in text.splitlines() if line.startswith("ds-optim: error: ")] for text in life.lines]
     if life.statuses != [USER_ERROR] * RANKS:

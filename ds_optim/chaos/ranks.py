@@ -50,7 +50,7 @@ class Living(Protocol):
     def end(self) -> None: ...
 
 
-class Nursery:
+class ForkServer:
     """Forks ranks from one parent that has imported everything."""
 
     def __init__(self) -> None:

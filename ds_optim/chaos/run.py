@@ -20,7 +20,7 @@ from ds_optim.chaos.disk import FULL_FROM, NoFileSystem, fill_disk
 from ds_optim.chaos.lane import Lane, Lives, Outcome
 from ds_optim.chaos.launchers import LAUNCHERS, Launched
 from ds_optim.chaos.pairs import come_apart, two_runs
-from ds_optim.chaos.ranks import Nursery
+from ds_optim.chaos.ranks import ForkServer
 from ds_optim.optimizers.alike import EVERY
 
 _FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
@@ -59,14 +59,14 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
 
     with tempfile.TemporaryDirectory(prefix="ds_optim-chaos-", dir=settings.folder) as name:
         folder = Path(name)
-        nursery, model = Nursery(), write_model(folder / "model")
-        side_by_side(_lanes(settings, nursery, folder, model, note))
+        server, model = ForkServer(), write_model(folder / "model")
+        side_by_side(_lanes(settings, server, folder, model, note))
         small = {**_SMALL, **LANES[0], "model": str(model)}
-        side_by_side([two_runs(nursery, folder / "two", small, note)])
+        side_by_side([two_runs(server, folder / "two", small, note)])
         if settings.launches:  # it takes a hundred steps: too long for a few faults
-            side_by_side([come_apart(nursery, folder / "apart", small, EVERY, note)])
+            side_by_side([come_apart(server, folder / "apart", small, EVERY, note)])
         try:
-            side_by_side([fill_disk(nursery, folder / f"disk{step}", small, step, note) for step in FULL_FROM])
+            side_by_side([fill_disk(server, folder / f"disk{step}", small, step, note) for step in FULL_FROM])
         except NoFileSystem as reason:
             tell(f"disk full: skipped, {reason}")
         for launched in _launched(settings, folder, model, tell):
@@ -75,7 +75,7 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
 
 
 def _lanes(
-    settings: ChaosSettings, nursery: Nursery, folder: Path, model: Path, note: Callable[[Outcome], None]
+    settings: ChaosSettings, server: ForkServer, folder: Path, model: Path, note: Callable[[Outcome], None]
 ) -> list[Lives]:
     """The runs whose ranks are forked here, with their share of the faults."""
     runs = []
@@ -84,7 +84,7 @@ def _lanes(
         share = kills // settings.lanes + (number < kills % settings.lanes)
         chosen = {**_SMALL, **LANES[number % len(LANES)], "model": str(model)}
         random = Random(f"{settings.seed} {number}")
-        runs.append(Lane(nursery, folder / f"lane{number}", chosen, share, random).run(note))
+        runs.append(Lane(server, folder / f"lane{number}", chosen, share, random).run(note))
     return runs
 
 

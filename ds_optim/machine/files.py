@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import stat
 import time
 from contextlib import suppress
@@ -23,6 +24,7 @@ TEXT_LIMIT = 4096
 """Bytes of a file that holds one line."""
 JSON_LIMIT = 64 << 20
 _OLD_S = 60.0
+_FULL_BYTES = 1 << 20
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -166,3 +168,13 @@ def _sweep(path: Path) -> None:
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > _OLD_S:
                 left.unlink()
+
+
+def write_reason(error: BaseException, folder: Path) -> str:
+    """Why a write failed, in a few words; torch's writer says little of a disk that is full."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with suppress(OSError):
+        if shutil.disk_usage(folder).free < _FULL_BYTES:
+            return "No space left on device"
+    return " ".join(str(error).split())[:160] or type(error).__name__

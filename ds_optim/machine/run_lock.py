@@ -49,7 +49,7 @@ class RunLock:
         try:
             with FileLock(path, limit_s=_BUSY_S, sign=False):
                 holder = _read(path)
-                if holder is not None and holder != own and _lives(holder, path):
+                if holder is not None and holder != own and _is_running(holder, path):
                     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.started))
                     raise UserError(
                         f"{out} is written to by process {holder.pid} on {short(holder.host)}, since {since}: {instead}"
@@ -58,7 +58,7 @@ class RunLock:
         except LockWaitedFor as waited:
             raise UserError(f"{waited}: another run starts in {out}; {instead}") from None
         self._path, self._own = path, own
-        threading.Thread(target=self._beat, daemon=True, name="ds_optim run lock").start()
+        threading.Thread(target=self._refresh, daemon=True, name="ds_optim run lock").start()
 
     def release(self) -> None:
         """Give it back, if it is held."""
@@ -68,7 +68,7 @@ class RunLock:
                 self._path.unlink()
         self._path = None
 
-    def _beat(self) -> None:
+    def _refresh(self) -> None:
         while not self._stop.wait(BEAT_S):
             path = self._path
             if path is not None:
@@ -99,7 +99,7 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _lives(holder: Holder, path: Path) -> bool:
+def _is_running(holder: Holder, path: Path) -> bool:
     """Whether the process is there, or where it cannot be seen from here, whether it gives a sign of life."""
     if holder.place == _place():
         try:

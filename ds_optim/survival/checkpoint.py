@@ -16,8 +16,7 @@ from ds_optim.errors import UserError
 from ds_optim.job.results import Moment
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
-from ds_optim.machine.files import Unreadable, drop_link, read_line, write_atomic
-from ds_optim.machine.writing import write_reason
+from ds_optim.machine.files import Unreadable, drop_link, read_line, write_atomic, write_reason
 from ds_optim.survival import manifest
 from ds_optim.survival.checkpoint_files import guarded, write
 from ds_optim.survival.identity import RUN, SAVE, new_id, stamps_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.machine import ranks
-from ds_optim.machine.writing import write_reason
+from ds_optim.machine.files import write_reason
 from ds_optim.zero.checkpoints.folder import SCRIPTS, Stamps, stamped
 from ds_optim.zero.checkpoints.safe import load
 

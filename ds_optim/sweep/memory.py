@@ -7,19 +7,44 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+import torch
+from pydantic import Field, model_validator
+
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.memory import render_memory
 from ds_optim.report.schema import RESULTS, Row, RunInfo
 from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import size
-from ds_optim.sweep.cells import Cell, bucket_settings, reproduce
+from ds_optim.sweep.cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce
 from ds_optim.sweep.launch import CellLauncher
-from ds_optim.sweep.memory_cells import MemorySettings, plan_memory
 from ds_optim.sweep.memory_measure import FIRST_STEADY_STEP
 from ds_optim.sweep.memory_rows import fill_row
 from ds_optim.sweep.run import Sweep, run_sweep
 
-__all__ = ["MemorySettings", "run_memory"]
+
+class MemorySettings(CompareSettings):
+    """One sweep: each optimizer and momentum dtype at each stage, ``repeat`` fresh process groups each.
+
+    steady: steps of a run whose peak is taken. snapshot: keep the CUDA allocator's history of each rank.
+    """
+
+    steps: int = Field(0, ge=0, description="follows from steady")
+    eval_batches: int | None = 1
+    repeat: int = Field(3, ge=1)
+    steady: int = Field(3, ge=1)
+    snapshot: bool = False
+
+    @model_validator(mode="after")
+    def _has_what_it_asks_for(self) -> MemorySettings:
+        if self.snapshot and not torch.cuda.is_available():
+            raise ValueError("snapshot is the CUDA allocator's history, and there is no CUDA device: leave it out")
+        return self
+
+
+def plan_memory(settings: MemorySettings) -> list[Cell]:
+    """The cells in the order in which they run; the steady steps come third, the one that is counted last."""
+    steps = FIRST_STEADY_STEP + settings.steady
+    return plan_cells(settings.model_copy(update={"steps": steps}))
 
 
 def run_memory(settings: MemorySettings, launcher: CellLauncher | None = None) -> int:

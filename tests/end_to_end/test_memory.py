@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from ds_optim.memory.moments import MOMENTS
 from ds_optim.report import Row, read_rows
-from ds_optim.sweep.memory import MemorySettings, run_memory
-from ds_optim.sweep.memory_cells import plan_memory
+from ds_optim.sweep.memory import MemorySettings, plan_memory, run_memory
 
 pytestmark = pytest.mark.full
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.machine.writing import write_reason
+from ds_optim.machine.files import write_reason
 from ds_optim.optimizers.rules import RULES, SCALARS, STEP
 from ds_optim.optimizers.saved import SAVED, with_placeholders
 from ds_optim.sharding.layout import Layout
