@@ -79,7 +79,7 @@ class Cell(_Part):
 
 
 class Study(_Part):
-    """The whole file. ``grow``: how often a grid grows at an edge. Blocks stand in the order in which they are to run."""
+    """The whole file. ``grow``: how often a grid grows at an edge. Blocks stand in the order in which they run."""
 
     models: dict[str, Model]
     data: dict[str, str]

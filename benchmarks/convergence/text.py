@@ -1,7 +1,7 @@
 """The study's text: English that a fresh machine gets from Debian's archive by name, and cleans.
 
-It is never kept in the repository. ``debian:NAME+NAME`` names packages; documents are dictionary entries, pages of a FAQ and manual pages. Anything else is
-a source of ``ds-optim train --data``.
+It is never kept in the repository. ``debian:NAME+NAME`` names packages; documents are dictionary entries, pages of a
+FAQ and manual pages. Anything else is a source of ``ds-optim train --data``.
 """
 
 from __future__ import annotations
