@@ -1,0 +1,159 @@
+"""The report: losses over tokens and time, rates with their neighbours, means with intervals, pairwise p.
+
+Seeds are paired (the same weights and order of text), few, and from an unknown distribution: p is that of the exact
+sign-flip test, intervals are Hartigan's typical values (1969), which need differences to be symmetric and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.convergence.study import Block, Study
+from ds_optim.machine.files import write_atomic
+from ds_optim.report.plots import Curves, colour_map, draw
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of "the mean is 0", from all 2**n signs of n differences (n at most 20)."""
+    values = np.asarray(differences)
+    signs = np.array(list(product((1.0, -1.0), repeat=values.size)))
+    sums = np.abs(signs @ values)
+    return float(np.mean(sums >= abs(values.sum()) * (1 - 1e-12)))
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """(low, high, coverage) for the centre, by Hartigan's theorem: means of all subsets part the line into intervals
+    that are equally probable. With n values nothing covers more than 1 - 2**(1 - n)."""
+    given = np.asarray(values)
+    chosen = np.array(list(product((0.0, 1.0), repeat=given.size)))[1:]
+    means = np.sort(chosen @ given / chosen.sum(axis=1))
+    cut = max(1, int((1 - level) / 2 * (means.size + 1)))
+    return float(means[cut - 1]), float(means[-cut]), 1 - 2 * cut / (means.size + 1)
+
+
+def tokens_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
+    """Tokens at which a run's validation loss first was that low, between validations by a line."""
+    before: Sequence[float] | None = None
+    for point in curve:
+        if point[2] <= loss:
+            if before is None:
+                return point[0]
+            part = (before[2] - loss) / (before[2] - point[2])
+            return before[0] + part * (point[0] - before[0])
+        before = point
+    return None
+
+
+def by_seed(study: Study, block: Block, rows: Rows) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Rows of a block of seeds, by entry and seed."""
+    known = {key: row["val_loss"] if row["val_loss"] is not None else float("inf") for key, row in rows.items()}
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for name in block.entries:
+        values = study.best(block, name, known)
+        cells = {seed: study.cell(block, name, values, seed) for seed in block.seeds} if values is not None else {}
+        ended = {seed: cell.key for seed, cell in cells.items() if known.get(cell.key, float("inf")) < float("inf")}
+        runs = {seed: rows[key] for seed, key in ended.items()}
+        if runs:
+            found[name] = runs
+    return found
+
+
+def rates_table(study: Study, block: Block, rows: Rows) -> str:
+    """Validation loss by learning rate; whether the best has worse neighbours on both sides."""
+    known = {key: row["val_loss"] if row["val_loss"] is not None else float("inf") for key, row in rows.items()}
+    lines = ["| optimizer | loss by learning rate | best | inside |", "|---|---|---:|---|"]
+    for name in block.entries:
+        cells, best = study.rates(block, name, known)
+        tried = [(c.params["lr"], known[c.key]) for c in cells if c.key in known]
+        if not tried or best is None:
+            continue
+        whole = len(tried) == len(cells) and min(tried)[0] < best < max(tried)[0]
+        text = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried)
+        lines.append(f"| {name} | {text} | {best:g} | {'yes' if whole else 'not yet'} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def seeds_table(study: Study, block: Block, rows: Rows) -> str:
+    """Means and intervals, the difference from AdamW on the same seeds with its p, and tokens to AdamW's loss."""
+    runs = by_seed(study, block, rows)
+    if not runs:
+        return ""
+    losses = {name: {seed: float(row["val_loss"]) for seed, row in of.items()} for name, of in runs.items()}
+    reference = losses.get("adamw", {})
+    titles = "| optimizer | seeds | mean loss | against adamw | p | tokens to adamw's loss |"
+    lines = [titles, "|---|---:|---:|---|---:|---:|"]
+    for name in sorted(losses, key=lambda name: mean(losses[name].values())):
+        both = sorted(set(losses[name]) & set(reference))
+        gap, p, share = "–", "–", "–"
+        if name != "adamw" and len(both) > 1:
+            differences = [losses[name][seed] - reference[seed] for seed in both]
+            low, high, coverage = interval(differences)
+            gap = f"{mean(differences):+.4f} ({low:+.4f} to {high:+.4f}, {coverage:.0%})"
+            p = f"{sign_flip_p(differences):.3f}"
+            reached = [tokens_to(runs[name][seed]["curve"], reference[seed]) for seed in both]
+            parts = [r / runs["adamw"][s]["tokens"] for r, s in zip(reached, both, strict=True) if r is not None]
+            share = f"{mean(parts):.0%}" if len(parts) == len(both) else f"{len(parts)} of {len(both)} reach it"
+        lines.append(f"| {name} | {len(losses[name])} | {mean(losses[name].values()):.4f} | {gap} | {p} | {share} |")
+    return "\n".join(lines)
+
+
+def pairs_table(study: Study, block: Block, rows: Rows) -> str:
+    """p of each pair of optimizers over the seeds that both have."""
+    losses = {name: {s: r["val_loss"] for s, r in of.items()} for name, of in by_seed(study, block, rows).items()}
+    names = sorted(losses, key=lambda name: mean(losses[name].values()))
+    if len(names) < 2:
+        return ""
+    lines = ["| p | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for one in names:
+        cells = []
+        for other in names:
+            both = sorted(set(losses[one]) & set(losses[other]))
+            gaps = [losses[one][seed] - losses[other][seed] for seed in both]
+            cells.append("" if one == other or len(both) < 2 else f"{sign_flip_p(gaps):.3f}")
+        lines.append(f"| {one} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(study: Study, rows: Rows, out: Path) -> Path:
+    """``report.md`` with its plots in ``out``; the file's path."""
+    parts = ["# Convergence study", f"{len(rows)} runs."]
+    colours = colour_map(list(study.entries))
+    for block in study.blocks:
+        tables = (
+            [rates_table(study, block, rows)]
+            if block.kind == "rates"
+            else [seeds_table(study, block, rows), pairs_table(study, block, rows)]
+        )
+        tables = [table for table in tables if table] if block.kind != "axes" else []
+        if not tables:
+            continue
+        parts.append(f"## {block.name}: {block.model}, {block.horizon:g} tokens a parameter, {block.data}")
+        parts += tables
+        if block.kind == "seeds":
+            for over, place, unit in (("tokens", 0, 1e6), ("seconds", 3, 1.0)):
+                plot = _curves(study, block, rows, over, place, unit)
+                parts.append(f"![{plot.title}]({draw(plot, out, colours).png})")
+    path = out / "report.md"
+    write_atomic(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def _curves(study: Study, block: Block, rows: Rows, over: str, place: int, unit: float) -> Curves:
+    series = {}
+    for name, runs in by_seed(study, block, rows).items():
+        points = np.array([row["curve"] for row in runs.values()]).mean(axis=0)
+        series[name] = (list(points[:, place] / unit), list(points[:, 2]))
+    label = "million tokens" if over == "tokens" else "seconds of one machine"
+    name = f"{block.name.replace(' ', '-')}-{over}"
+    return Curves(
+        name=name, title=f"Validation loss over {over}: {block.name}", x_label=label, y_label="nats a token",
+        series=series, levels={},
+    )  # fmt: skip

@@ -1,0 +1,190 @@
+"""What the study runs: one declarative file, and the cells that are to run next given those that are done.
+
+A block's cells follow from results where its learning rates are looked for: ``due`` is asked again after every cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ds_optim.errors import UserError
+from ds_optim.zero.complaints import reword
+
+Done = Mapping[str, float]
+"""Validation loss by a cell's key; infinite where the run diverged."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(_Part):
+    """A preset of ``ds-optim train`` or the shape of a Qwen3, and what it is fed; ``batch`` counts windows."""
+
+    preset: str | None = None
+    shape: dict[str, int] = Field(default_factory=dict)
+    tokenizer: str
+    seq_len: int = Field(ge=2)
+    batch: int = Field(ge=1)
+    body: int = Field(ge=1, description="parameters outside embeddings and head: what a horizon is counted in")
+
+
+class Entry(_Part):
+    """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry."""
+
+    type: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    lr: tuple[float, ...] = ()
+    axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    like: str | None = None
+    lr_times: float = 1.0
+
+
+class Block(_Part):
+    """Cells of one purpose. ``rates`` look for the learning rate, ``axes`` for the rest from there on, one after the
+    other; ``seeds`` run the best of each entry with seeds that tuning never saw."""
+
+    name: str
+    kind: Literal["rates", "axes", "seeds"]
+    model: str
+    data: str
+    horizon: float = Field(gt=0, description="tokens per parameter outside embeddings")
+    entries: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+
+
+class Cell(_Part):
+    """One run, by all that decides its losses."""
+
+    entry: str
+    model: str
+    data: str
+    horizon: float
+    optimizer: str
+    params: dict[str, Any]
+    seed: int
+
+    @property
+    def key(self) -> str:
+        said = self.model_dump(exclude={"entry"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Study(_Part):
+    """The whole file. ``grow``: how often a grid grows at an edge. Blocks stand in the order in which they run."""
+
+    models: dict[str, Model]
+    data: dict[str, str]
+    entries: dict[str, Entry]
+    blocks: tuple[Block, ...]
+    clip: float = 1.0
+    warmup: float = Field(0.1, ge=0, lt=1, description="part of the steps")
+    evals: int = Field(20, ge=1, description="validations in a run")
+    eval_batches: int = Field(32, ge=1)
+    grow: int = Field(4, ge=0)
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Study:
+        for block in self.blocks:
+            wanted: list[tuple[str, Mapping[str, Any]]] = [(block.model, self.models), (block.data, self.data)]
+            for name, known in [*wanted, *((entry, self.entries) for entry in block.entries)]:
+                if name not in known:
+                    raise ValueError(f"block {block.name!r} names {name!r}; there are {', '.join(known)}")
+        for name, entry in self.entries.items():
+            if entry.like is None and not entry.lr:
+                raise ValueError(f"entry {name!r} has no lr to try: write lr: [1e-3, 2e-3, 4e-3], or like: ENTRY")
+            if entry.like is not None and (entry.like not in self.entries or self.entries[entry.like].like):
+                raise ValueError(f"entry {name!r} is like {entry.like!r}, which is no entry that is tuned itself")
+        return self
+
+    def steps(self, cell: Cell) -> int:
+        model = self.models[cell.model]
+        return max(2, round(cell.horizon * model.body / (model.batch * model.seq_len)))
+
+    def cell(self, block: Block, name: str, params: Mapping[str, Any], seed: int) -> Cell:
+        entry = self.entries[name]
+        return Cell(
+            entry=name, model=block.model, data=block.data, horizon=block.horizon, optimizer=entry.type,
+            params={**params, **entry.params}, seed=seed,
+        )  # fmt: skip
+
+    def due(self, done: Done) -> list[Cell]:
+        """The cells that are now known to be wanted and not done, in the committed order, each once."""
+        found = {cell.key: cell for block in self.blocks for cell in self._wanted(block, done) if cell.key not in done}
+        return list(found.values())
+
+    def best(self, block: Block, name: str, done: Done) -> dict[str, Any] | None:
+        """The tuned values of an entry at a block's model and horizon; None until its learning rate is inside."""
+        entry = self.entries[name]
+        if entry.like is not None:
+            values = self.best(block, entry.like, done)
+            return None if values is None else {**values, "lr": values["lr"] * entry.lr_times}
+        cells, value = self.rates(block, name, done)
+        if value is None or any(cell.key not in done for cell in cells):
+            return None
+        chosen: dict[str, Any] = {"lr": value}
+        for axis, options in entry.axes.items():
+            tried = {option: done.get(self.cell(block, name, {**chosen, axis: option}, 0).key) for option in options}
+            losses = {option: loss for option, loss in tried.items() if loss is not None}
+            asis = done.get(self.cell(block, name, chosen, 0).key, math.inf)
+            if losses and min(losses.values()) < asis:
+                chosen[axis] = min(losses, key=losses.__getitem__)
+        return chosen
+
+    def rates(self, block: Block, name: str, done: Done) -> tuple[list[Cell], float | None]:
+        """The cells of an entry's learning rates, grown where the best is at an edge, and the best so far."""
+        rates = sorted(self.entries[name].lr)
+        ratio = rates[1] / rates[0] if len(rates) > 1 else 2.0
+        for _ in range(self.grow + 1):
+            cells = {rate: self.cell(block, name, {"lr": rate}, 0) for rate in rates}
+            losses = {rate: done[cell.key] for rate, cell in cells.items() if cell.key in done}
+            best = min(losses, key=losses.__getitem__) if losses else None
+            if len(losses) < len(rates) or best is None or best not in (rates[0], rates[-1]):
+                break
+            grown = best / ratio if best == rates[0] else best * ratio
+            rates = sorted([*rates, float(f"{grown:.3g}")])
+        return [self.cell(block, name, {"lr": rate}, 0) for rate in rates], best
+
+    def _wanted(self, block: Block, done: Done) -> Iterator[Cell]:
+        for name in block.entries:
+            if block.kind == "rates":
+                yield from self.rates(block, name, done)[0]
+                continue
+            values = self.best(block, name, done)
+            if values is None:
+                continue
+            if block.kind == "seeds":
+                yield from (self.cell(block, name, values, seed) for seed in block.seeds)
+            else:
+                yield from self._axes(block, name, {"lr": values["lr"]}, done)
+
+    def _axes(self, block: Block, name: str, chosen: dict[str, Any], done: Done) -> Iterator[Cell]:
+        """The cells of one axis after another, each from the best of those before it."""
+        for axis, options in self.entries[name].axes.items():
+            cells = {option: self.cell(block, name, {**chosen, axis: option}, 0) for option in options}
+            yield from cells.values()
+            if any(cell.key not in done for cell in cells.values()):
+                return
+            best = min(options, key=lambda option: done[cells[option].key])
+            if done[cells[best].key] < done.get(self.cell(block, name, chosen, 0).key, math.inf):
+                chosen = {**chosen, axis: best}
+
+
+def load_study(path: Path) -> Study:
+    """A study file, checked; raises ``UserError`` with one line."""
+    try:
+        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read the study file {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise UserError(f"{path}: {reword(error, Study)}") from None

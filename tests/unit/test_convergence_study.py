@@ -1,0 +1,169 @@
+"""The convergence study: its cells and their order, runs that agree to the bit, resumption, and its statistics."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.convergence import loop, run
+from benchmarks.convergence.report import interval, sign_flip_p, tokens_to, write_report
+from benchmarks.convergence.study import Cell, Study, load_study
+from benchmarks.convergence.text import Text, dictionary_entries, plain_html
+from ds_optim.errors import UserError
+
+SHAPE = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 32,
+}  # fmt: skip
+STUDY = Study.model_validate(
+    {
+        "models": {"m": {"shape": SHAPE, "tokenizer": "bytes", "seq_len": 8, "batch": 2, "body": 64}},
+        "data": {"d": "shakespeare"},
+        "entries": {
+            "adamw": {"type": "AdamW", "lr": [1e-3, 2e-3, 4e-3], "axes": {"weight_decay": [0.3]}},
+            "triple": {"type": "Lion", "like": "adamw", "lr_times": 3},
+        },
+        "blocks": [
+            {"name": "r", "kind": "rates", "model": "m", "data": "d", "horizon": 2, "entries": ["adamw"]},
+            {"name": "a", "kind": "axes", "model": "m", "data": "d", "horizon": 2, "entries": ["adamw"]},
+            {"name": "s", "kind": "seeds", "model": "m", "data": "d", "horizon": 2, "seeds": [5, 6],
+             "entries": ["adamw", "triple"]},
+        ],
+        "eval_batches": 1,
+    }
+)  # fmt: skip
+
+
+def follow(losses: dict[float, float]) -> tuple[dict[str, float], list[Cell]]:
+    """Every cell of the study, its loss by its learning rate."""
+    done: dict[str, float] = {}
+    order = []
+    while due := STUDY.due(done):
+        order.append(due[0])
+        done[due[0].key] = losses.get(due[0].params["lr"], 9.0) - 0.1 * ("weight_decay" in due[0].params)
+    return done, order
+
+
+def test_a_best_at_an_edge_grows_the_grid_and_seeds_take_what_was_found() -> None:
+    done, order = follow({1e-3: 3.0, 2e-3: 2.5, 4e-3: 2.0, 8e-3: 1.5, 1.6e-2: math.inf})
+    rates = [cell.params["lr"] for cell in order if cell.seed == 0 and "weight_decay" not in cell.params]
+    assert rates == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    held = [(cell.entry, cell.seed, cell.params) for cell in order if cell.seed]
+    tuned = {"lr": 8e-3, "weight_decay": 0.3}
+    assert held == [
+        ("adamw", 5, tuned), ("adamw", 6, tuned),
+        ("triple", 5, {**tuned, "lr": 0.024}), ("triple", 6, {**tuned, "lr": 0.024}),
+    ]  # fmt: skip
+    assert STUDY.due(done) == []
+
+
+@pytest.mark.parametrize(("low", "last"), [(2.0, 5e-4), (2.6, 4e-3)])
+def test_it_grows_downward_too_and_not_where_the_best_is_inside(low: float, last: float) -> None:
+    _, order = follow({1e-3: low, 2e-3: 2.5, 4e-3: 3.0})
+    assert [cell.params["lr"] for cell in order if cell.seed == 0 and "weight_decay" not in cell.params][-1] == last
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    ids = np.random.default_rng(0).integers(0, 50, 4000).astype(np.int32)
+    return Text(ids, ids[:400], 50, "d")
+
+
+def cell(optimizer: str, **params: object) -> Cell:
+    return Cell(entry="e", model="m", data="d", horizon=4, optimizer=optimizer, params={"lr": 1e-3, **params}, seed=1)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "LionMuon", "StoSignSGD", "deepspeed:Muon"])
+def test_two_runs_of_a_cell_agree_to_the_bit_and_so_does_a_resumed_one(
+    optimizer: str, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(checkpoint: Path | None = None) -> list[list[float]]:
+        curve = loop.run_cell(STUDY, cell(optimizer), text, torch.device("cpu"), checkpoint)["curve"]
+        return [point[:3] for point in curve]
+
+    whole = losses()
+    assert len(whole) == 16
+    assert losses() == whole
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
+    saved, calls = loop._save, []
+
+    def killed(*given: object) -> None:
+        saved(*given)  # type: ignore[arg-type]
+        calls.append(given)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        losses(tmp_path / "cell.pt")
+    assert losses(tmp_path / "cell.pt") == whole
+
+
+def test_a_study_resumes_and_reports(text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run.read_results(tmp_path, tmp_path)
+    ran = 0
+    while due := STUDY.due(run.losses(results)):
+        results[due[0].key] = loop.run_cell(STUDY, due[0], text, torch.device("cpu"))
+        ran += 1
+    run.collect(results, tmp_path / "done" / "rows.jsonl")
+    again = run.read_results(tmp_path / "new", tmp_path / "done")
+    assert len(again) == ran
+    assert STUDY.due(run.losses(again)) == []
+    page = write_report(STUDY, again, tmp_path).read_text()
+    assert "| triple | 2 |" in page
+    assert (tmp_path / "plots" / "s-tokens.png").exists()
+
+
+def test_sign_flips_and_intervals_are_exact() -> None:
+    assert sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 32
+    assert sign_flip_p([1.0, -1.0]) == 1
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == (1.0, 5.0, 1 - 2 / 32)
+    low, high, coverage = interval([float(value) for value in range(8)])
+    assert low > 0
+    assert high < 7
+    assert coverage >= 0.95
+
+
+def test_tokens_to_a_loss_are_read_between_validations() -> None:
+    curve = [[100, 0, 4.0, 0], [200, 0, 3.0, 0]]
+    assert tokens_to(curve, 3.5) == 150
+    assert tokens_to(curve, 2.0) is None
+
+
+def test_text_is_cut_into_documents_and_cleaned() -> None:
+    entries = ["A \\A\\\n   one\n\n   two", "B\n   three"]
+    assert dictionary_entries("\n" + "\n\n".join(entries) + "\n") == entries
+    assert plain_html("<head><title>t</title></head><p>a <b>b</b></p>\n\n<p>c") == "a b\n\nc"
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "quick.yaml"])
+def test_the_study_files_hold_and_every_optimizer_in_them_is_made(name: str) -> None:
+    study = load_study(run.HERE / name)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    for key, entry in study.entries.items():
+        tuned = study.entries[entry.like] if entry.like else entry
+        one = {axis: options[0] for axis, options in tuned.axes.items()}
+        made = Cell(entry=key, model="m", data="d", horizon=1, optimizer=entry.type, seed=1,
+                    params={"lr": tuned.lr[0], **one, **entry.params})  # fmt: skip
+        loop.make_optimizer(model, made)
+    assert study.due({})
+
+
+def test_the_large_model_is_the_same_study_as_commands(tmp_path: Path) -> None:
+    study = load_study(run.HERE / "study.yaml")
+    large = [cell for cell in study.due({}) if cell.model == "134m"]
+    assert len(large) == 24
+    line = run.command(study, large[0])
+    assert "--preset qwen3-134m --data hub:HuggingFaceFW/fineweb" in line
+    assert "--steps 6481" in line
+
+
+def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("models: {}\ndata: {}\nentries: {a: {type: Lion}}\nblocks: []\n")
+    with pytest.raises(UserError, match="entry 'a' has no lr to try"):
+        load_study(path)
