@@ -65,17 +65,17 @@ KINDS = {
     "norms": Kind(optimizer=chosen("MuonH", **FP32)),
     "aux adamw": Kind(optimizer=chosen("Muon", aux="adamw", **FP32)),
     "bf16 weights": Kind(optimizer=chosen("Muon", **FP32), dtype="bf16"),
-    "sub-groups": Kind(optimizer=chosen("Signum"), zero3={"sub_group_size": 300}),
-    "round robin": Kind(
-        optimizer=chosen("LionMuon", momentum_dtype="int8", **FP32), flat={"round_robin_gradients": True}
-    ),
-    "no buffer": Kind(optimizer=chosen("SignSGD")),
     "bf16 masters": Kind(
         optimizer=chosen("LionMuon", momentum_dtype="bfloat16", **FP32),
         dtype="bf16",
         config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
         sharded=True,
     ),
+    "sub-groups": Kind(optimizer=chosen("Signum"), zero3={"sub_group_size": 300}),
+    "round robin": Kind(
+        optimizer=chosen("LionMuon", momentum_dtype="int8", **FP32), flat={"round_robin_gradients": True}
+    ),
+    "no buffer": Kind(optimizer=chosen("SignSGD")),
     "layer scales": Kind(optimizer=chosen("StableLion", layer_scales=[["square", 1.5], ["tall", 0.5]])),
 }
 

@@ -49,15 +49,18 @@ def cells() -> list[tuple[str, Shape, Shape]]:
     if ALL:
         every = [("LionMuon", one, other) for one, other in product(SHAPES, SHAPES) if one != other]
         others = [(kind, one, other) for kind in KINDS if kind != "LionMuon" for one, other in CHANGES]
-        return every + [
-            (k, one, other) for k, one, other in others if not (KINDS[k].sharded and 0 in (one[1], other[1]))
-        ]
+        return every + [cell for cell in others if _has(*cell)]
     if not FULL:
         return [("int8 momentum", (2, 3), (1, 2)), ("LionMuon", (2, 1), (2, 3))]
     kinds = cycle(KINDS)
-    each = [(next(kinds), one, other) for one, other in CHANGES]
+    each = [(next(k for k in kinds if _has(k, one, other)), one, other) for one, other in CHANGES]
     same_bits = [("LionMuon", one, other) for one, other in CHANGES if one in BITWISE and other in BITWISE]
     return [*each, *(cell for cell in same_bits if cell not in each)]
+
+
+def _has(kind: str, one: Shape, other: Shape) -> bool:
+    """Whether both shapes have such a thing."""
+    return not (KINDS[kind].sharded and 0 in (one[1], other[1]))
 
 
 CELLS = cells()
