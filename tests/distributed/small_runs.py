@@ -124,7 +124,9 @@ def snapshot(engine: Any) -> dict[str, Any]:
     for number, tensor in enumerate(local_tensors(engine)):
         held[f"master {number}"] = tensor.detach().clone()
         for key, value in own_optimizer(engine).state.get(tensor, {}).items():
-            held[f"{key} {number}"] = value.detach().clone() if isinstance(value, Tensor) else value
+            # Rows and numbers of parameters stand in dicts, which go on changing.
+            for name, one in value.items() if isinstance(value, dict) else [("", value)]:
+                held[f"{key} {number} {name}".strip()] = one.detach().clone() if isinstance(one, Tensor) else one
     return held
 
 
