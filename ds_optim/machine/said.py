@@ -1,4 +1,4 @@
-"""A line that all ranks of a node end with, printed by one of them."""
+"""Lines that a process ends with: one of all ranks of a node prints a line that all have, and last words are heard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -47,3 +48,21 @@ def _leave_mark(path: Path, rank: str) -> bool:
         return True
     except FileExistsError:
         return path.read_text(encoding="utf-8") == rank
+
+
+_stderr = 2
+
+
+def keep_stderr() -> None:
+    """Last words go to what is stderr now: DeepSpeed points it elsewhere while it asks a compiler what it can."""
+    global _stderr
+    with suppress(OSError):
+        before, _stderr = _stderr, os.dup(2)
+        if before != 2:
+            os.close(before)
+
+
+def last_words(text: str) -> None:
+    """Write ``text`` for the user before the process ends at once, past ``sys.stderr``, which others may hold."""
+    with suppress(OSError):
+        os.write(_stderr, f"{text}\n".encode(errors="replace"))

@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from ds_optim.job.exits import PREEMPTED
+from ds_optim.machine.said import keep_stderr, last_words
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 STOP_NAME = "stop"
@@ -49,6 +50,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         if threading.current_thread() is not threading.main_thread():
             return self
+        keep_stderr()
         # The main thread may be held where no Python runs (a rendezvous): a thread of its own hears the signals.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
@@ -120,9 +122,7 @@ class Preemption:
 
     def _end(self, line: str, status: int) -> NoReturn:
         shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
-        # Not by sys.stderr: the main thread may be where it points elsewhere, or hold its lock.
-        with suppress(OSError):
-            os.write(2, f"{shown}ds-optim: {line}\n".encode())
+        last_words(f"{shown}ds-optim: {line}")
         sys.stdout.flush()
         os._exit(status)
 

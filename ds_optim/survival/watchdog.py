@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from ds_optim.job.exits import RANK_LOST, RankLost
 from ds_optim.machine import ranks
+from ds_optim.machine.said import last_words
 from ds_optim.survival.heartbeat import Heartbeat
 
 LOST_S = 30.0
@@ -178,6 +179,6 @@ class Watchdog:
 
 def end_process(line: str, status: int = RANK_LOST) -> NoReturn:
     """Say why and end at once: no destructor that talks to ranks that are gone."""
-    print(f"ds-optim: error: {line}", file=sys.stderr, flush=True)
+    last_words(f"ds-optim: error: {line}")
     sys.stdout.flush()
     os._exit(status)
