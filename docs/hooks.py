@@ -30,7 +30,11 @@ PAGES = {
 }
 #: Links that lead to a page which says the same, or to a folder that a page is about.
 _MEANT = {"README.md": "index.md", "benchmarks/results": "benchmarks.md", "configs": "configs.md"}
-_FOLDERS = {"configs": "configs", "benchmarks/results": "results"}
+_FOLDERS = {
+    "configs": "configs",
+    "benchmarks/results": "results",
+    "benchmarks/results/convergence": "results/convergence",
+}
 _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
