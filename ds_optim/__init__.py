@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ds_optim.errors import UserError
+from ds_optim.machine import held  # noqa: F401 (before torch: a signal may come while it is imported)
 from ds_optim.optimizers import (
     LASM,
     OPTIMIZERS,

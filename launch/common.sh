@@ -9,8 +9,9 @@
 #   --port N       of rank 0, for the rendezvous
 #   --tries N      how often a run that was preempted (status 75) or lost a rank (69) is started [10]
 # SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C to the script reach every rank, as SIGUSR1 and as the file OUT/stop, repeated until
-# the ranks have ended: they save, and the script ends with their status, 75, without starting again. A second one ends
-# them at once. The terminal sends Ctrl-C to this script alone: launchers would pass it on as they like.
+# the ranks have ended: they save, and the script ends with their status, 75, without starting again. A second one after
+# more than a second (no SIGUSR1, which may be repeated) ends them at once, as SIGQUIT (Ctrl-\) does. The terminal sends
+# Ctrl-C to this script alone: launchers would pass it on as they like.
 
 # shellcheck source=launch/setup_env.sh
 source "$LAUNCH/setup_env.sh"
@@ -24,6 +25,11 @@ rest=()
 command=()
 environment=()
 asked=0
+asked_at=0
+child=""
+asker=""
+# What comes within so many microseconds of a request is the same one: a terminal that closes sends SIGHUP twice.
+same_us=1000000
 # How often a request to end is repeated.
 ask_every_s=2
 # How long ranks that lost others may take to end by themselves.
@@ -241,13 +247,26 @@ wait_for_signals() {
 }
 
 pass_on() {
+    local now="${EPOCHREALTIME:-$(date +%s.%6N)}"
+    now="${now/[.,]/}"
+    if [[ $1 != SIGQUIT ]] && ((asked)) && { [[ $1 == SIGUSR1 ]] || ((now - asked_at < same_us)); }; then return; fi
     asked=$((asked + 1))
-    if ((asked == 1)); then
+    asked_at="$now"
+    if ((asked == 1)) && [[ $1 != SIGQUIT ]]; then
         say "$1: the ranks save and end; the same again ends them at once"
+    else
+        say "$1: the ranks are ended at once; earlier checkpoints are as they were"
+        asked=2
+        [[ -z $child ]] || signal_ranks KILL
+    fi
+    keep_asking
+}
+
+# Nobody is there to be asked before they are started, and between two tries.
+keep_asking() {
+    if ((asked)) && [[ -n $child && -z $asker ]]; then
         ask_ranks &
         asker=$!
-    else
-        signal_ranks KILL
     fi
 }
 
@@ -260,13 +279,15 @@ ask_ranks() {
     done
 }
 
-# What tells one end.json from another.
-end_of() { [[ -z $1 || ! -f $1/end.json ]] || stat -c '%i %y' -- "$1/end.json"; }
+# What tells one file of this name in OUT from another.
+mark_of() { [[ -z $out || ! -f $out/$1 ]] || stat -c '%i %y' -- "$out/$1"; }
 noted() { sed -n "s/.*\"$1\": \([a-z0-9]*\).*/\1/p" "$out/end.json"; }
 
-# Whether the run in OUT may be begun anew: it left no checkpoint, and has not come to its end.
+# Whether the run in OUT may be begun anew: it left no checkpoint, and has not come to its end. What an earlier run left
+# is not this one's before its settings are there.
 unfinished() {
-    ((try > 1 || ${SLURM_RESTART_COUNT:-0} > 0)) && return
+    ((${SLURM_RESTART_COUNT:-0} > 0)) && return
+    ((try > 1)) && [[ $(mark_of settings.json) != "$earlier" ]] && return
     [[ -f $out/end.json ]] && [[ $(noted status) == "$PREEMPTED" || $(noted status) == "$RANK_LOST" ]]
 }
 
@@ -274,18 +295,22 @@ start_command() { env ${environment[@]+"${environment[@]}"} "${command[@]}" "$@"
 
 # Runs `command` under `environment`, again with --resume while that helps. The scripts define signal_ranks SIGNAL.
 run_ranks() {
-    local out try status before resume
+    local out try status before earlier resume
     if ((dry_run)); then
         quoted env ${environment[@]+"${environment[@]}"} "${command[@]}"
         exit 0
     fi
     out="$(out_folder)"
+    earlier="$(mark_of settings.json)"
     [[ ${rest[0]} == train ]] || tries=1
     trap 'pass_on SIGTERM' TERM
     trap 'pass_on Ctrl-C' INT
     trap 'pass_on SIGHUP' HUP
     trap 'pass_on SIGUSR1' USR1
+    trap 'pass_on SIGQUIT' QUIT
     for ((try = 1; try <= tries; try++)); do
+        child=""
+        if ((asked)); then return "$PREEMPTED"; fi
         resume=()
         if [[ -n $out && " ${rest[*]} " != *" --resume "* ]]; then
             if compgen -G "$out/checkpoints/step-*/manifest.json" >/dev/null; then
@@ -294,12 +319,13 @@ run_ranks() {
                 resume=(--force)
             fi
         fi
-        before="$(end_of "$out")"
+        before="$(mark_of end.json)"
         # A group of its own: see above.
         set -m
         start_command ${resume[@]+"${resume[@]}"} </dev/null &
         child=$!
         set +m
+        keep_asking
         # A signal ends `wait` before the child ends.
         while :; do
             wait "$child"
@@ -309,10 +335,11 @@ run_ranks() {
         # Ranks whose launcher has gone wait for a peer that will not come.
         if ((status != 0)); then end_ranks; fi
         if ((asked)); then
-            wait "$asker"
+            [[ -z $asker ]] || wait "$asker"
             [[ -z $out ]] || rm -f -- "$out/stop"
         fi
-        if ((status != 0)) && [[ -n $out && -f $out/end.json && $(end_of "$out") != "$before" ]]; then
+        # A rank that met a mistake before it joined is known by this status alone: the others note that it is gone.
+        if ((status != 0 && status != 2)) && [[ -n $out && -f $out/end.json && $(mark_of end.json) != "$before" ]]; then
             status="$(noted status)"
         elif ((status != 0 && status != 2 && asked == 1)); then
             # It had not begun: nothing is lost.

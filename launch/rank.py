@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     if missing:
         sys.exit(mistake(f"{sys.executable} has no {', '.join(missing)}: install it on {socket.gethostname()} too"))
     module = ["ds_optim.sweep.worker"] if command == "cell" else ["ds_optim", command]
-    # None may come before it can be handled: they wait, across exec, until ds_optim.survival.preemption unblocks them.
+    # None may come before it can be handled: they wait, across exec, until ds_optim.survival.preemption hears them.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
     # -X is where a process can carry a name that pkill finds and that Python ignores.
     os.execv(sys.executable, [sys.executable, "-X", f"ds_optim_run={token}", "-u", "-m", *module, *rest])

@@ -8,7 +8,8 @@
 # `deepspeed` not when a rank was killed).
 #
 # SIGTERM, SIGUSR1 or Ctrl-C to this script reach the ranks as the file OUT/stop, whatever started them: they save, and it
-# exits 75 and does not start again: that is for the batch system. A second one ends them at once. Under Slurm: #SBATCH --signal=B:USR1@120, and after this script
+# exits 75 and does not start again: that is for the batch system. A second one ends them at once (launch/common.sh).
+# Under Slurm: #SBATCH --signal=B:USR1@120, and after this script
 #   [[ $? == 75 ]] && scontrol requeue "$SLURM_JOB_ID"
 set -uo pipefail
 LAUNCH="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

@@ -22,7 +22,8 @@ class StartPoint:
 _RANKS = "ds_optim.machine.ranks"
 #: In their order. Before the second, ranks that end are not known by their number.
 START_POINTS = (
-    StartPoint(module=_RANKS, name="join", where="before the ranks join", told="for the others to join"),
+    StartPoint(module=_RANKS, name="join", where="before the ranks join", told="for rank {rank} to join"),
+    StartPoint(module="deepspeed", name="init_distributed", where="as DeepSpeed joins them"),
     StartPoint(module=_RANKS, name="same_code", where="as the ranks join"),
     StartPoint(module="ds_optim.train.loop", name="to_resume", where="the look at checkpoints"),
     StartPoint(module="ds_optim.train.loop", name="load_data", where="the text"),

@@ -27,8 +27,8 @@ from ds_optim.cli.simulate import simulate
 from ds_optim.cli.train import train
 from ds_optim.errors import UserError
 from ds_optim.job.exits import RunStopped
+from ds_optim.machine.held import release
 from ds_optim.optimizers.registry import PLUGINS, load_plugins
-from ds_optim.survival.preemption import unblock
 
 INTERRUPTED = 130
 """What shells say of a command that Ctrl-C ended."""
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _prefer_own_scripts()
     arguments, plugins = take_plugins(take_local_rank(list(sys.argv[1:] if argv is None else argv)))
     if arguments[:1] != ["train"]:
-        unblock()
+        release()
     command = typer.main.get_command(app)
     try:
         load_plugins(plugins)

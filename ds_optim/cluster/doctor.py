@@ -143,7 +143,7 @@ def _join(settings: DoctorSettings) -> Examination | None:
     line = "; ".join(line for _, line in problems) or unreachable(os.environ, settings.timeout_s)
     if line is None:
         try:
-            ranks.join(check_code=False)
+            ranks.join(limit_s=settings.timeout_s, check_code=False)
             return None
         except UserError as error:
             line = str(error)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ds_optim.machine.files import write_atomic
+from pydantic import BaseModel, ConfigDict, Field
+
+from ds_optim.machine.files import TEXT_LIMIT, Unreadable, read_json, write_atomic
 
 FINISHED = 0
 USER_ERROR = 2
@@ -22,6 +24,20 @@ PREEMPTED = 75
 """A signal, the file ``stop`` or ``--time-limit-s``: saved, start again with ``--resume``."""
 
 END_NAME = "end.json"
+_LOG_NAME = "log.jsonl"
+_CHECKPOINTS = "checkpoints/step-*/manifest.json"
+
+
+class End(BaseModel):
+    """How a run ended. ``again``: whether a script that starts a run again may do so at once, where its status asks
+    for it."""
+
+    model_config = ConfigDict(strict=True)
+
+    status: int
+    step: int = Field(ge=0, lt=2**53)
+    line: str
+    again: bool
 
 
 class RunStopped(RuntimeError):
@@ -49,11 +65,33 @@ class BadNumbers(RunStopped):
 
 
 def note_end(out: Path | None, status: int, step: int, line: str, *, again: bool = True) -> None:
-    """Leave ``OUT/end.json`` for scripts whose launcher does not pass exit statuses on (torchrun).
-
-    ``again``: whether a script that starts a run again may do so at once, where its status asks for it.
-    """
+    """Leave ``OUT/end.json`` for scripts whose launcher does not pass exit statuses on (torchrun)."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        record = {"status": status, "step": step, "line": line, "again": again}
-        write_atomic(out / END_NAME, json.dumps(record) + "\n")
+        end = End(status=status, step=step, line=line, again=again)
+        write_atomic(out / END_NAME, json.dumps(end.model_dump()) + "\n")
+
+
+def note_unbegun(out: Path | None, status: int, line: str) -> None:
+    """The same of a start that ended before the folder was its own: nothing of an earlier run is hidden.
+
+    An end that asks for another start may be replaced, and its step is kept. One that does not stays, and so does a log
+    without an end or a checkpoint, which ``--force`` alone replaces.
+    """
+    before = read_end(out)
+    bare = out is not None and not (out / END_NAME).exists()
+    if before is not None and before.status in (PREEMPTED, RANK_LOST):
+        note_end(out, status, before.step, line)
+    elif bare and out is not None and (not (out / _LOG_NAME).exists() or any(out.glob(_CHECKPOINTS))):
+        note_end(out, status, 0, line)
+
+
+def read_end(out: Path | None, since: float = 0.0) -> End | None:
+    """What ``OUT/end.json`` says, if it was written after the time ``since``; None where it says nothing."""
+    if out is None:
+        return None
+    try:
+        end = read_json(out / END_NAME, End, TEXT_LIMIT)
+        return end if (out / END_NAME).stat().st_mtime >= since else None
+    except (OSError, Unreadable):
+        return None

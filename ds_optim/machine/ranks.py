@@ -11,7 +11,6 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from ds_optim.errors import UserError
 from ds_optim.machine import rendezvous
 from ds_optim.machine.extensions import use_own_folder
+from ds_optim.machine.meeting import Meeting, launched
 from ds_optim.machine.reach import code_digest, unreachable
 
 T = TypeVar("T")
@@ -36,17 +36,18 @@ _JOIN_TIMEOUT_S = "300"
 _BROKEN = ("connection", "closed by peer", "timed out", "socket", "broken pipe", "no longer", "gloo", "nccl")
 
 
-def join(*, check_code: bool = True, met: Callable[[], None] = lambda: None) -> None:
+def join(meeting: Meeting | None = None, *, limit_s: float | None = None, check_code: bool = True) -> None:
     """Join the process group through DeepSpeed; a process that no launcher started is a group of one.
 
-    ``met`` is called as soon as the ranks have found each other, before they ask each other anything. Raises UserError
-    where rank 0 cannot be reached or its port is in use, and, unless not ``check_code``, on every rank where one of
-    them runs other code.
+    ``meeting`` is held before they ask each other anything. Raises UserError where a rank does not come within
+    ``limit_s`` (None: the usual), where rank 0 cannot be reached or its port is in use, and, unless not ``check_code``,
+    on every rank where one of them runs other code.
     """
     import deepspeed
 
+    meeting = meeting or Meeting()
     if dist.is_initialized() and deepspeed.comm.is_initialized():
-        met()
+        meeting.of_group()
         _settle()
         return
     if "RANK" not in os.environ and not any(name in os.environ for name in _MPI_VARIABLES):
@@ -61,10 +62,13 @@ def join(*, check_code: bool = True, met: Callable[[], None] = lambda: None) -> 
     _allow_files()
     use_own_folder()
     rendezvous.prepare()
-    problem = unreachable(os.environ, join_timeout())
+    limit_s = join_timeout() if limit_s is None else limit_s
+    problem = unreachable(os.environ, limit_s)
     if problem is not None:
         raise UserError(f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}")
     try:
+        if told := launched():
+            meeting.hold(limit_s)
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name(),
             # DeepSpeed's discovery of MPI ranks takes no port from the environment.
@@ -79,7 +83,8 @@ def join(*, check_code: bool = True, met: Callable[[], None] = lambda: None) -> 
         ) from None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    met()
+    if not told:  # an MPI has told DeepSpeed
+        meeting.of_group()
     _settle()
     if check_code:
         same_code()
@@ -196,21 +201,6 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def post(name: str, value: str | None, wait_s: float) -> str:
-    """What one rank posts under a name of its own, in the store of the rendezvous: no collective.
-
-    Raises RuntimeError where it does not come, or the store is gone with the rank that serves it.
-    """
-    if world_size() == 1:
-        return value or ""
-    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
-    if value is not None:
-        store.set(f"ds_optim/{name}", value)
-        return value
-    store.wait([f"ds_optim/{name}"], timedelta(seconds=wait_s))
-    return str(store.get(f"ds_optim/{name}").decode())
 
 
 def from_first(value: Callable[[], T]) -> T:

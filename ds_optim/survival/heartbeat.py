@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_optim.machine import ranks
+from ds_optim.machine.meeting import Meeting
 from ds_optim.survival.activity import Activity
 
 _RUNS = itertools.count()
@@ -51,22 +52,23 @@ class Heartbeat:
     """The exchange of pulses; ``seen`` maps a rank to (its pulse, when it last changed).
 
     Every rank makes it once the ranks have met, and needs nothing but rank 0 for that: a rank that is lost from then on
-    is known by its number.
+    is known by its number, one that has not given a sign of life yet among them.
 
     While ``work_counts``, a process that does not wait for others and computes or reads gets on.
 
     Args:
         interval_s: seconds between two pulses.
+        meeting: of all ranks, held.
     """
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: float, meeting: Meeting) -> None:
         self.interval_s = interval_s
-        self.rank, self.world_size = ranks.rank(), ranks.world_size()
+        self.rank, self.world_size = meeting.rank, meeting.world_size
         self.ticks, self.reached, self.at = 0, 0, "start"
         self.work_counts = True
         self.failed: str | None = None
         self.echo = False
-        self.watched = list(range(self.world_size)) if self.rank == 0 else [0]
+        self.watched: list[int] = []
         self.seen: dict[int, tuple[Pulse, float]] = {}
         self.moved: dict[int, float] = {}
         self.answered = time.monotonic()
@@ -77,12 +79,19 @@ class Heartbeat:
         self._activity = Activity()
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
-        self._store = self._open()
+        self._beating: set[int] = set()
+        self._store = self._open(meeting)
         self._thread = threading.Thread(target=self._run, daemon=True, name="ds_optim heartbeat")
+        self.watch(range(self.world_size) if self.rank == 0 else [0])
         self._exchange()
-        # Every pulse is there before anyone reads it.
-        self._store.wait([f"pulse/{rank}" for rank in self.watched], _STORE_TIMEOUT)
         self._thread.start()
+
+    def watch(self, whom: Iterable[int]) -> None:
+        """Read the pulses of these ranks; one whose pulse does not come is taken to have had one until now."""
+        now = time.monotonic()
+        self.watched = list(whom)
+        for rank in self.watched:
+            self.seen.setdefault(rank, (Pulse(), now))
 
     def pronounce(self, line: str) -> None:
         """Tell all ranks why the run ends; on rank 0, who holds the store."""
@@ -93,13 +102,13 @@ class Heartbeat:
         self._stop.set()
         self._thread.join(timeout=2 * self.interval_s)
 
-    def _open(self) -> Any:
+    def _open(self, meeting: Meeting) -> Any:
         host, name = os.environ.get("MASTER_ADDR", "127.0.0.1"), f"heartbeat/{next(_RUNS)}"
         if self.rank == 0:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-            ranks.post(name, str(store.port), 0.0)
+            meeting.post(name, str(store.port), 0.0)
             return store
-        port = int(ranks.post(name, None, _STORE_TIMEOUT.total_seconds()))
+        port = int(meeting.post(name, None, _STORE_TIMEOUT.total_seconds()))
         return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
 
     def _run(self) -> None:
@@ -128,9 +137,13 @@ class Heartbeat:
         if self._pronounced is not None:
             self._store.set("verdict", self._pronounced)
         if self._beat > 1:
-            for rank, text in zip(
-                self.watched, self._store.multi_get([f"pulse/{r}" for r in self.watched]), strict=True
-            ):
+            # What is not there yet would be waited for.
+            for rank in set(self.watched) - self._beating:
+                if self._store.check([f"pulse/{rank}"]):
+                    self._beating.add(rank)
+            there = [rank for rank in self.watched if rank in self._beating]
+            texts = self._store.multi_get([f"pulse/{rank}" for rank in there]) if there else []
+            for rank, text in zip(there, texts, strict=True):
                 self._note(rank, Pulse(**json.loads(text)))
             if self._store.check(["verdict"]):
                 self.verdict = self._store.get("verdict").decode()
@@ -141,7 +154,7 @@ class Heartbeat:
         before = self.seen.get(rank)
         if before is None or before[0].beat != pulse.beat:
             self.seen[rank] = (pulse, now)
-        if before is None or before[0].ticks != pulse.ticks:
+        if before is None or rank not in self.moved or before[0].ticks != pulse.ticks:
             self.moved[rank] = now
 
 

@@ -1,9 +1,9 @@
 """Signals and a file that ask the run to end: noted when they come, obeyed by all ranks at the next step border.
 
-The first one lets the run save and end with status 75. Before the ranks have joined nothing is lost, and the process
-ends at once; a second SIGINT or SIGTERM ends it at once too. Launchers pass on what the terminal sent as well: the same
+The first one lets the run save and end with status 75. Before the ranks have met nothing is lost, and the process ends
+at once; a second SIGINT or SIGTERM ends it at once too. Launchers pass on what the terminal sent as well: the same
 signal within a second is one request, and SIGUSR1 never ends a run that saves, so that it can be repeated until it is
-heard.
+heard. A SIGTERM before the ranks have met is the launcher's where it has lost another rank: status 69.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ds_optim.job.exits import PREEMPTED
+import psutil
+
+from ds_optim.job import exits as ends
+from ds_optim.machine import siblings
+from ds_optim.machine.held import SIGNALS, release
 from ds_optim.machine.said import keep_stderr, last_words
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 STOP_NAME = "stop"
 """A file of this name in a run's folder is a request too."""
 _INSIST = ("SIGTERM", "SIGINT", "SIGHUP")
@@ -34,9 +37,13 @@ class Preemption:
 
     A handler that was installed outside of Python (a stack dumper's) stays, a signal that is ignored stays ignored, and
     outside of the main thread, where Python allows no handlers, none is caught.
+
+    Args:
+        out: the run's folder, where a start that ends before the ranks have met leaves how it ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path | None = None) -> None:
+        self._out = out
         self.asked = 0.0
         self.over = False
         self._joined = False
@@ -61,7 +68,7 @@ class Preemption:
             if before is not None and before is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         # Launch scripts block them while a rank starts, so that none comes before it can be handled.
-        unblock()
+        release()
         return self
 
     def __exit__(
@@ -74,7 +81,7 @@ class Preemption:
             os.close(self._pipe[1])  # the thread reads its end, and closes the other one
 
     def joined(self, out: Path | None, *, first: bool) -> None:
-        """The ranks are together: from here on they end together. On the ``first`` rank the file in ``out`` counts too;
+        """The ranks have met: from here on they end together. On the ``first`` rank the file in ``out`` counts too;
         one that an earlier run left is taken away."""
         self._joined = True
         if first and out is not None:
@@ -86,7 +93,7 @@ class Preemption:
         if self._file is not None and not self.asked and time.monotonic() - self._looked > _LOOK_S:
             self._looked = time.monotonic()
             if self._file.exists():
-                self._say(f"{self._file} is there: saving after this step, then ending with status {PREEMPTED}")
+                self._say(f"{self._file} is there: saving after this step, then ending with status {ends.PREEMPTED}")
                 self.asked = 1.0
         return self.asked
 
@@ -109,13 +116,28 @@ class Preemption:
     def _obey(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if not self._joined:
-            self._end(f"{name} before the ranks had joined: nothing was begun", PREEMPTED)
+            self._end(*self._unbegun(number))
         if not self._first:
             more = "; the same again ends at once" if name in _INSIST else ""
-            self._say(f"{name}: saving after this step, then ending with status {PREEMPTED}{more}")
+            self._say(f"{name}: saving after this step, then ending with status {ends.PREEMPTED}{more}")
         if name in _INSIST and now - self._first.setdefault(number, now) > _SAME_S:
             self._end(f"{name} again: ended at once; earlier checkpoints are as they were", 128 + number)
         self._first.setdefault(number, now)
+
+    def _unbegun(self, number: int) -> tuple[str, int]:
+        """The line and status of a start that ends before the ranks have met; noted, unless another rank has."""
+        noted = ends.read_end(self._out, psutil.Process().create_time())
+        gone = siblings.gone(os.environ) if number == signal.SIGTERM else []
+        if gone and (noted is None or noted.status != ends.PREEMPTED):
+            which = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+            line, status = f"{which} ended before the ranks had joined, and the launcher ended this one", ends.RANK_LOST
+        else:
+            name, status = signal.Signals(number).name, ends.PREEMPTED
+            line = f"{name} before the ranks had joined: nothing was begun"
+        if noted is None:
+            with suppress(OSError):
+                ends.note_unbegun(self._out, status, line)
+        return f"error: {line}" if status == ends.RANK_LOST else line, status
 
     def _say(self, line: str) -> None:
         print(f"ds-optim: {line}", file=sys.stderr, flush=True)
@@ -125,9 +147,3 @@ class Preemption:
         last_words(f"{shown}ds-optim: {line}")
         sys.stdout.flush()
         os._exit(status)
-
-
-def unblock() -> None:
-    """Let this thread hear the signals that a launch script blocked."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

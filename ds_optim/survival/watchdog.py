@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from ds_optim.job.exits import RANK_LOST, RankLost
 from ds_optim.machine import ranks
+from ds_optim.machine.meeting import Meeting
 from ds_optim.machine.said import last_words
 from ds_optim.survival.heartbeat import Heartbeat
 
@@ -47,11 +48,11 @@ class Watchdog:
         self._told = threading.Lock()
         self._failure_seen: float | None = None
 
-    def start(self) -> None:
+    def start(self, meeting: Meeting) -> None:
         """The ranks are watched from here on; each of them calls it as soon as they have met."""
         if self._timeout_s == 0:
             return
-        self._heart = Heartbeat(min(_INTERVAL_S, self._timeout_s / 8))
+        self._heart = Heartbeat(min(_INTERVAL_S, self._timeout_s / 8), meeting)
         threading.Thread(target=self._watch, daemon=True, name="ds_optim watchdog").start()
 
     @property
@@ -96,7 +97,7 @@ class Watchdog:
             return None
         heart.echo = ranks.is_echo(error)
         heart.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        heart.watched = list(range(heart.world_size))
+        heart.watch(range(heart.world_size))
         began = time.monotonic()
         while time.monotonic() < began + _GRACE_S:
             time.sleep(heart.interval_s / 2)

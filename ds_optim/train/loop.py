@@ -76,6 +76,7 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     before = resumed.checkpoint.notes.get(RUN) if resumed is not None else None
     run: str = before or ranks.from_first(new_id)
     ranks.from_first(lambda: note_settings(settings, run))
+    watch.begun = True
     shape = BatchShape(
         seq_len=settings.seq_len,
         micro_batch=settings.micro_batch,

@@ -42,6 +42,8 @@ COMMANDS = {
     "requeue.sh": ["bash", str(LAUNCH / "requeue.sh"), "out", *REQUEUED],
 }
 _START_S = 120.0
+_OWN_S = 0.7
+"""After so long a process is Python's and hears signals, while it imports torch."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -184,22 +186,74 @@ def test_a_signal_while_ranks_start_is_not_lost(place: Path, how: str, number: s
     assert not stepping(place / "out")
 
 
-def test_ranks_that_do_not_find_each_other_end_with_a_line(place: Path) -> None:
-    """One waits until its limit, the other is told to end while it waits where no Python runs."""
-    runs = []
-    for limit in ("1", "100"):
-        port = with_port(["PORT"])[0]
-        own = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [*PLAIN[:-1], f"out{limit}"]
-        variables = environment(**own, DS_OPTIM_JOIN_TIMEOUT=limit)
-        runs.append(subprocess.Popen(command, cwd=place, env=variables, stderr=subprocess.PIPE, text=True))
-    late, told = runs
-    _, error = late.communicate(timeout=60)
-    assert late.returncode == RANK_LOST, error
-    assert re.search(r"^ds-optim: error: rank 0 of 2 on \S+ waited 1 s for the others to join: see which", error, re.M)
+def rank_alone(place: Path, out: str, port: str, rank: int = 0, **more: str) -> subprocess.Popen[str]:
+    """One of two ranks, started as a launcher does that this process is."""
+    given = {"RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_RANK": f"{rank}", "LOCAL_SIZE": "2"}
+    variables = environment(**{**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more})
+    return subprocess.Popen([*PLAIN[:-1], out], cwd=place, env=variables, stderr=subprocess.PIPE, text=True)
+
+
+def ended(run: subprocess.Popen[str], status: int, out: Path) -> str:
+    """What a rank said that ended with a status, which its folder has too."""
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == status, error
+    assert end_of(out)["status"] == status
     assert "Traceback" not in error
-    assert end_of(place / "out1")["status"] == RANK_LOST
+    return error
+
+
+def test_ranks_that_do_not_find_each_other_end_with_a_line(place: Path) -> None:
+    """One waits until its limit; others are told to end in their first moments, and where no Python runs."""
+    port = with_port(["PORT"])[0]
+    told = rank_alone(place, "told", port, DS_OPTIM_JOIN_TIMEOUT="100", LOCAL_SIZE="1")
+    early = rank_alone(place, "early", with_port(["PORT"])[0], LOCAL_SIZE="1")
+    time.sleep(_OWN_S)
+    early.send_signal(signal.SIGTERM)
+    late = rank_alone(place, "late", with_port(["PORT"])[0], DS_OPTIM_JOIN_TIMEOUT="1")
+    line = r"^ds-optim: error: rank 0 of 2 on \S+ waited 1 s for rank 1 to join: see which of them did not start"
+    assert re.search(line, ended(late, RANK_LOST, place / "late"), re.M)
+    nothing = "ds-optim: SIGTERM before the ranks had joined: nothing was begun"
+    assert nothing in ended(early, PREEMPTED, place / "early")
     told.send_signal(signal.SIGTERM)
-    _, error = told.communicate(timeout=10)
-    assert told.returncode == PREEMPTED, error
-    assert "ds-optim: SIGTERM before the ranks had joined: nothing was begun" in error
+    assert nothing in ended(told, PREEMPTED, place / "told")
+
+
+def test_a_launcher_that_lost_a_rank_is_told_from_one_that_was_told_to_end(place: Path) -> None:
+    """Both end the ranks one after the other, with SIGTERM, before they have met."""
+    port = with_port(["PORT"])[0]
+    left, lost = (rank_alone(place, "lost", port, rank) for rank in range(2))
+    time.sleep(_OWN_S)
+    lost.kill()
+    lost.wait()
+    left.send_signal(signal.SIGTERM)
+    line = "ds-optim: error: rank 1 ended before the ranks had joined, and the launcher ended this one"
+    assert line in ended(left, RANK_LOST, place / "lost")
+    first, second = (rank_alone(place, "told", port, rank) for rank in range(2))
+    time.sleep(_OWN_S)
+    for run in (first, second):
+        run.send_signal(signal.SIGTERM)
+        assert "SIGTERM before the ranks had joined: nothing was begun" in ended(run, PREEMPTED, place / "told")
+
+
+@pytest.mark.parametrize("how", ["deepspeed", *(["torchrun"] if ALL else [])])
+def test_a_rank_killed_before_it_joins_is_named_under_the_launcher_itself(place: Path, how: str) -> None:
+    launchers = {
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "PORT", "--module"],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT", "-m"],
+    }
+    command = with_port([*launchers[how], "ds_optim", "train", *ARGUMENTS])
+    run = subprocess.Popen(command, cwd=place, env=environment(), stderr=subprocess.PIPE, text=True)
+    killed: list[int] = []
+    while not killed and run.poll() is None:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.cwd() == str(place) and process.environ().get("RANK") == "1":
+                    process.kill()
+                    killed.append(process.pid)
+        time.sleep(0.05)
+    _, error = run.communicate(timeout=60)
+    end = end_of(place / "out")
+    assert (end["status"], end["again"]) == (RANK_LOST, True)
+    assert end["line"] == "rank 1 ended before the ranks had joined, and the launcher ended this one"
+    assert f"ds-optim: error: {end['line']}" in error
+    assert nobody_is_left(place)

@@ -16,9 +16,12 @@ from ds_optim.errors import UserError
 from ds_optim.job.exits import PREEMPTED, RANK_LOST
 from ds_optim.job.settings import make_settings
 from ds_optim.machine import ranks
+from ds_optim.machine.forked import free_port
+from ds_optim.machine.meeting import Meeting
 from ds_optim.train import loop
 from ds_optim.train.loop import train
 from tests.distributed.harness import run_ranks
+from tests.distributed.worker import Outcome
 
 from .survival import STEPS, Watcher, log_of, tiny
 
@@ -27,24 +30,56 @@ pytestmark = pytest.mark.full
 # ---- a rank that is lost before the watching began, or before the first step
 
 
-def dies_at(rank: int, world_size: int, folder: Path, where: str) -> None:
-    def die(*arguments: Any) -> None:
+def dies_at(rank: int, world_size: int, folder: Path, where: str, who: int) -> None:
+    import deepspeed
+
+    def die(*arguments: Any, **options: Any) -> None:
+        time.sleep(2.0 if where == "_count" else 0.0)  # the other rank is there, and waits to be told
         os.kill(os.getpid(), signal.SIGKILL)
 
     os.chdir(folder)
-    if rank == 1:
-        setattr(ranks if where == "same_code" else loop, where, die)
+    if rank == who:
+        within = {"init_distributed": deepspeed, "same_code": ranks, "_open": Meeting, "_count": Meeting}
+        setattr(within.get(where, loop), where, die)
     train(make_settings(**tiny(out="out", hang_timeout=4)))
 
 
-@pytest.mark.parametrize("where", ["same_code", "to_resume", "load_data", "start_engine"])
-def test_a_rank_lost_during_the_start_is_named_in_one_line(place: Path, where: str) -> None:
-    left, _ = run_ranks(2, dies_at, place, where, timeout=60, expect_error=True, init=False)
-    assert left.error_type == "RankLost", left
-    assert "\n" not in left.message
-    assert left.message.startswith("rank 1 died or was stopped")
-    assert json.loads((place / "out/end.json").read_text())["status"] == RANK_LOST
+def says_when_left(place: Path, left: Outcome, line: str) -> None:
+    """The rank that is left says it once, leaves it as the run's end, and holds the folder no longer."""
+    end = json.loads((place / "out/end.json").read_text())
+    assert end["status"] == RANK_LOST
+    assert re.match(line, end["line"]), end
+    if left.error_type == "RankLost":
+        assert left.message == end["line"]
+    else:
+        assert left.message.endswith(f"exit code {RANK_LOST}"), left
+        assert left.log.count(f"ds-optim: error: {end['line']}\n") == 1
     assert not (place / "out/run.lock").exists()
+
+
+@pytest.mark.parametrize("where", ["init_distributed", "same_code", "to_resume", "load_data", "start_engine"])
+def test_a_rank_lost_during_the_start_is_named_in_one_line(place: Path, where: str) -> None:
+    left, _ = run_ranks(2, dies_at, place, where, 1, timeout=60, expect_error=True, init=False)
+    says_when_left(place, left, "rank 1 died or was stopped: no pulse for ")
+
+
+@pytest.mark.parametrize(
+    ("where", "who", "line"),
+    [
+        (
+            "_open",
+            1,
+            r"rank 0 of 2 on \S+ waited 5 s for rank 1 to join: see which of them did not start, or was l",
+        ),
+        ("_open", 0, r"rank 1 of 2 on \S+ waited 5 s for rank 0 to join: see"),
+        ("_count", 0, r"rank 0 was lost while the ranks joined \(DistNetworkError: "),
+    ],
+)
+def test_a_rank_that_does_not_join_is_named(place: Path, where: str, who: int, line: str) -> None:
+    # Rank 0 serves the store here, as under the deepspeed launcher.
+    own = {"TORCHELASTIC_USE_AGENT_STORE": None, "MASTER_PORT": str(free_port()), "DS_OPTIM_JOIN_TIMEOUT": "5"}
+    outcomes = run_ranks(2, dies_at, place, where, who, env=own, timeout=60, expect_error=True, init=False)
+    says_when_left(place, outcomes[1 - who], line)
 
 
 def stuck(rank: int, world_size: int, folder: Path) -> None:

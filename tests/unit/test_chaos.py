@@ -56,7 +56,7 @@ def test_ends_are_told_apart() -> None:
     assert "did not say 'rank 1 '" in str(ending_fault(life([RANK_LOST, -9], "rank 2 died"), killed))
     assert "[1, -9], not [69, -9]" in str(ending_fault(life([1, -9], "rank 1 died"), killed))
     alone = Fault(kind="SIGTERM", place="start", rank=1, step=4, count=0)
-    assert ending_fault(life([RANK_LOST, PREEMPTED], "waited 10 s for the others to join"), alone) is None
+    assert ending_fault(life([RANK_LOST, PREEMPTED], "waited 10 s for rank 1 to join"), alone) is None
     together = Fault(kind="SIGTERM", place="start", rank=1, step=4, count=4)
     assert ending_fault(life([PREEMPTED, PREEMPTED], ""), together) is None
     assert ending_fault(Life(statuses=[PREEMPTED, PREEMPTED], lines=["", ""]), together) is not None

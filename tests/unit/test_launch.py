@@ -25,14 +25,19 @@ statuses=($STATUSES)
 mkdir -p "$NOTES/out/checkpoints/step-2" && touch "$NOTES/out/checkpoints/step-2/manifest.json"
 exit "${statuses[count - 1]}"
 """
-#: A launcher whose rank saves when it is told to end.
+#: A launcher whose rank saves, for SAVES_S, when it is told to end.
 SAVES = """#!/bin/bash
 python -X "ds_optim_run=$DS_OPTIM_RUN" -c '
-import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-pathlib.Path(sys.argv[1]).touch()
-time.sleep(60)' "$NOTES/ready"
+import os, pathlib, signal, sys, time
+def save(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    time.sleep(float(os.environ["SAVES_S"]))
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
+pathlib.Path(sys.argv[1], "ready").touch()
+time.sleep(60)' "$NOTES"
 """
 
 
@@ -302,11 +307,55 @@ def test_the_status_that_a_run_noted_wins(tools: Path) -> None:
 
 
 def test_a_run_that_left_no_checkpoint_is_begun_anew(tools: Path) -> None:
-    stand_in(tools, "deepspeed", STAND_IN.replace("mkdir", "true || mkdir").replace("&& touch", "&& true"))
+    stand_in(tools, "deepspeed", STAND_IN.replace("&& touch", '&& echo {} >"$NOTES/out/settings.json" || touch'))
     assert launch(tools, "local.sh", "--steps", "9", "--out", "out", STATUSES="69 0").returncode == 0
     first, second = (tools / "arguments").read_text().splitlines()
     assert first.endswith("--out out")
     assert second.endswith("--out out --force")
+
+
+#: As the deepspeed launcher ends when it lost a rank: with the signal's number, before any rank could note it.
+KILLED = """#!/bin/bash
+echo "$@" >>"$NOTES/arguments"
+(($(wc -l <"$NOTES/arguments") > 1)) || exit 247
+"""
+
+
+def test_a_rank_killed_before_anything_was_noted_is_a_lost_rank(tools: Path) -> None:
+    stand_in(tools, "deepspeed", KILLED)
+    (tools / "out").mkdir()
+    done = launch(tools, "local.sh", "--steps", "9", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert "ended with status 69, try 1 of 10" in done.stderr
+    first, second = (tools / "arguments").read_text().splitlines()
+    assert first.endswith("--out out")
+    assert second == first, "nothing was begun that --force would replace"
+    # doctor's ranks leave nothing to go on with.
+    (tools / "arguments").unlink()
+    assert launch(tools, "local.sh", "doctor").returncode == 247
+
+
+def test_what_an_earlier_run_left_is_not_replaced_for_a_rank_that_was_lost(tools: Path) -> None:
+    """Neither is the end of a run that came to its end taken for this one's, nor is its log forced away."""
+    stand_in(tools, "deepspeed", KILLED)
+    (tools / "out").mkdir()
+    (tools / "out/end.json").write_text('{"status": 0, "step": 9, "line": "", "again": true}\n')
+    (tools / "out/settings.json").write_text("{}")
+    assert launch(tools, "local.sh", "--steps", "9", "--out", "out").returncode == 0
+    assert "--force" not in (tools / "arguments").read_text()
+    # What its own first start began may be.
+    (tools / "arguments").unlink()
+    stand_in(tools, "deepspeed", KILLED.replace("(($(wc", 'echo "{}" >>"$NOTES/out/settings.json"\n(($(wc'))
+    assert launch(tools, "local.sh", "--steps", "9", "--out", "out").returncode == 0
+    first, second = (tools / "arguments").read_text().splitlines()
+    assert "--force" not in first
+    assert second.endswith("--out out --force")
+
+
+def test_a_mistake_of_one_rank_is_no_lost_rank_for_those_that_note_it_as_one(tools: Path) -> None:
+    stand_in(tools, "deepspeed", STAND_IN.replace("exit ", """echo '{"status": 69}' >"$NOTES/out/end.json"\nexit """))
+    assert launch(tools, "local.sh", "--out", "out", STATUSES="2 0").returncode == 2
+    assert len((tools / "arguments").read_text().splitlines()) == 1
 
 
 def test_an_end_of_before_is_not_the_end_of_a_start_that_is_refused(tools: Path) -> None:
@@ -325,10 +374,10 @@ def test_a_time_limit_is_for_who_started_the_script(tools: Path) -> None:
     assert len((tools / "arguments").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_reach_the_rank_and_end_the_script(tools: Path, number: signal.Signals) -> None:
+def signalled(tools: Path, *signals: signal.Signals, saves_s: float = 0.0, apart_s: float = 0.0) -> tuple[int, str]:
+    """What local.sh ended with, and said, that was sent these when its rank was ready."""
     stand_in(tools, "deepspeed", SAVES)
-    more = {"DS_OPTIM_RUN": f"test-{os.getpid()}-{number}"}
+    more = {"DS_OPTIM_RUN": f"test-{os.getpid()}-{time.monotonic_ns()}", "SAVES_S": f"{saves_s}"}
     script = subprocess.Popen(
         ["bash", str(LAUNCH / "local.sh"), "--out", "out"],
         cwd=tools,
@@ -339,10 +388,42 @@ def test_signals_reach_the_rank_and_end_the_script(tools: Path, number: signal.S
     deadline = time.monotonic() + 30
     while not (tools / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    script.send_signal(number)
+    for number in signals:
+        script.send_signal(number)
+        time.sleep(apart_s)
     _, error = script.communicate(timeout=40)
-    assert script.returncode == 75, error
+    return script.returncode, error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_rank_and_end_the_script(tools: Path, number: signal.Signals) -> None:
+    status, error = signalled(tools, number)
+    assert status == 75, error
     assert "ended with status 75, try 1" in error
+
+
+@pytest.mark.parametrize(
+    ("signals", "apart_s", "saved"),
+    [
+        # A terminal that closes, and a service manager.
+        ((signal.SIGHUP, signal.SIGHUP), 0.05, True),
+        ((signal.SIGTERM, signal.SIGHUP), 0.05, True),
+        # One that a batch system repeats.
+        ((signal.SIGUSR1, signal.SIGUSR1), 1.2, True),
+        ((signal.SIGTERM, signal.SIGTERM), 1.2, False),
+        ((signal.SIGQUIT,), 0.0, False),
+        ((signal.SIGHUP, signal.SIGQUIT), 0.05, False),
+    ],
+)
+def test_a_request_that_comes_twice_and_one_that_insists(
+    tools: Path, signals: tuple[signal.Signals, ...], apart_s: float, saved: bool
+) -> None:
+    begun = time.monotonic()
+    status, error = signalled(tools, *signals, saves_s=2.5 if saved else 60.0, apart_s=apart_s)
+    assert status == (75 if saved else 69), error
+    assert ("the ranks are ended at once" in error) is not saved
+    assert time.monotonic() - begun < 30
+    assert (tools / "saved").exists() is saved
 
 
 def test_a_rank_is_named_by_slurm_and_tags_what_it_prints(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_optim.job import exits as ends
+from ds_optim.machine.held import is_training
 from ds_optim.survival.preemption import STOP_NAME, Preemption
 
 pytestmark = pytest.mark.full
@@ -76,3 +79,89 @@ def test_a_file_asks_too_and_one_of_before_does_not(tmp_path: Path) -> None:
         time.sleep(0.6)
         assert preemption.wanted() == 1.0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def ended(out: Path, status: int) -> str:
+    out.mkdir(exist_ok=True)
+    ends.note_end(out, status, 7, "of before")
+    return (out / ends.END_NAME).read_text()
+
+
+def test_a_start_that_never_began_hides_no_earlier_end(tmp_path: Path) -> None:
+    """What it notes decides whether a script starts again, and whether that one replaces what is there."""
+    for status in (ends.FINISHED, ends.BAD_NUMBERS, ends.SAVE_FAILED):
+        before = ended(tmp_path / f"{status}", status)
+        ends.note_unbegun(tmp_path / f"{status}", ends.PREEMPTED, "told")
+        assert (tmp_path / f"{status}" / ends.END_NAME).read_text() == before
+    for status in (ends.PREEMPTED, ends.RANK_LOST):
+        ended(tmp_path / f"{status}", status)
+        ends.note_unbegun(tmp_path / f"{status}", ends.RANK_LOST, "lost")
+        assert ends.read_end(tmp_path / f"{status}") == ends.End(status=69, step=7, line="lost", again=True)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "log.jsonl").touch()
+    ends.note_unbegun(killed, ends.PREEMPTED, "told")
+    assert not (killed / ends.END_NAME).exists()
+    (killed / "checkpoints/step-3").mkdir(parents=True)
+    (killed / "checkpoints/step-3/manifest.json").touch()
+    for out in (killed, tmp_path / "new"):
+        ends.note_unbegun(out, ends.PREEMPTED, "told")
+        assert ends.read_end(out) == ends.End(status=75, step=0, line="told", again=True)
+    assert ends.read_end(killed, since=time.time() + 60) is None
+    (killed / ends.END_NAME).write_text("[]")
+    assert ends.read_end(killed) is None
+
+
+SIBLING = "import time; print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("names", "gone"),
+    [
+        (("RANK", "LOCAL_RANK", "LOCAL_SIZE"), [5]),
+        (("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), [5]),
+        (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"), [5]),
+        # Slurm numbers the ranks of a node as it likes.
+        (("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"), []),
+    ],
+)
+def test_ranks_of_a_node_that_ended_are_known_by_those_that_live(names: tuple[str, ...], gone: list[int]) -> None:
+    """Ranks 4 and 6 of a node that has 4, 5 and 6; what else runs beside them counts for nothing."""
+    ask = "import os; from ds_optim.machine import siblings; print(siblings.gone(os.environ))"
+    runs = []
+    for rank, code in ((6, SIBLING), (None, SIBLING), (4, ask)):
+        own = {} if rank is None else dict(zip(names, (f"{rank}", f"{rank - 4}", "3"), strict=True))
+        variables = {**{name: value for name, value in os.environ.items() if name not in names}, **own}
+        run = subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)
+        runs.append(run)
+        if code == SIBLING:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "ready\n"
+    try:
+        assert runs[-1].stdout is not None
+        assert runs[-1].stdout.readline() == f"{gone}\n"
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+
+
+@pytest.mark.parametrize(
+    ("words", "held"),
+    [
+        (["-m", "ds_optim", "train"], True),
+        (["-m", "ds_optim", "--local_rank=1", "--plugin", "x.py", "train"], True),
+        (["-m", "ds_optim", "doctor"], False),
+        (["-m", "mine", "train"], False),
+        (["mine.py", "-m", "ds_optim", "train"], False),
+        (["/usr/bin/ds-optim", "train"], True),
+    ],
+)
+def test_signals_wait_for_torch_in_the_training_command_alone(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], held: bool
+) -> None:
+    # While a package is imported for -m, Python has -m in the place of the file.
+    started = ["-m", *words[2:]] if words[0] == "-m" else words
+    monkeypatch.setattr(sys, "argv", started)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", *words])
+    assert is_training() is held
