@@ -7,7 +7,8 @@
 # Options that all have:
 #   --dry-run      print the exact commands and start nothing
 #   --port N       of rank 0, for the rendezvous
-#   --tries N      how often a run that was preempted (status 75) or lost a rank (69) is started [10]
+#   --tries N      how often a run that was preempted (status 75) or lost a rank (69) is started [TRIES, 10]; not again after
+#                  a file OUT/stop or --time-limit-s
 # SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C to the script reach every rank, as SIGUSR1 and as the file OUT/stop, repeated until
 # the ranks have ended: they save, and the script ends with their status, 75, without starting again. A second one after
 # more than a second (no SIGUSR1, which may be repeated) ends them at once, as SIGQUIT (Ctrl-\) does. The terminal sends
@@ -295,7 +296,7 @@ start_command() { env ${environment[@]+"${environment[@]}"} "${command[@]}" "$@"
 
 # Runs `command` under `environment`, again with --resume while that helps. The scripts define signal_ranks SIGNAL.
 run_ranks() {
-    local out try status before earlier resume
+    local out try status before earlier resume fresh
     if ((dry_run)); then
         quoted env ${environment[@]+"${environment[@]}"} "${command[@]}"
         exit 0
@@ -338,8 +339,10 @@ run_ranks() {
             [[ -z $asker ]] || wait "$asker"
             [[ -z $out ]] || rm -f -- "$out/stop"
         fi
+        fresh=0
+        if [[ -n $out && -f $out/end.json && $(mark_of end.json) != "$before" ]]; then fresh=1; fi
         # A rank that met a mistake before it joined is known by this status alone: the others note that it is gone.
-        if ((status != 0 && status != 2)) && [[ -n $out && -f $out/end.json && $(mark_of end.json) != "$before" ]]; then
+        if ((status != 0 && status != 2 && fresh)); then
             status="$(noted status)"
         elif ((status != 0 && status != 2 && asked == 1)); then
             # It had not begun: nothing is lost.
@@ -351,7 +354,7 @@ run_ranks() {
         ((status == PREEMPTED || status == RANK_LOST)) || return "$status"
         say "ended with status $status, try $try of $tries"
         ((asked == 0)) || return "$status"
-        if [[ -n $out && -f $out/end.json && $(noted again) == false ]]; then return "$status"; fi
+        if ((fresh)) && [[ $(noted again) == false ]]; then return "$status"; fi
     done
     return "$status"
 }

@@ -20,6 +20,8 @@ case "${1:-}" in -h | --help) show_help "$0" && exit 0 ;; esac
 (($# >= 2)) || mistake "usage: bash launch/requeue.sh OUT COMMAND..."
 whole TRIES "$tries"
 rest=(train --out "$1")
+# A script of this folder within is started again from here.
+export TRIES=1
 command=("${@:2}")
 
 # What starts the ranks is in a group of its own; where that gives them groups of theirs, they are known by this.

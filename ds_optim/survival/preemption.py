@@ -35,6 +35,8 @@ _LOOK_S = 0.5
 class Preemption:
     """Within the ``with`` block a signal or the file sets ``asked``, and says so; once ``over``, they do nothing.
 
+    ``by_file``: it was the file, which whoever put it there wants to be the end.
+
     A handler that was installed outside of Python (a stack dumper's) stays, a signal that is ignored stays ignored, and
     outside of the main thread, where Python allows no handlers, none is caught.
 
@@ -45,6 +47,7 @@ class Preemption:
     def __init__(self, out: Path | None = None) -> None:
         self._out = out
         self.asked = 0.0
+        self.by_file = False
         self.over = False
         self._joined = False
         self._file: Path | None = None
@@ -94,7 +97,7 @@ class Preemption:
             self._looked = time.monotonic()
             if self._file.exists():
                 self._say(f"{self._file} is there: saving after this step, then ending with status {ends.PREEMPTED}")
-                self.asked = 1.0
+                self.asked, self.by_file = 1.0, True
         return self.asked
 
     def forget_file(self) -> None:

@@ -88,7 +88,8 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     data = load_data(settings, shape)
     if watch.stop_asked():
         line = "stopped by a signal before the first step; earlier checkpoints are as they were"
-        ranks.from_first(lambda: note_end(settings, ends.PREEMPTED, 0, line))
+        again = not watch.preemption.by_file
+        ranks.from_first(lambda: note_end(settings, ends.PREEMPTED, watch.done, line, again=again))
         raise ends.Preempted(line)
     watch.watchdog.tick("making the engine")
     engine = start_engine(settings, data)
@@ -189,7 +190,8 @@ class _Run:
             self.log.say(line)
         if done not in self.val_losses and stop is None:
             self._validate(done)
-        ranks.from_first(lambda: self._note_end(status, done, line, again=stop in (None, _SIGNAL)))
+        again = stop in (None, _SIGNAL) and not self.watch.preemption.by_file
+        ranks.from_first(lambda: self._note_end(status, done, line, again=again))
         # All that counts is on the disk: a signal that still comes must not change the status.
         self.watch.preemption.over = True
         ranks.from_first(self.watch.preemption.forget_file)

@@ -40,6 +40,7 @@ COMMANDS = {
     "torchrun.sh": ["bash", str(LAUNCH / "torchrun.sh"), *RANKS],
     "openmpi.sh": ["bash", str(LAUNCH / "openmpi.sh"), *RANKS],
     "requeue.sh": ["bash", str(LAUNCH / "requeue.sh"), "out", *REQUEUED],
+    "requeue.sh of local.sh": ["bash", str(LAUNCH / "requeue.sh"), "out", "bash", str(LAUNCH / "local.sh"), *RANKS],
 }
 _START_S = 120.0
 _OWN_S = 0.7
@@ -135,7 +136,7 @@ def left_lock() -> Path:
     return folder / "lock"
 
 
-@pytest.mark.parametrize("how", ["plain", "local.sh", *(["torchrun.sh", "openmpi.sh", "requeue.sh"] if ALL else [])])
+@pytest.mark.parametrize("how", COMMANDS if ALL else ["plain", "local.sh"])
 def test_control_c_on_a_terminal_saves_says_so_and_ends_with_75(place: Path, how: str) -> None:
     if how == "openmpi.sh" and not (shutil.which("mpirun") and has_mpi4py()):
         pytest.skip("needs mpirun and mpi4py")
@@ -159,13 +160,36 @@ def test_control_c_on_a_terminal_saves_says_so_and_ends_with_75(place: Path, how
     assert not (place / "out/run.lock").exists()
 
 
+def test_a_run_that_the_file_stops_is_not_started_again_by_its_script(place: Path) -> None:
+    command = [*COMMANDS["local.sh"][:2], "--ranks", "1", *ARGUMENTS]
+    script = subprocess.Popen(command, cwd=place, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not stepping(place / "out"):
+        assert script.poll() is None
+        time.sleep(0.05)
+    (place / "out/stop").touch()
+    _, error = script.communicate(timeout=60)
+    assert script.returncode == PREEMPTED, error
+    end = end_of(place / "out")
+    assert (end["status"], end["again"]) == (PREEMPTED, False)
+    assert (place / f"out/checkpoints/step-{end['step']}" / manifest.NAME).exists()
+    assert not (place / "out/stop").exists()
+
+
 def has_mpi4py() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("mpi4py") is not None
 
 
-@pytest.mark.parametrize(("how", "number"), [("requeue.sh", signal.SIGTERM), ("local.sh", signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        ("requeue.sh", signal.SIGTERM),
+        ("requeue.sh of local.sh", signal.SIGTERM),
+        ("local.sh", signal.SIGUSR1),
+        *([("local.sh", signal.SIGHUP)] if ALL else []),
+    ],
+)
 def test_a_signal_while_ranks_start_is_not_lost(place: Path, how: str, number: signal.Signals) -> None:
     script = subprocess.Popen(
         with_port(COMMANDS[how]),
@@ -181,6 +205,7 @@ def test_a_signal_while_ranks_start_is_not_lost(place: Path, how: str, number: s
     _, error = script.communicate(timeout=60)
     assert script.returncode == PREEMPTED, error
     assert f"{number.name}: the ranks save and end" in error
+    assert "try 2" not in error
     assert "Traceback" not in error
     assert nobody_is_left(place)
     assert not stepping(place / "out")
