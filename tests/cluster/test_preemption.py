@@ -68,7 +68,9 @@ def test_slurm_requeues_the_job(cluster: Cluster, tmp_path: Path) -> None:
         assert time.monotonic() < deadline, state + log.read_text()
         time.sleep(0.5)
     assert json.loads((out / "end.json").read_text())["status"] == 75
-    # Slurm holds a requeued job back for two minutes; nothing here has to cool down.
+    # Slurm holds a requeued job back for two minutes; here it is enough that slurmd, which counts in seconds, does not
+    # take the new start for the one that it has just ended ("already killed").
+    time.sleep(2.5)
     cluster.run(0, ["scontrol", "update", f"JobId={number}", "StartTime=now"])
     deadline = time.monotonic() + 200
     while not re.search("JobState=(COMPLETED|FAILED|CANCELLED)", state):
