@@ -100,7 +100,7 @@ def train(
     flags = {
         name: value for name, value in locals().items() if value is not None and value is not False and name != "config"
     }
-    with Preemption(out) as preemption:
+    with Preemption(out, last=True) as preemption:
         return run_train(train_settings(flags, config), preemption)
 
 

@@ -26,6 +26,8 @@ from ds_optim.survival.activity import Activity
 _RUNS = itertools.count()
 """Of this process: the ranks of a program may train more than once, each time all of them."""
 _STORE_TIMEOUT = timedelta(seconds=300)
+# Rank 0 serves before it says where: who cannot connect soon has lost it, and nothing watches this rank yet.
+_CONNECT_TIMEOUT = timedelta(seconds=10)
 # Where a rank stands that waits for others, by the files and functions on its stack.
 _WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/ds_optim/sharding/exchange.py")
 _WAITING_CALLS = ("wait", "synchronize")
@@ -109,7 +111,9 @@ class Heartbeat:
             meeting.post(name, str(store.port), 0.0)
             return store
         port = int(meeting.post(name, None, _STORE_TIMEOUT.total_seconds()))
-        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT_TIMEOUT)
+        store.set_timeout(_STORE_TIMEOUT)
+        return store
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval_s):

@@ -42,10 +42,12 @@ class Preemption:
 
     Args:
         out: the run's folder, where a start that ends before the ranks have met leaves how it ended.
+        last: the process ends after the block: a signal that comes once the run is over must not change its status.
     """
 
-    def __init__(self, out: Path | None = None) -> None:
+    def __init__(self, out: Path | None = None, *, last: bool = False) -> None:
         self._out = out
+        self._last = last
         self.asked = 0.0
         self.by_file = False
         self.over = False
@@ -78,7 +80,7 @@ class Preemption:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._last and self.over else handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._pipe[1])  # the thread reads its end, and closes the other one

@@ -69,6 +69,22 @@ def test_a_repeated_request_or_one_after_the_save_changes_nothing(number: signal
     assert len(error.splitlines()) == 1
 
 
+ENDS = RANK.replace("Preemption()", "Preemption(last=True)").replace(
+    "sys.exit(75)", 'print("after", flush=True)\ntime.sleep(2.0)\nsys.exit(75)'
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_a_process_that_has_only_to_end_leaves_its_status(number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ENDS, "0"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert [process.stdout.readline() for _ in range(3)] == ["asked\n", "over\n", "after\n"]
+    process.send_signal(number)
+    assert process.wait(30) == 75
+
+
 def test_a_file_asks_too_and_one_of_before_does_not(tmp_path: Path) -> None:
     (tmp_path / STOP_NAME).touch()
     with Preemption() as preemption:
