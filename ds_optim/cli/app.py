@@ -17,6 +17,7 @@ import typer
 from ds_optim.cli.bench import app as bench_app
 from ds_optim.cli.chaos import chaos
 from ds_optim.cli.compare import compare
+from ds_optim.cli.convert_config import convert_config
 from ds_optim.cli.doctor import doctor
 from ds_optim.cli.estimate import estimate
 from ds_optim.cli.failing import fail, limit_met
@@ -40,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (train, compare, memory, report, estimate, simulate, reshard, chaos, doctor, hostfile):
+for command in (train, compare, memory, report, estimate, simulate, convert_config, reshard, chaos, doctor, hostfile):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

@@ -16,7 +16,7 @@ from ds_optim.optimizers.routes import say
 from ds_optim.optimizers.rules import Group
 from ds_optim.optimizers.shares import Ratios, described, is_one, shares, take_shares
 
-_RATES: dict[str, dict[str, float | None]] = {
+RATES: dict[str, dict[str, float | None]] = {
     "WarmupLR": {"warmup_max_lr": None, "warmup_min_lr": 0.0},
     "WarmupDecayLR": {"warmup_max_lr": 1e-3, "warmup_min_lr": 0.0},
     "OneCycle": {"cycle_max_lr": None, "cycle_min_lr": None},
@@ -43,11 +43,11 @@ def share_config(config: dict[str, Any], optimizer: ZeroOptimizer) -> list[float
     section = config.get("scheduler")
     kind = section.get("type") if isinstance(section, Mapping) else None
     given = section.get("params", {}) if isinstance(section, Mapping) else None
-    if kind not in _RATES or not isinstance(given, Mapping):
+    if kind not in RATES or not isinstance(given, Mapping):
         return None
-    params = {**{key: value for key, value in _RATES[kind].items() if value is not None}, **given}
+    params = {**{key: value for key, value in RATES[kind].items() if value is not None}, **given}
     groups, several = optimizer.param_groups, len(set(optimizer.lr_ratios)) > 1
-    for key in _RATES[kind]:
+    for key in RATES[kind]:
         value = params.get(key)
         if isinstance(value, (list, tuple)) and len(value) != len(groups):
             names = ", ".join(str(group["name"]) for group in groups)
@@ -58,7 +58,7 @@ def share_config(config: dict[str, Any], optimizer: ZeroOptimizer) -> list[float
         if isinstance(value, (int, float)) and not isinstance(value, bool) and several:
             params[key] = [value * part for part in shares(groups, optimizer.lr_ratios, kind)]
     config["scheduler"] = {**section, "params": params}  # type: ignore[dict-item]
-    peaks = params.get(next(iter(_RATES[kind])))
+    peaks = params.get(next(iter(RATES[kind])))
     return list(peaks) if isinstance(peaks, (list, tuple)) else None
 
 

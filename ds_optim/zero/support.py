@@ -101,7 +101,7 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
 )
 
 # Settings of the list above that are supported beside each other.
-_TOGETHER = {
+TOGETHER = {
     f"{section}.{one}": f"{section}.{other}"
     for section in _BF16
     for one, other in ((_MASTERS, _STATES), (_STATES, _MASTERS))
@@ -142,7 +142,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UserError(f'{_ZERO} is {config[_ZERO]!r}: write {{"stage": 1}}')
     for path, refused, remedy in REFUSED_SETTINGS:
         value = at(config, path)
-        if refused(value) and not (path in _TOGETHER and is_true(at(config, _TOGETHER[path]))):
+        if refused(value) and not (path in TOGETHER and is_true(at(config, TOGETHER[path]))):
             raise UserError(f"{path} = {value!r} is not supported with ds_optim's optimizers: {remedy}")
     stage = at(config, f"{_ZERO}.stage")
     if isinstance(stage, str) and stage.isdecimal():
