@@ -80,4 +80,6 @@ def _leave(status: int) -> None:
 
     if status != 0:
         ranks.end_at_once(status)
-    ranks.leave()
+        ranks.leave()
+    else:
+        ranks.end_together()

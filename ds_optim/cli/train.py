@@ -132,6 +132,7 @@ def run_train(settings: TrainSettings, preemption: Preemption | None = None) -> 
             print_result(result, settings)
         if result.status == exits.PREEMPTED:
             ranks.end_at_once(result.status)
+        ranks.end_together(result.status)
     except exits.RankLost as error:
         end_process(str(error), error.status)
     except exits.Preempted as error:

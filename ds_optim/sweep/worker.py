@@ -75,7 +75,6 @@ def _train_and_measure(folder: Path) -> None:
     if ranks.rank() == 0:
         record = CellResult.of(result, measured, nodes)
         write_atomic(folder / RESULT_FILE, record.model_dump_json())
-    ranks.leave()
 
 
 def _observer(
@@ -97,7 +96,9 @@ def main(folder: Path) -> None:
     status = run_rank(folder)
     if status:
         leave(status)
-    # else in order, as MPI wants it
+    from ds_optim.machine import ranks
+
+    ranks.end_together()  # as MPI wants it
 
 
 if __name__ == "__main__":
