@@ -33,7 +33,10 @@ _FORCED = (
     'under offload set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config, or hand over the one that '
     "ds_optim.from_config returns"
 )
-_DROPPED = "transformers' Trainer drops optimizers=(...) under DeepSpeed and takes optimizer_cls_and_kwargs"
+_DROPPED = (
+    "transformers' Trainer drops optimizers=(...) under DeepSpeed; it takes optimizer_cls_and_kwargs, or the JSON's "
+    "optimizer with ds_optim.hf.OptimizerFromConfig"
+)
 
 
 @dataclass(eq=False)

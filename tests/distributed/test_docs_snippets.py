@@ -19,7 +19,10 @@ from tests.distributed.models import TinyNet, batch, share
 ROOT = Path(__file__).parents[2]
 #: A block of Python, with the comment before it that says why it is not run.
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-ELSEWHERE = {"docs/writing-a-rule.md": "tests/distributed/test_own_rule.py"}
+ELSEWHERE = {
+    "docs/writing-a-rule.md": "tests/distributed/test_own_rule.py",
+    "docs/trainers.md": "tests/end_to_end/test_trainers.py",
+}
 """Pages whose Python another test runs."""
 PAGES = ("docs/deepspeed-loop.md", "docs/checkpoints.md", "docs/groups.md", "configs/README.md")
 

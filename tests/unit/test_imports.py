@@ -20,6 +20,7 @@ LEVELS = (
     {"optimizers"},
     {"zero"},
     {"__init__"},
+    {"hf"},
     {"job"},
     {"memory"},
     {"report"},
