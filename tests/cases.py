@@ -44,6 +44,7 @@ SHOWING_SMALL: dict[str, dict[str, Any]] = {
     "CLion": {"nu": 0.3},
     "CLion-tensor": {"nu": 0.01},
     "StableLion": {"lr": 0.1},
+    "Dion2": {"fraction": 0.75},
     "Lamb": {"lr": 0.1},
 }
 SMALL_VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -58,6 +59,7 @@ SMALL_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("MiMuon", {"aux_lr": 0.005, "gate": "singular_gap", "tau": 0.02}),
     ("Lion", CAUTIOUS),
     ("NorMuon", {"aux_lr": 0.005, **CAUTIOUS}),
+    ("Dion2", {"aux_lr": 0.005, "fraction": 0.6, **CAUTIOUS}),
     ("LionMuon", {"aux": "adamw", **CAUTIOUS}),
     ("MiMuon", {"aux_lr": 0.005, "tau": 0.5, "raw_lr": 0.02, **CAUTIOUS}),
     ("SpectralLion", {"basis": "gradient", **CAUTIOUS}),

@@ -15,6 +15,7 @@ h       its hyperparameters, and of this step: ``eta`` (step size), ``t`` (steps
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -262,6 +263,23 @@ def muon_h(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     return radius * moved / (np.linalg.norm(moved) or 1.0)
 
 
+def dion2(theta: Array, g: Array, s: State, h: Hyper) -> Array:
+    """arXiv 2512.16928, by rows, row by row: the first of equals."""
+    s["m"] = s.get("m", 0.0) + g
+    rows = len(theta)
+    count = max(1, math.ceil(rows * h["fraction"] - 1e-9))
+    sizes = [np.float32(np.abs(row).sum()) for row in s["m"]]
+    chosen: list[int] = []
+    for _ in range(count):
+        left = [row for row in range(rows) if row not in chosen]
+        chosen.append(max(left, key=lambda row: (sizes[row], -row)))
+    chosen.sort()
+    stepped = decay(theta, h).copy()
+    stepped[chosen] -= h["eta"] * shape_scale(h["scale"], *theta.shape) * polar(s["m"][chosen], h)
+    s["m"][chosen] *= h["momentum"]
+    return stepped
+
+
 def lion_muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
     """period_mode "fixed"; with an infinite period no step is spectral, the first included."""
     c = lion_direction(g, s, h)
@@ -352,6 +370,9 @@ RULES = {
         matrix=True,
     ),
     "MuonH": Rule(muon_h, {"lr": 0.01, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0}, matrix=True),
+    "Dion2": Rule(
+        dion2, {"lr": 0.01, "fraction": 0.25, "momentum": 0.95, "scale": "unit_rms", "weight_decay": 0.01}, matrix=True
+    ),
     "LionMuon": Rule(lion_muon, LION_MUON, matrix=True),
     "SignMuon": Rule(sign_muon, LION_MUON | {"beta": 0.9, "lr": 3e-3, "sign_lr_ratio": 30}, matrix=True),
     "MiMuon": Rule(mimuon, MIMUON | {"lr": 1e-3, "weight_decay": 0.1}, matrix=True),

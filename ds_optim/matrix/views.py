@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_optim.errors import UserError, instead
@@ -33,6 +34,7 @@ class MatrixView:
     split: rows of each fused matrix, in order; () for one matrix.
     heads: equal blocks along the rows of each part, one number a part; () for whole parts.
     batch_dims: leading dimensions that are a stack of matrices.
+    of: the view of all rows, where it is one of some rows of each matrix.
 
     A *block* is what one part of the split gives: a batch of equal matrices, (count, m, n).
     """
@@ -42,6 +44,7 @@ class MatrixView:
     split: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     batch_dims: int = 0
+    of: MatrixView | None = None
 
     def __post_init__(self) -> None:
         inner = len(self.shape) - self.batch_dims
@@ -106,6 +109,27 @@ class MatrixView:
         shape = (*self.shape[: self.batch_dims], self.rows, 1)
         return replace(self, shape=shape, transpose=False)
 
+    def selected(self, fraction: float) -> MatrixView:
+        """How so many rows of each matrix, one behind the other as they lie in the parameter, are seen as matrices."""
+        kept = [heads * selected_rows(rows // heads, fraction) for rows, heads in self._parts()]
+        shape = list(self.shape)
+        shape[-1 if self.transpose else self.batch_dims] = sum(kept)
+        return replace(self, shape=tuple(shape), split=tuple(kept) if self.split else (), of=self)
+
+    def spread(self, values: Tensor, start: int, numel: int) -> Tensor:
+        """Of ``numel`` elements of the parameter from ``start`` on each one's row's value, (numel,).
+
+        values: of all rows, (rows,), as ``of_rows`` counts them.
+        """
+        length = self.rows if self.transpose else self.columns
+        first, last = start // length, -(-(start + numel) // length)
+        if self.transpose:  # a stored line has an element of each row of its matrix
+            lines = torch.arange(first, last, device=values.device).div_(self.columns, rounding_mode="floor")
+            by_line = values.view(-1, self.rows)[lines]
+        else:
+            by_line = values[first:last, None].expand(-1, length)
+        return by_line.reshape(-1)[start - first * length :][:numel]
+
     def matrices(self) -> list[tuple[int, int, int]]:
         """(count, m, n) of each block, in the order of ``unpack``: m rows (fan-out), n columns (fan-in)."""
         return list(self._matrices)
@@ -154,6 +178,11 @@ class MatrixView:
         parts = self._parts()
         cuts = stack.split([rows for rows, _ in parts], dim=1)
         return [cut.unflatten(1, (heads, -1)) for cut, (_, heads) in zip(cuts, parts, strict=True)]
+
+
+def selected_rows(rows: int, fraction: float) -> int:
+    """How many of a matrix's rows a fraction of them is: rounded up, but for what the fraction's last bits add."""
+    return max(1, min(rows, math.ceil(rows * fraction - 1e-9)))
 
 
 def row_range(columns: int, start: int, numel: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def exchange_plans(units: Iterable[Unit], optimizer: OptimizerPlan, zero: ZeroSe
                 bucket_mb=optimizer.bucket_mb,
                 overlap=optimizer.overlap,
                 stacked=zero.device != "cpu",
+                fraction=group.fraction,
             )
 
 

@@ -20,7 +20,7 @@ from ds_optim.optimizers.checks import check_choice
 from ds_optim.optimizers.options import EXCHANGE_DEFAULTS, check_exchange
 from ds_optim.optimizers.registry import DESCRIBED
 from ds_optim.optimizers.routing import MEMBERS, ROLES, ROUTING_OPTIONS
-from ds_optim.optimizers.rules import MOMENTUM, RULES, SECOND_MOMENT
+from ds_optim.optimizers.rules import FRACTION, MOMENTUM, RULES, SECOND_MOMENT
 from ds_optim.sharding.binding import Member
 from ds_optim.zero.config import DEEPSPEED_PREFIX, canonical_type, check_type
 
@@ -48,7 +48,7 @@ class GroupPlan:
 
     buffers: bytes an element of each state buffer. int8: momentum is int8, with one fp32 scale for each block.
     shape: what the group's matrices travel for; None where they do not. scalar: bytes for each parameter.
-    rows: keys of what is kept in fp32 for each row of a matrix.
+    rows: keys of what is kept in fp32 for each row of a matrix. fraction: of the rows of a matrix, what a step takes.
     whole: DeepSpeed's Muon at stages 1 and 2, which keeps a buffer of every whole matrix that a partition touches.
     """
 
@@ -58,6 +58,7 @@ class GroupPlan:
     shape: Shape | None = None
     scalar: int = 0
     rows: tuple[str, ...] = ()
+    fraction: float = 1.0
     whole: bool = False
 
     @cached_property
@@ -133,7 +134,7 @@ def plan_optimizer(
     return OptimizerPlan(
         name=name,
         momentum_dtype=dtype,
-        groups=tuple(_ours(group["rule"], chosen[group["role"]], dtype) for group in optimizer.param_groups),
+        groups=tuple(_ours(group, chosen[group["role"]], dtype) for group in optimizer.param_groups),
         polar=PolarSpec.from_json(params.get("polar", {})).resolve(torch.device(device), weights),
         bucket_mb=exchange["bucket_mb"],
         overlap=exchange["overlap"],
@@ -141,8 +142,8 @@ def plan_optimizer(
     )
 
 
-def _ours(name: str, parameters: Sequence[Parameter], momentum_dtype: str) -> GroupPlan:
-    rule = RULES[name]
+def _ours(group: Mapping[str, Any], parameters: Sequence[Parameter], momentum_dtype: str) -> GroupPlan:
+    rule = RULES[group["rule"]]
     return GroupPlan(
         parameters=tuple(parameters),
         buffers={key: dtype.itemsize for key, dtype in rule.element_dtypes(DTYPES[momentum_dtype]).items()},
@@ -150,6 +151,7 @@ def _ours(name: str, parameters: Sequence[Parameter], momentum_dtype: str) -> Gr
         shape=rule.shape,
         scalar=8 if rule.scalar else 0,
         rows=rule.rows,
+        fraction=group.get(FRACTION, 1.0),
     )
 
 

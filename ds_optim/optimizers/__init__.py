@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.cautious_lion import CautiousLion
 from ds_optim.optimizers.clion import CLion
+from ds_optim.optimizers.dion2 import Dion2
 from ds_optim.optimizers.lamb import Lamb
 from ds_optim.optimizers.lasm import LASM
 from ds_optim.optimizers.lion import Lion
@@ -37,6 +38,7 @@ __all__ = [
     "OPTIMIZERS",
     "CLion",
     "CautiousLion",
+    "Dion2",
     "Lamb",
     "Lion",
     "LionMuon",

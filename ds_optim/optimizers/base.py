@@ -31,6 +31,7 @@ from ds_optim.optimizers.options import BF16_AND_CAUTIOUS, CommonOptions, Matrix
 from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.planning import plan_exchanges
 from ds_optim.optimizers.row_state import init_rows
+from ds_optim.optimizers.row_steps import step_rows
 from ds_optim.optimizers.rules import (
     CODES_OF_MOMENTUM,
     RULES,
@@ -41,6 +42,7 @@ from ds_optim.optimizers.rules import (
     MatrixSignUpdate,
     MatrixUpdate,
     ParameterUpdate,
+    RowsUpdate,
     Rule,
 )
 from ds_optim.optimizers.saved import (
@@ -112,8 +114,8 @@ class ZeroOptimizer(GroupedOptimizer):
         own = RULES[rule]
         if self._momentum_dtype != torch.float32 and own.elements and not own.narrow:
             raise UserError(
-                f"{type(self).__name__} keeps two values a parameter here, and momentum_dtype is for optimizers that "
-                'keep one: write momentum_dtype "float32" or leave it out'
+                f"{type(self).__name__} computes with what it keeps here, and momentum_dtype is for optimizers "
+                'that keep one mean of gradients: write momentum_dtype "float32" or leave it out'
             )
         self._cautious = bool(options.get("cautious_decay", False))
         if self._cautious and not own.decoupled:
@@ -252,8 +254,8 @@ class ZeroOptimizer(GroupedOptimizer):
         if binding is None or any(binding.unit_of(t) is None for t in tensors):
             binding = self._bind()
         if not self._planned:
-            rules = [self._all_groups[unit.group]["rule"] for unit in binding.layout.units]
-            self._exchanges, self._costs = plan_exchanges(binding, rules, self._polar, self._exchange, self._costs)
+            groups = [self._all_groups[unit.group] for unit in binding.layout.units]
+            self._exchanges, self._costs = plan_exchanges(binding, groups, self._polar, self._exchange, self._costs)
             self._planned = True
         return binding
 
@@ -339,6 +341,8 @@ class ZeroOptimizer(GroupedOptimizer):
             done = opened if update.gate is not None else {}
         elif isinstance(update, MatrixSignUpdate):
             step_by_shaped_gradients(local, self._exchanges[number], update)
+        elif isinstance(update, RowsUpdate):
+            step_rows(local, self._exchanges[number], update)
         elif isinstance(update, ParameterUpdate):
             done = step_parameters(local, rule, update)
         else:

@@ -95,6 +95,13 @@ def check_beta(key: str, value: Any) -> float:
     return number
 
 
+def check_fraction(key: str, value: Any) -> float:
+    number = _number(key, value)
+    if not 0 < number <= 1:
+        raise UserError(f"{key} is {value!r}: write a number above 0 and at most 1")
+    return number
+
+
 def check_betas(key: str, value: Any) -> tuple[float, float]:
     pair = value.tolist() if getattr(value, "ndim", None) == 1 else value
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:

@@ -48,14 +48,17 @@ class Diagnostics:
         own: the rule's decisions, or its open gates.
         """
         counts = torch.zeros(4, dtype=torch.float64, device="cpu")
+        decay = update.decay
         for held in local.slices():
             was, now = (run(values[held.tensor], held) for values in (old, local.p))
             # Weights that are rounded without bias do not say what decay alone had made of them: they moved or not.
-            factors = [1.0] if was.dtype in NARROW else _decay_factors(update, own.get(held.param))
+            rates = [0.0] if was.dtype in NARROW else _decay_rates(update, own.get(held.param))
             was, now = was.to(wide(was.dtype)), now.to(wide(now.dtype))
             still = torch.zeros(was.shape, dtype=torch.bool, device=was.device)
-            for factor in factors:
-                still |= now == was * factor
+            for lr in rates:
+                # A step of zero is not away from zero: cautious decay is done then, as Local does it.
+                left = was - was * (lr * local.cautious_decay) if local.cautious_decay else was * (1 - lr * decay)
+                still |= now == left
             change = (now - was).double()
             sums = torch.stack([still.sum().double(), change.square().sum(), was.double().square().sum()])
             counts[:3] += sums.cpu()
@@ -103,10 +106,10 @@ def _joined(local: Local, opened: Outcome) -> list[float]:
     return [float(flag) for flag in local.comm.all_reduce(flags, "min").tolist()]
 
 
-def _decay_factors(update: Update, own: Decision | bool | None) -> list[float]:
-    """What decay may have multiplied a parameter with."""
+def _decay_rates(update: Update, own: Decision | bool | None) -> list[float]:
+    """The step sizes by which a parameter may have decayed."""
     if isinstance(update, ParameterUpdate):
         assert isinstance(own, Decision)
-        return [1 - own.lr * update.decay]
+        return [own.lr]
     gated = [update.gate.lr] if isinstance(update, MatrixUpdate) and update.gate is not None else []
-    return [1 - lr * update.decay for lr in (update.lr, *gated)]
+    return [update.lr, *gated]

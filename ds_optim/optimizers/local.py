@@ -92,9 +92,13 @@ class Local:
 
     def parts(self, held: Slice) -> Iterator[Slice]:
         """A slice as it is to be stepped: whole, or where the old weights are to be kept, in chunks of whole blocks."""
-        if not self.cautious_decay:
+        if self.cautious_decay:
+            yield from self.chunks(held)
+        else:
             yield held
-            return
+
+    def chunks(self, held: Slice) -> Iterator[Slice]:
+        """A slice in runs of whole blocks, each of which stays in cache."""
         step = chunk_elements(self.p[held.tensor].device)
         first = step - held.start % BLOCK
         begins = [0, *range(first, held.numel, step)]

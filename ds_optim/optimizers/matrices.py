@@ -19,7 +19,7 @@ def scale_of(view: MatrixView, name: str | None) -> float:
     """The scale of a parameter's first matrix; :func:`shaped` puts the others in proportion to it."""
     if name is None:
         return 1.0
-    _, rows, columns = view.matrices()[0]
+    _, rows, columns = (view.of or view).matrices()[0]
     return SCALES[name](rows, columns)
 
 
@@ -65,8 +65,9 @@ def _cut_up(
         [_seen(view, part).unpack(row) for row in stack] for stack, part in zip(stacks, plan.there, strict=True)
     ]
     solved: list[list[Sequence[Tensor]]] = []  # by block, part that goes back, and parameter
-    for number, (count, m, n) in enumerate(blocks):
+    for number, (count, _, _) in enumerate(blocks):
         results = _solved(plan, [torch.cat([row[number] for row in rows]) for rows in unpacked], finish)
+        _, m, n = (view.of or view).matrices()[number]
         relative = 1.0 if scale is None else SCALES[scale](m, n) / scale_of(view, scale)
         if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV
             for matrix in results[0]:

@@ -14,26 +14,26 @@ from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.alike import check_alike
 from ds_optim.optimizers.costs import Costs, costs_of, measured
-from ds_optim.optimizers.rules import RULES
+from ds_optim.optimizers.rules import FRACTION, RULES, Group
 from ds_optim.sharding.binding import Binding, Member
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.plan import ExchangePlan
 
 
 def plan_exchanges(
-    binding: Binding, rules: Sequence[str], polar: PolarSpec, exchange: Mapping[str, Any], saved: Costs | None
+    binding: Binding, groups: Sequence[Group], polar: PolarSpec, exchange: Mapping[str, Any], saved: Costs | None
 ) -> tuple[dict[int, Exchange], Costs | None]:
     """An exchange for each unit whose rule may ask for matrices, and the costs that owners were chosen by.
 
     Args:
-        rules: of the units, in their order.
+        groups: of the units, in their order.
         saved: the costs of a checkpoint. None of them is measured anew, so that its plan is made again.
 
     Raises:
         RuntimeError: rank 0 could not plan; on every rank.
         UserError: plans differ all the same; on every rank.
     """
-    plans = _unresolved(binding, rules, polar, exchange)
+    plans = _unresolved(binding, groups, polar, exchange)
     choice = _guarded(binding, plans, exchange["costs"] == "measured", saved) if binding.peers.rank == 0 else None
     choice = binding.peers.gather_objects(choice)[0]
     if isinstance(choice, str):
@@ -79,10 +79,10 @@ def _chosen(binding: Binding, plans: Mapping[int, ExchangePlan], timed: bool, sa
 
 
 def _unresolved(
-    binding: Binding, rules: Sequence[str], polar: PolarSpec, exchange: Mapping[str, Any]
+    binding: Binding, groups: Sequence[Group], polar: PolarSpec, exchange: Mapping[str, Any]
 ) -> dict[int, ExchangePlan]:
     """By unit, what is planned as the user wrote it."""
-    shapes = {number: shape for number, rule in enumerate(rules) if (shape := RULES[rule].shape) is not None}
+    shapes = {n: shape for n, group in enumerate(groups) if (shape := RULES[group["rule"]].shape) is not None}
     return {
         number: ExchangePlan(
             unit=binding.layout.units[number],
@@ -92,6 +92,7 @@ def _unresolved(
             bucket_mb=exchange["bucket_mb"],
             overlap=exchange["overlap"],
             stacked=binding.device.type != "cpu",
+            fraction=groups[number].get(FRACTION, 1.0),
         )
         for number, shape in shapes.items()
     }

@@ -16,21 +16,24 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_positive
 from ds_optim.optimizers.local import flat, run
+from ds_optim.optimizers.qk_rows import projections, scale_rows
 from ds_optim.sharding.binding import Binding
-from ds_optim.sharding.layout import ParamSpec, Slice
 
 
 class QKClip:
     """With S the largest logit of a head since the last step, over all ranks, and g = min(1, tau / S):
-    W_q <- g^alpha W_q and W_k <- g^(1 - alpha) W_k of that head's rows, after the step.
+    W_q <- g^alpha W_q and W_k <- g^(1 - alpha) W_k of that head's rows, after the step; biases of theirs too.
 
     Args:
         optimizer: one of this package's, or the DeepSpeed engine that steps it.
-        pairs: {layer: (name of its query weight, name of its key weight)}, both (heads x size, fan-in).
+        pairs: {layer: (name of its query weight, name of its key weight)}, or {layer: name of the weight that is both}:
+            rows (heads x size) of queries, keys and values. Where they lie is the weight's view, for a Conv1D as well.
         heads: of the queries. key_heads: of the keys, which queries share in equal groups; the same where None. A
             key that several heads share takes the smallest of their g.
         tau: what no logit is to stay above.
         alpha: how much of it the queries take.
+        interleaved: in weights that are both, each key follows the queries that share it, and its values follow it, as
+            in GPT-NeoX; by default all queries come first, then all keys, then all values, as in GPT-2 and Phi-3.
 
     The model tells: ``clip.observe("layers.0", logits)`` in the forward pass of every attention, on every rank. Keeps
     no state; a step joins heads x layers maxima (4 bytes each) in one all-reduce.
@@ -42,12 +45,13 @@ class QKClip:
     def __init__(
         self,
         optimizer: Any,
-        pairs: Mapping[str, tuple[str, str]],
+        pairs: Mapping[str, tuple[str, str] | str],
         heads: int,
         *,
         key_heads: int | None = None,
         tau: float = 100.0,
         alpha: float = 0.5,
+        interleaved: bool = False,
     ) -> None:
         while not isinstance(optimizer, ZeroOptimizer) and getattr(optimizer, "optimizer", None) is not None:
             optimizer = optimizer.optimizer
@@ -58,15 +62,10 @@ class QKClip:
         self._tau, self._alpha = check_positive("tau", tau), check_beta("alpha", alpha)
         if heads % self._key_heads:
             raise UserError(f"{heads} heads do not share {self._key_heads} keys in equal groups: write a divisor")
-        self._parts = {name: (layer, side) for layer, pair in pairs.items() for side, name in enumerate(pair)}
-        specs = {member.spec.name: member.spec for members in optimizer.members for member in members}
-        for name, (_, side) in self._parts.items():
-            rows = specs[name].shape[0] if name in specs else None
-            if rows is None or rows % (self._heads, self._key_heads)[side]:
-                wrong = "is no parameter that the optimizer steps" if rows is None else f"has {rows} rows for its heads"
-                raise UserError(f"QKClip: {name!r} {wrong}: write the names of query and key weights")
+        members = {member.spec.name: member for members in optimizer.members for member in members}
+        self._parts = projections(pairs, members, heads, self._key_heads, interleaved)
         self._seen: dict[str, Tensor] = {}
-        self._factors: dict[str, Tensor] | None = None
+        self._factors: dict[str, tuple[Tensor, Tensor]] | None = None
         self._due: set[int] = set()
         self._skipped = optimizer.skipped_steps
         optimizer.register_step_post_hook(self._after_step)
@@ -94,28 +93,19 @@ class QKClip:
             assert number is not None
             unit = binding.layout.units[number]
             for held in unit.slices(binding.comm.rank):
-                if unit.params[held.param].name in self._parts:
-                    weights = run(flat(binding.tensors[number][held.tensor]), held)
-                    self._scale(weights, held, unit.params[held.param])
+                part = self._parts.get(unit.params[held.param].name)
+                rows = part.factors(*self._factors[part.layer]) if part is not None else None
+                if part is not None and rows is not None and bool((rows < 1).any()):
+                    scale_rows(run(flat(binding.tensors[number][held.tensor]), held), held.start, part.view, rows)
             self._due.discard(number)
         if not self._due:
             self._factors, self._seen = None, {}
 
-    def _asked(self, binding: Binding) -> dict[str, Tensor]:
-        """g of each head, by layer; 1 where nobody has seen a logit."""
+    def _asked(self, binding: Binding) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each head's queries and keys are multiplied with, by layer; 1 where nobody has seen a logit."""
         device = binding.peers.device(binding.device)
         none = torch.zeros(self._heads, dtype=torch.float32, device=device)
         largest = torch.stack([self._seen.get(layer, none).to(device) for layer in self._layers])
         found = (self._tau / binding.peers.all_reduce(largest, "max").clamp(min=self._tau)).cpu()
-        return dict(zip(self._layers, found, strict=True))
-
-    def _scale(self, weights: Tensor, held: Slice, spec: ParamSpec) -> None:
-        layer, side = self._parts[spec.name]
-        assert self._factors is not None
-        factors = self._factors[layer]
-        by_head = factors**self._alpha if side == 0 else factors.view(self._key_heads, -1).amin(1) ** (1 - self._alpha)
-        each = spec.numel // len(by_head)  # elements of a head
-        for head in range(held.start // each, -(-(held.start + held.numel) // each)):
-            begin, end = max(head * each - held.start, 0), min((head + 1) * each - held.start, held.numel)
-            if by_head[head] < 1:
-                weights[begin:end].mul_(float(by_head[head]))
+        keys = found.view(len(found), self._key_heads, -1).amin(dim=2)
+        return dict(zip(self._layers, zip(found**self._alpha, keys ** (1 - self._alpha), strict=True), strict=True))

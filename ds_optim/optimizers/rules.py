@@ -1,6 +1,6 @@
 """What a step does to the parameters of a group, as data.
 
-A rule reads a group's hyperparameters and the step count and answers with one of five updates; the driver
+A rule reads a group's hyperparameters and the step count and answers with one of six updates; the driver
 in ``base.py`` carries them out on whatever tensors there are. Most direction rules of this family are linear
 in momentum and gradient, which is what a :class:`Blend` holds.
 """
@@ -74,6 +74,22 @@ class MatrixSignUpdate:
     blend: Blend
     lr: float
     decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsUpdate:
+    """M moves on; of each matrix of the view the rows K of M with the largest sums of magnitudes, ``fraction`` of all:
+    W <- W (1 - lr decay);  W_K <- W_K - lr s(m, n) F(M_K);  M_K <- kept M_K, with the rule's shape for F.
+
+    Of rows of one sum, compared in fp32, the first ones. Momentum is in the dtype of computation.
+    """
+
+    blend: Blend
+    lr: float
+    decay: float
+    scale: str | None
+    fraction: float
+    kept: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +190,7 @@ class ParameterUpdate:
     decay: float = 0.0
 
 
-Update = SignUpdate | MatrixUpdate | MatrixSignUpdate | AdamWUpdate | ParameterUpdate
+Update = SignUpdate | MatrixUpdate | MatrixSignUpdate | RowsUpdate | AdamWUpdate | ParameterUpdate
 
 
 ELEMENT, ROW, PARAMETER = "element", "row", "parameter"
@@ -254,6 +270,9 @@ class Rule:
                 found[key] = momentum_dtype if narrow else wide
         return found
 
+
+FRACTION = "fraction"
+"""The hyperparameter of rules that take some rows of each matrix a step; without it they take all."""
 
 RULES: dict[str, Rule] = {}
 

@@ -7,6 +7,7 @@ not there compute the same one where operations are counted, and one hash tells 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,8 @@ class ExchangePlan:
     bucket_mb: MiB that the exchange may hold at once, unless one matrix asks for more. overlap: messages travel while
     matrices are worked on. stacked: equal matrices are worked on as one batch, as on CUDA, not one by one, as on a CPU.
     timed: measured costs, (m, n) -> milliseconds of a matrix; operations are counted where None.
+    fraction: of each matrix's rows, what a step takes; which, no plan knows. What travels is counted as if every rank
+    held an equal part of those, what is held as if they were all.
     """
 
     unit: Unit
@@ -53,6 +56,7 @@ class ExchangePlan:
     overlap: bool
     stacked: bool
     timed: Mapping[tuple[int, int], float] | None = None
+    fraction: float = 1.0
 
     @cached_property
     def costs(self) -> dict[int, float]:
@@ -62,13 +66,17 @@ class ExchangePlan:
 
     def _cost(self, view: MatrixView) -> float:
         if self.timed is not None:
-            return sum(count * self.timed[m, n] for count, m, n in view.matrices())
-        return sum(count * self.shape.cost(m, n, self.polar) for count, m, n in view.matrices())
+            return sum(count * self.timed[m, n] for count, m, n in self._worked(view))
+        return sum(count * self.shape.cost(m, n, self.polar) for count, m, n in self._worked(view))
+
+    def _worked(self, view: MatrixView) -> list[tuple[int, int, int]]:
+        """The matrices that owners work on: of the rows that a step takes."""
+        return (view if self.fraction == 1.0 else view.selected(self.fraction)).matrices()
 
     @cached_property
     def sizes(self) -> frozenset[tuple[int, int]]:
         """(m, n) of all matrices."""
-        return frozenset((m, n) for view in set(self.views.values()) for _, m, n in view.matrices())
+        return frozenset((m, n) for view in set(self.views.values()) for _, m, n in self._worked(view))
 
     @cached_property
     def cut(self) -> tuple[int, ...]:
@@ -191,7 +199,7 @@ class ExchangePlan:
         for counts, part in (*there, *back):
             for peer, count in enumerate(counts):
                 found[peer] += count * part.dtype.itemsize
-        return found
+        return [math.ceil(count * self.fraction) for count in found]
 
     # ------------------------------------------------------------------------------------------------- what is held
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.optimizers.rules import RULES, MatrixSignUpdate, MatrixUpdate, ParameterUpdate, SignUpdate
+from ds_optim.optimizers.rules import RULES, MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate, SignUpdate
 
 from .training import Run, Trained, Weights, initial_weights, replay, total_norm
 
@@ -160,7 +160,7 @@ def _named(optimizer: Any) -> list[tuple[dict[str, Any], str]]:
 def _flips(sharded: Trained, plain: Trained, noise: Noise) -> tuple[int, int, float]:
     flips, decisions, farthest = 0, 0, 0.0
     for group, name in _named(plain.optimizer):
-        if isinstance(RULES[group["rule"]].update(group, 0), ParameterUpdate | MatrixSignUpdate):
+        if isinstance(RULES[group["rule"]].update(group, 0), ParameterUpdate | MatrixSignUpdate | RowsUpdate):
             continue  # what it takes signs of, and whether it does, is its own business
         ours, theirs = (_directions(group, name, trained.gradients) for trained in (sharded, plain))
         for c, expected in zip(ours, theirs, strict=True):

@@ -62,6 +62,7 @@ KINDS = {
     "scalars": Kind(optimizer=chosen("LASM", layer_scales={"square": 1.5})),
     "rows": Kind(optimizer=chosen("NorMuon", aux_lr=1e-3, **FP32)),
     "rows beside int8": Kind(optimizer=chosen("NorMuon", momentum_dtype="int8", **FP32), dtype="bf16"),
+    "some rows": Kind(optimizer=chosen("Dion2", aux_lr=1e-3, **FP32)),
     "norms": Kind(optimizer=chosen("MuonH", **FP32)),
     "aux adamw": Kind(optimizer=chosen("Muon", aux="adamw", **FP32)),
     "bf16 weights": Kind(optimizer=chosen("Muon", **FP32), dtype="bf16"),

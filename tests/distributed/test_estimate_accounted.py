@@ -88,6 +88,7 @@ CASES = {
 # What keeps values for rows of matrices beside those of elements.
 BY_ROW = {"optimizer": "nor_muon", "params": {"polar": {"dtype": "bfloat16", "steps": 1}}}
 CASES |= {f"{MODELS[1]} z{stage} nor_muon": Case(model=MODELS[1], stage=stage, **BY_ROW) for stage in (0, 1, 2, 3)}
+CASES |= {f"{MODELS[1]} z3 dion2": Case(model=MODELS[1], stage=3, **{**BY_ROW, "optimizer": "dion2"})}
 # What changes the buffers that DeepSpeed makes; at two ranks.
 OTHERS = {
     **{f"fp32 z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, dtype="fp32") for s in (0, 1, 3)},

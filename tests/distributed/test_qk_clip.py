@@ -16,7 +16,12 @@ from ds_optim.errors import UserError
 from .harness import run_ranks
 from .training import ParityNet, Recorder, Run, Weights, layout_of, random_gradients, start_engine, take_step
 
-PAIRS = {"first": ("wide.weight", "tall.weight"), "second": ("square.weight", "back.weight")}
+PAIRS: dict[str, Any] = {
+    "first": ("wide.weight", "tall.weight"),
+    "second": ("square.weight", "back.weight"),
+    "third": "fused.weight",
+}
+BIASES = {"tall.weight": "tall.bias"}
 HEADS, KEY_HEADS, TAU, ALPHA = 4, 2, 10.0, 0.3
 STEPS = 3
 STAGES = (0, 1, 2, 3)
@@ -25,7 +30,7 @@ STAGES = (0, 1, 2, 3)
 def logits(step: int, rank: int) -> dict[str, Tensor]:
     """(batch, heads, queries, keys); of the second layer rank 0 alone has seen any, and nobody at the last step."""
     noise = torch.Generator().manual_seed(10 * step + rank)
-    found = {"first": 8 * torch.randn(2, HEADS, 3, 3, generator=noise)}
+    found = {name: 8 * torch.randn(2, HEADS, 3, 3, generator=noise) for name in ("first", "third")}
     if rank == 0 and step < STEPS - 1:
         found["second"] = 5 * torch.randn(HEADS, generator=noise).abs() + 5
     return found
@@ -69,9 +74,14 @@ def expected(world_size: int) -> dict[str, np.ndarray]:
             largest = [v.numpy() if v.dim() == 1 else v.amax(dim=(0, 2, 3)).numpy() for v in seen]
             g = np.minimum(1.0, TAU / np.max([np.full(HEADS, 1e-9), *largest], axis=0))
             shared = g.reshape(KEY_HEADS, -1).min(axis=1)
-            for name, factor in zip(pair, (g**ALPHA, shared ** (1 - ALPHA)), strict=True):
-                value = weights[name]
-                weights[name] = (value.reshape(len(factor), -1) * factor[:, None]).reshape(value.shape)
+            queries, keys = g**ALPHA, shared ** (1 - ALPHA)
+            fused = np.concatenate([queries, keys, np.ones(KEY_HEADS)])
+            for name, factor in (
+                {pair: fused}.items() if isinstance(pair, str) else zip(pair, (queries, keys), strict=True)
+            ):
+                for part in (name, *([BIASES[name]] if name in BIASES else [])):
+                    value = weights[part]
+                    weights[part] = (value.reshape(len(factor), -1) * factor[:, None]).reshape(value.shape)
     return weights
 
 
@@ -80,7 +90,7 @@ def expected(world_size: int) -> dict[str, np.ndarray]:
 def test_rows_of_heads_shrink_and_nothing_else(stage: int, world_size: int) -> None:
     plain, clipped = trained(world_size)[stage, False], trained(world_size)[stage, True]
     theirs = expected(world_size)
-    names = {name for pair in PAIRS.values() for name in pair}
+    names = {"wide.weight", "tall.weight", "square.weight", "back.weight", "fused.weight", *BIASES.values()}
     for name, values in clipped.items():
         if name in names:
             np.testing.assert_allclose(values.double().numpy(), theirs[name], rtol=2e-6, atol=1e-8)
@@ -93,7 +103,7 @@ def test_mistakes_are_one_line() -> None:
     model = ParityNet()
     optimizer = ds_optim.Lion(ds_optim.param_groups(model))
     for pairs, heads, options, line in (
-        ({"a": ("nowhere.weight", "tall.weight")}, 4, {}, "'nowhere.weight' is no parameter that the optimizer steps"),
+        ({"a": ("nowhere.weight", "tall.weight")}, 4, {}, "'nowhere.weight' is no matrix that the optimizer steps"),
         ({"a": ("wide.weight", "tall.weight")}, 5, {}, "'wide.weight' has 24 rows for its heads"),
         ({"a": ("wide.weight", "tall.weight")}, 4, {"key_heads": 3}, "4 heads do not share 3 keys in equal groups"),
         ({"a": ("wide.weight", "tall.weight")}, 4, {"tau": 0.0}, "tau is 0.0: write a finite number above 0"),

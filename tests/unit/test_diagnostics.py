@@ -21,11 +21,7 @@ FP32: dict[str, Any] = {"polar": {"dtype": "float32"}}
 GROUPS = {"matrix": MATRICES, "aux": ("row", "dot", "embed.weight"), "vector": ("tall.bias", "gain")}
 SPECTRAL = {case.type for case in CASES.values() if case.has_matrices}
 FAMILY: list[tuple[str, dict[str, Any]]] = [
-    *(
-        (name, {**(FP32 if name in SPECTRAL else {}), **hyper})
-        for name, hyper in SMALL
-        if hyper.get("period") != "inf" and not hyper.get("cautious_decay")
-    ),
+    *((name, {**(FP32 if name in SPECTRAL else {}), **hyper}) for name, hyper in SMALL if hyper.get("period") != "inf"),
     ("Muon", {**FP32, "aux": "adamw"}),
 ]
 

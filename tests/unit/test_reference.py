@@ -97,6 +97,16 @@ BY_HAND = [
             [-3.82 * 0.95 + 0.012 * ROOT2 / (0.36 + 0.64 * 0.21 / 0.2275) ** 0.5],
         ],
     ),
+    # The second row is the larger: its factor is (.6, .8), and half of it is left. Of M2 = (3, 0), (1, 2), which are
+    # equals, the first one steps.
+    ("Dion2", {"fraction": 0.5, "momentum": 0.5}, [[2, 0], [2, -4]], [[[1, 0], [3, 4]]], [[1.9, 0], [1.84, -3.88]]),
+    (
+        "Dion2",
+        {"fraction": 0.5, "momentum": 0.5},
+        [[2, 0], [2, -4]],
+        [[[1, 0], [3, 4]], [[2, 0], [-0.5, 0]]],
+        [[1.9 * 0.95 - 0.1, 0], [1.84 * 0.95, -3.88 * 0.95]],
+    ),
     # R = 5, M = (4, 0): W - .5 (1, 0) = (2.5, 4), brought back to the norm 5
     (
         "MuonH",
