@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then show_help "$0" && exit 0; fi
-setup_env ""
+setup_env all
 cd -- "$DS_OPTIM_ROOT"
 ranks=2
 if (($(gpu_count) >= ranks)); then

@@ -6,7 +6,7 @@
 #   setup_env [EXTRA]          # EXTRA: an optional dependency of pyproject.toml, such as dev
 #   build_ops cpu NAME...      # DeepSpeed's C++ ops, built before anything waits for them
 #
-# Needs python3 (or what PYTHON names) 3.10 or newer. What a build needs beside it (a C++ compiler,
+# Needs python3 (or what PYTHON names) 3.10 to 3.13. What a build needs beside it (a C++ compiler,
 # Python's headers) is installed with apt-get where that is possible, else named.
 
 DS_OPTIM_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -75,9 +75,9 @@ PY
 
 setup_env() {
     local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
-    command -v "$python" >/dev/null || fail "no $python: install Python 3.10 or newer, or set PYTHON to one"
-    "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 10))' ||
-        fail "$python is older than 3.10: set PYTHON to a newer one"
+    command -v "$python" >/dev/null || fail "no $python: install Python 3.10 to 3.13, or set PYTHON to one"
+    "$python" -c 'import sys; raise SystemExit(not (3, 10) <= sys.version_info < (3, 14))' ||
+        fail "$python is none of 3.10 to 3.13: set PYTHON to one that is"
     _ensure_build_tools "$python"
     mkdir -p "$DS_OPTIM_VENV"
     # Two scripts started at once must not install into one environment together.

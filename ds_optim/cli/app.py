@@ -30,7 +30,11 @@ from ds_optim.errors import UserError
 from ds_optim.job.exits import RunStopped
 from ds_optim.machine.held import release
 from ds_optim.optimizers.registry import PLUGINS, load_plugins
+from ds_optim.zero.versions import EXTRA_OF, check_extra, missing
 
+NEEDS = {"train": ("train",), "compare": ("train", "report"), "memory": ("train", "report")}
+NEEDS |= {"chaos": ("train",), "report": ("report",)}
+"""By command the extras without which it could not end well, looked at before it begins."""
 INTERRUPTED = 130
 """What shells say of a command that Ctrl-C ended."""
 
@@ -87,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)
     try:
         load_plugins(plugins)
+        if "--help" not in arguments:
+            for extra in NEEDS.get(next(iter(arguments), ""), ()):
+                check_extra(extra, f"ds-optim {arguments[0]}")
         status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)
     except UserError as error:
         fail(str(error))
@@ -94,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), error.status)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        fail(missing(error.name, EXTRA_OF[error.name], "this command"))
     except Exception as error:
         limit = limit_met(error)
         if limit is not None:
