@@ -47,6 +47,12 @@ RATIOS: Mapping[str, Ratio] = {
     "Muon": Ratio(lr=1.0, decay=1.0, why=_MOONLIGHT, params={"scale": "match_rms_adamw"}, aux=0.1),
     **dict.fromkeys(("Muonlight", "NorMuon", "MiMuon"), _MATRIX),
     "MuonH": Ratio(lr=None, decay=10.0, why="its rate is a share of each matrix's norm, not of AdamW's rate", aux=0.1),
+    "Dion2": Ratio(
+        lr=None,
+        decay=1.0,
+        why="its rate is that of a fraction of a matrix's rows, of which AdamW's says nothing",
+        aux=0.1,
+    ),
     "SpectralLion": Ratio(lr=0.1, decay=10.0, why=_LION, aux=0.1),
     **dict.fromkeys(("Lion", "CautiousLion", "CLion", "LASM", "Signum", "SignSGD", "StoSignSGD"), _SIGN),
     "StableLion": Ratio(
