@@ -35,6 +35,7 @@ from ds_optim.optimizers import (
     set_full_momentum,
 )
 from ds_optim.zero import from_config, initialize
+from ds_optim.zero.checkpoints.load import load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "from_config",
     "full_momentum",
     "initialize",
+    "load_checkpoint",
     "param_groups",
     "register",
     "set_full_momentum",

@@ -19,8 +19,8 @@ from ds_optim.machine import ranks
 from ds_optim.machine.files import Unreadable, drop_link, read_line, write_atomic, write_reason
 from ds_optim.survival import manifest
 from ds_optim.survival.checkpoint_files import guarded, write
-from ds_optim.survival.identity import RUN, SAVE, new_id, stamps_of
-from ds_optim.survival.resume import DIGESTS, FOLDER, SEALS, Checkpoint, step_folders
+from ds_optim.survival.identity import DIGESTS, RUN, SAVE, new_id, stamps_of
+from ds_optim.survival.resume import FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS
 
 

@@ -22,6 +22,10 @@ from ds_optim.zero.checkpoints.safe import load
 
 RUN, SAVE = "run", "save"
 """Keys of the notes: numbers drawn at a run's first start, and at each save."""
+DIGESTS = "inputs"
+"""The key of ``ds_optim.survival.inputs`` in a checkpoint's notes."""
+OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
+"""The settings among the notes that say which optimizer it is."""
 _ID = r"^[0-9a-f]{16}$"
 _POSITION: TypeAdapter[Any] = TypeAdapter(dict[str, Annotated[int, Field(strict=True, ge=0, lt=2**63)]])
 

@@ -18,7 +18,8 @@ from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.optimizers.rules import RULES
-from ds_optim.survival.resume import DIGESTS, Checkpoint
+from ds_optim.survival.identity import DIGESTS
+from ds_optim.survival.resume import Checkpoint
 
 _SAYS = {
     "text": "the text of --data",

@@ -10,8 +10,17 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.machine.files import Unreadable
 from ds_optim.survival import manifest
-from ds_optim.survival.identity import RUN, SAVE, check_notes, misplaced, missing_files, new_id, stamps_of
-from ds_optim.survival.resume import DIGESTS, OF_THE_OPTIMIZER
+from ds_optim.survival.identity import (
+    DIGESTS,
+    OF_THE_OPTIMIZER,
+    RUN,
+    SAVE,
+    check_notes,
+    misplaced,
+    missing_files,
+    new_id,
+    stamps_of,
+)
 from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.reshard import Seal, Sealing
 from ds_optim.zero.checkpoints.target import Target
@@ -53,22 +62,27 @@ def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> 
         return None
 
     def seal(target: Target) -> Sealing:
-        changed: dict[str, Any] = {**notes, RUN: notes.get(RUN, new_id()), SAVE: new_id(), "world_size": target.ranks}
-        kept = {
-            key: value for key, value in notes["trajectory"].items() if key not in OF_THE_OPTIMIZER or not handed_over
-        }
-        changed["trajectory"] = {**kept, "stage": target.stage, **_same_batch(notes, target)}
-        inputs = notes.get(DIGESTS)
-        if handed_over and isinstance(inputs, Mapping):  # the other optimizer orthogonalizes in its own way
-            changed[DIGESTS] = {key: value for key, value in inputs.items() if key != "polar"}
+        changed = notes_for(notes, target.ranks, target.stage, handed_over=handed_over)
         return Sealing(stamps=stamps_of(changed), finish=lambda folder: manifest.seal_folder(folder, changed))
 
     return seal
 
 
-def _same_batch(notes: Mapping[str, Any], target: Target) -> dict[str, int]:
+def notes_for(notes: Mapping[str, Any], ranks: int, stage: int, *, handed_over: bool = False) -> dict[str, Any]:
+    """The notes of a checkpoint, as of one that is cut anew for so many ranks at that stage."""
+    changed: dict[str, Any] = {**notes, RUN: notes.get(RUN, new_id()), SAVE: new_id(), "world_size": ranks}
+    before = notes["trajectory"]
+    kept = {key: value for key, value in before.items() if key not in OF_THE_OPTIMIZER or not handed_over}
+    changed["trajectory"] = {**kept, "stage": stage, **_same_batch(notes, ranks)}
+    inputs = notes.get(DIGESTS)
+    if handed_over and isinstance(inputs, Mapping):  # the other optimizer orthogonalizes in its own way
+        changed[DIGESTS] = {key: value for key, value in inputs.items() if key != "polar"}
+    return changed
+
+
+def _same_batch(notes: Mapping[str, Any], wanted: int) -> dict[str, int]:
     """The sequences that each of the new ranks takes of the batch that the old ones shared, where it divides."""
     micro, ranks = notes["trajectory"].get("micro_batch"), notes.get("world_size")
-    if not isinstance(micro, int) or not isinstance(ranks, int) or micro * ranks % target.ranks:
+    if not isinstance(micro, int) or not isinstance(ranks, int) or micro * ranks % wanted:
         return {}
-    return {"micro_batch": micro * ranks // target.ranks}
+    return {"micro_batch": micro * ranks // wanted}

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,15 @@ from ds_optim.job.settings import TrainSettings, default_warmup
 from ds_optim.machine import ranks
 from ds_optim.machine.files import Unreadable, parse_json, read_bytes, short
 from ds_optim.machine.kept_results import refuse
-from ds_optim.survival import manifest
-from ds_optim.survival.identity import check_notes, misplaced, missing_files
+from ds_optim.survival import manifest, recut
+from ds_optim.survival.identity import OF_THE_OPTIMIZER, check_notes, misplaced, missing_files
+from ds_optim.survival.reshard_seal import notes_for
 
 FOLDER = "checkpoints"
 FIRST_RELEASE = "whole.json"
 """Sealed the checkpoints of the first release, without names and checksums of the files."""
 SEALS = (manifest.NAME, FIRST_RELEASE)
 
-DIGESTS = "inputs"
-"""The key of ``ds_optim.survival.inputs`` in a checkpoint's notes."""
-OF_THE_OPTIMIZER = ("optimizer", "optimizer_params", "lr", "tuned")
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,15})")
 
 
@@ -49,10 +47,12 @@ class Checkpoint:
 class Choice:
     """The checkpoint to go on from, why newer ones were skipped, and what else is to be said, one line each.
 
-    ``warmup`` is the run's from its first start, for one that says nothing of it now.
+    ``original`` is the run's own, where ``checkpoint`` is what was cut of it. ``warmup`` is the run's from its first
+    start, for one that says nothing of it now.
     """
 
     checkpoint: Checkpoint
+    original: Checkpoint
     skipped: tuple[str, ...]
     warmup: int
     said: tuple[str, ...] = ()
@@ -76,6 +76,7 @@ def to_resume(settings: TrainSettings) -> Choice | None:
     if settings.out is None:
         return None
     folder = settings.out / FOLDER
+    ranks.from_first(lambda: recut.forget(settings))
     if not settings.resume:
         if ranks.from_first(lambda: any(_is_sealed(path) for path in step_folders(folder).values())):
             raise UserError(
@@ -92,7 +93,18 @@ def to_resume(settings: TrainSettings) -> Choice | None:
         raise UserError(
             f"--resume: no complete checkpoint under {folder}{reasons}; start with --force in place of --resume"
         )
-    return _check(choice, settings, skipped)
+    shape = recut.Shape(ranks.world_size(), settings.stage)
+    was = recut.Shape(choice.notes["world_size"], choice.notes["trajectory"]["stage"])
+    if was == shape or choice.files is None:
+        warmup, said = _check(choice, settings)
+        return Choice(checkpoint=choice, original=choice, skipped=skipped, warmup=warmup, said=said)
+    warmup, said = _check(replace(choice, notes=notes_for(choice.notes, *shape)), settings)
+    ranks.from_first(lambda: recut.write(choice.folder, settings, shape))
+    cut, faults = newest_complete(recut.place(settings))
+    if cut is None:
+        raise UserError(f"--resume: what was cut anew of {choice.folder} is not whole: {'; '.join(faults)}")
+    said = (recut.line(choice.step, was, shape, settings), *said)
+    return Choice(checkpoint=cut, original=choice, skipped=skipped, warmup=warmup, said=said)
 
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
@@ -176,13 +188,13 @@ def _first_release_fault(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _check(checkpoint: Checkpoint, settings: TrainSettings, skipped: tuple[str, ...]) -> Choice:
-    """The choice of this checkpoint. Raises ``UserError`` where the run that wrote it was another one."""
+def _check(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int, tuple[str, ...]]:
+    """The warmup of the run that wrote the checkpoint, and what is to be said of going on from it. Raises ``UserError``
+    where that was another run."""
     if checkpoint.notes["world_size"] != ranks.world_size():
         raise UserError(
             f"--resume: the checkpoint is of {checkpoint.notes['world_size']} ranks,"
-            f" this run has {ranks.world_size()}; start as many, or cut it anew with"
-            f" ds-optim reshard {checkpoint.folder.parent} NEW_OUT/{FOLDER} --ranks {ranks.world_size()}"
+            f" this run has {ranks.world_size()}; start as many: the first release wrote it, which is not cut anew"
         )
     before, now = checkpoint.notes["trajectory"], json.loads(json.dumps(settings.trajectory()))
     free: tuple[str, ...] = OF_THE_OPTIMIZER if settings.reset_optimizer else ()
@@ -210,4 +222,4 @@ def _check(checkpoint: Checkpoint, settings: TrainSettings, skipped: tuple[str, 
                 f"{', or --reset-optimizer' if name in OF_THE_OPTIMIZER else ''}"
                 f"{', or more of them to extend it' if name == 'steps' else ''}"
             )
-    return Choice(checkpoint=checkpoint, skipped=skipped, warmup=warmup, said=said)
+    return warmup, said

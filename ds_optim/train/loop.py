@@ -20,7 +20,7 @@ from ds_optim.job.results import Moment, Observer, TrainResult
 from ds_optim.job.run_log import RunLog
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
-from ds_optim.survival import checkpoint
+from ds_optim.survival import checkpoint, recut
 from ds_optim.survival.identity import RUN, new_id
 from ds_optim.survival.inputs import Inputs, check_inputs, read_inputs
 from ds_optim.survival.preemption import Preemption
@@ -95,7 +95,7 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     engine = start_engine(settings, data)
     try:
         inputs = read_inputs(data, engine)
-        said = check_inputs(settings, inputs, resumed.checkpoint) if resumed is not None else ()
+        said = check_inputs(settings, inputs, resumed.original) if resumed is not None else ()
     except Exception:
         engine.destroy()
         raise
@@ -156,7 +156,8 @@ class _Run:
             self.watchdog.tick("loading its checkpoint")
             load = load_without_optimizer if self.settings.reset_optimizer else checkpoint.load
             self.data.batches.restore(load(self.engine, self.resumed.checkpoint))
-            line = checkpoint.follow(self.resumed.checkpoint)
+            ranks.from_first(lambda: recut.forget(self.settings))
+            line = checkpoint.follow(self.resumed.original)
             if line is not None:
                 self.log.say(f"ds-optim: warning: {line}")
         self._announce()
@@ -231,7 +232,7 @@ class _Run:
             for line in (*self.resumed.skipped, *self.resumed.said, *self.said):
                 self.log.say(line)
             but = ", its optimizer state left behind" if self.settings.reset_optimizer else ""
-            self.log.say(f"resumed from {self.resumed.checkpoint.folder} after step {self.first}{but}")
+            self.log.say(f"resumed from {self.resumed.original.folder} after step {self.first}{but}")
 
     def _step(self, step: int, schedule: WarmupCosine, started: float) -> str | None:
         """One update and its records; returns what asks the run to end after it, alike on every rank."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim import load_checkpoint
 from ds_optim.elementwise.momentum import Int8
 from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.matrix.views import row_range
@@ -193,14 +194,19 @@ def save_runs(rank: int, world_size: int, folder: Path, runs: list[tuple[str, in
     return found
 
 
-def load_runs(rank: int, world_size: int, runs: list[tuple[str, int, Path]]) -> list[Seen]:
-    """Load by DeepSpeed's own ``load_checkpoint`` into a model with other weights, and go on."""
+def load_runs(
+    rank: int, world_size: int, runs: list[tuple[str, int, Path]], *, anew: bool = False, scratch: Path | None = None
+) -> list[Seen]:
+    """Load by DeepSpeed's own ``load_checkpoint`` into a model with other weights, and go on; ``anew``: by ours."""
     found = []
     for kind, stage, folder in runs:
         cell = KINDS[kind].cell(stage)
         model = TinyNet(seed=9).to(torch.bfloat16 if cell.dtype == "bf16" else torch.float32)
         engine = start(cell, world_size, KINDS[kind].optimizer, model)
-        path, client = engine.load_checkpoint(str(folder))
+        if anew:
+            path, client = load_checkpoint(engine, folder, scratch=scratch)
+        else:
+            path, client = engine.load_checkpoint(str(folder))
         assert path is not None
         found.append(look(engine, cell, rank, world_size, client["position"]))
         engine.destroy()

@@ -127,6 +127,33 @@ def test_everything_arrives(
     assert _scalars(after) == _scalars(before)
 
 
+@pytest.mark.parametrize("cell", CELLS[:2], ids=lambda value: str(value).replace(" ", ""))
+def test_a_load_cuts_it_on_the_way_in(
+    cell: tuple[str, Shape, Shape],
+    saved: tuple[Path, dict[tuple[str, Shape], list[Seen]]],
+    loaded: dict[tuple[str, Shape, Shape], list[Seen]],
+    tmp_path: Path,
+) -> None:
+    kind, one, (ranks, stage) = cell
+    original = saved[0] / place(kind, one)
+    before = sorted(str(path) for path in original.rglob("*"))
+    for scratch in (None, tmp_path):
+        every = run_ranks(ranks, load_anew, [(kind, stage, original)], scratch)
+        assert _same(gathered(own[0].held for own in every), gathered(seen.held for seen in loaded[cell]))
+        assert [own[0].losses for own in every] == [seen.losses for seen in loaded[cell]]
+        assert every[0][0].client == {"epoch": 7}
+    assert sorted(str(path) for path in original.rglob("*")) == before
+    assert not list(tmp_path.iterdir())
+
+
+def load_anew(rank: int, world_size: int, runs: list[tuple[str, int, Path]], scratch: Path | None) -> list[Seen]:
+    return load_runs(rank, world_size, runs, anew=True, scratch=scratch)
+
+
+def _same(one: dict[tuple[str, str], Tensor], other: dict[tuple[str, str], Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(bits(one[key]), bits(other[key])) for key in one)
+
+
 @pytest.mark.parametrize(("kind", "one", "other"), CELLS, ids=lambda value: str(value).replace(" ", ""))
 def test_the_run_goes_on(
     kind: str,

@@ -13,7 +13,8 @@ from ds_optim.errors import UserError
 from ds_optim.sharding.layout import MOST_RANKS, Layout, build_layout
 from ds_optim.zero.checkpoints.portable import Portable
 
-_SETTINGS = ("stage", "sub_group_size", "parameter_alignment", "round_robin_gradients")
+SETTINGS = ("stage", "sub_group_size", "parameter_alignment", "round_robin_gradients")
+"""What a layout is cut by, under zero_optimization."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Target:
 
     def settings(self) -> dict[str, Any]:
         """The same under zero_optimization."""
-        return {key: getattr(self, key) for key in _SETTINGS}
+        return {key: getattr(self, key) for key in SETTINGS}
 
     def layout(self, portable: Portable) -> Layout:
         groups = [group.params for group in portable.groups]
@@ -92,7 +93,7 @@ def _parsed(section: Mapping[str, Any]) -> Any:
     from pydantic import ValidationError
 
     try:
-        return DeepSpeedZeroConfig(**{key: section[key] for key in _SETTINGS if key in section})
+        return DeepSpeedZeroConfig(**{key: section[key] for key in SETTINGS if key in section})
     except ValidationError as problem:
         first = problem.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

@@ -1,0 +1,80 @@
+"""Loading in a run of other ranks, or at another stage: the checkpoint is cut anew on the way in."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ds_optim.machine import ranks
+from ds_optim.machine.files import drop_link
+from ds_optim.zero.checkpoints.folder import find_folder
+from ds_optim.zero.checkpoints.portable import Portable
+from ds_optim.zero.checkpoints.reader import open_checkpoint
+from ds_optim.zero.checkpoints.reshard import reshard
+from ds_optim.zero.checkpoints.target import SETTINGS, Target, choose_target
+
+_CUT = "{tag}.recut"
+
+
+def load_checkpoint(
+    engine: Any, folder: str | Path, tag: str | None = None, *, scratch: str | Path | None = None, **options: Any
+) -> tuple[str, Any]:
+    """``engine.load_checkpoint`` of a checkpoint that other ranks wrote, or another ZeRO stage.
+
+    Where its shape is the engine's, that is all. Otherwise rank 0 first cuts it anew as ``ds-optim reshard`` does,
+    verified, with one rank's state in memory at a time; all ranks load that, and it is taken away. The checkpoint stays
+    as it is. All ranks must make this call, and see the same folders.
+
+    Args:
+        engine: made with the optimizer that wrote the checkpoint; ``ds-optim reshard --optimizer`` changes it.
+        folder: of all checkpoints, with ``latest`` where no ``tag`` is given.
+        scratch: where what is cut lies meanwhile, as large as the checkpoint; beside it, in ``folder``, if left out.
+        options: of ``engine.load_checkpoint``.
+
+    Returns:
+        The folder of the tag, and the client's state.
+
+    Raises:
+        UserError: on every rank: it is damaged, or cannot have this shape; what is cut cannot be written.
+    """
+    place = Path(folder)
+    source: Path = ranks.from_first(lambda: find_folder(place if tag is None else place / tag))
+    made = Path(place if scratch is None else scratch) / _CUT.format(tag=source.name)
+    cut = ranks.from_first(lambda: _cut(source, made, engine))
+    try:
+        where = made if cut else source.parent
+        path, state = engine.load_checkpoint(str(where), tag=source.name, **options)
+    finally:
+        if cut:
+            ranks.from_first(lambda: take_away(made))
+    if path is None:
+        raise RuntimeError(f"DeepSpeed loaded nothing of {source}: see what it says above")
+    return str(source), state
+
+
+def _cut(source: Path, made: Path, engine: Any) -> bool:
+    """Cut it where its shape is another one; whether it was."""
+    found = open_checkpoint(source, state=False)
+    target = _target(found, engine)
+    if target == choose_target(found, None, None):
+        return False
+    take_away(made)
+    config = {"zero_optimization": target.settings()}
+    reshard(source, made, ranks=target.ranks, stage=target.stage, config=config)
+    return True
+
+
+def _target(found: Portable, engine: Any) -> Target:
+    zero = engine._config.zero_config
+    config = {"zero_optimization": {**zero.model_dump(include=set(SETTINGS)), "stage": int(zero.stage)}}
+    return choose_target(found, int(engine.dp_world_size), None, config)
+
+
+def take_away(made: Path) -> None:
+    """Take away what was cut, now or by a start that a kill ended."""
+    for folder in (made, made.with_name(f"{made.name}.partial")):
+        with suppress(OSError):
+            drop_link(folder)
+            shutil.rmtree(folder)
