@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -96,8 +97,8 @@ class ZeroOptimizer(GroupedOptimizer):
         check_options(type(self), options)
         self._polar = PolarSpec.from_json(options.get("polar", {}))
         self._exchange = check_exchange(options.get("exchange", {}))
-        built = build_groups(
-            params,
+        build = partial(
+            build_groups,
             rule=rule,
             lr=lr,
             weight_decay=weight_decay,
@@ -106,6 +107,7 @@ class ZeroOptimizer(GroupedOptimizer):
             has_aux=self.has_aux,
             by_name=self.by_name,
         )
+        built = build(params)
         self._exchanges: dict[int, Exchange] = {}
         self._costs: Costs | None = None
         self._planned = False
@@ -120,12 +122,10 @@ class ZeroOptimizer(GroupedOptimizer):
         self._cautious = bool(options.get("cautious_decay", False))
         if self._cautious and not own.decoupled:
             raise UserError(f"{type(self).__name__} has no decay beside its update: take cautious_decay out")
-        # As built: a universal load at stage 3 writes the first group's into all.
-        self._names, self._rules = (tuple(group[key] for group in built.groups) for key in ("name", "rule"))
         self._universal = False
         self._alike = Alike()
         self.skipped_steps = 0
-        super().__init__(built, lr, weight_decay)
+        super().__init__(build, built, lr, weight_decay)
         watch(self)
 
     def state_dict(self) -> dict[str, Any]:

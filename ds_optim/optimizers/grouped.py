@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ds_optim.sharding.binding import Binding, Member, is_read_by_engine
 _COPIED = (
     *("_members", "_lr_ratios", "_built_rates", "_shares_rates", "_sealed", "loaded_shares"),
     *("_polar", "_exchange", "_momentum_dtype", "_diagnostics", "_costs", "_cautious"),
-    *("_names", "_rules", "_universal", "skipped_steps"),
+    *("_build", "_names", "_rules", "_universal", "skipped_steps"),
 )
 """What a copy of an optimizer keeps besides what torch copies."""
 
@@ -25,6 +26,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     """An optimizer of groups that know their members, and the rate that each was built with.
 
     Args:
+        build: what fills groups in, these and any that are added.
         built: the groups, filled in.
         lr, weight_decay: the optimizer's own, for schedulers that ask its ``defaults``.
     """
@@ -32,11 +34,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
     loaded_shares: bool
     """Whether the first release saved what was loaded last, and a scheduler still has to be told of it."""
 
-    def __init__(self, built: Built, lr: Any, weight_decay: Any) -> None:
+    def __init__(self, build: Callable[..., Built], built: Built, lr: Any, weight_decay: Any) -> None:
+        self._build = build
         # Members hold the model's own parameters and never enter the groups, which are pickled.
         self._members = built.members
         self._lr_ratios = built.ratios
         self._built_rates = [float(group["lr"]) for group in built.groups]
+        # As built: a universal load at stage 3 writes the first group's into all.
+        self._names, self._rules = (tuple(group[key] for group in built.groups) for key in ("name", "rule"))
         self._shares_rates = len(set(built.ratios)) > 1
         self._binding: Binding | None = None
         self.loaded_shares = False
@@ -66,14 +71,29 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.__dict__["param_groups"] = groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Groups are fixed once the optimizer is built: their layout and exchange are.
+        """Add a group, one of ``ds_optim.param_groups`` where the rule asks for shapes, before anything is stepped.
 
         Raises:
-            UserError: for every call by a user.
+            UserError: an engine has the other groups, or they were stepped or loaded: their layout and exchange are
+                fixed; or what the constructor refuses of groups.
         """
-        if getattr(self, "_sealed", False):
-            raise UserError("parameter groups cannot be added later: build a new optimizer from ds_optim.param_groups")
-        super().add_param_group(param_group)
+        if not self._sealed:
+            super().add_param_group(param_group)
+            return
+        if self._binding is not None or self.state or not self._waits_for_engine:
+            raise UserError(
+                "parameter groups cannot be added once an engine has the optimizer, or it was stepped or loaded: add "
+                "them before, or build a new optimizer from ds_optim.param_groups over all that it is to train"
+            )
+        there = Built(groups=self.param_groups, members=self._members, ratios=self._lr_ratios)
+        added = self._build([param_group], beside=there)
+        (group,) = added.groups
+        super().add_param_group(group)
+        self._members += added.members
+        self._lr_ratios += added.ratios
+        self._built_rates.append(float(group["lr"]))
+        self._names, self._rules = (*self._names, group["name"]), (*self._rules, group["rule"])
+        self._shares_rates = len(set(self._lr_ratios)) > 1
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step makes for itself is made again: it holds process groups, and this rank's memory by address.

@@ -67,14 +67,20 @@ def build_groups(
     options: Mapping[str, Any],
     has_aux: bool,
     by_name: bool = False,
+    beside: Built | None = None,
 ) -> Built:
-    """Fill in what each group of ``params`` is stepped with. A rule without aux takes every group itself."""
+    """Fill in what each group of ``params`` is stepped with. A rule without aux takes every group itself.
+
+    beside: groups that the optimizer has, whose names and parameters the new ones cannot have.
+    """
+    there = beside or Built(groups=[], members=[], ratios=[])
     checked = {key: check(key, hyper[key]) for key, check in RULES[rule].hyper.items()}
     lr, weight_decay = check_at_least_zero("lr", lr), check_at_least_zero("weight_decay", weight_decay)
     own = Recipe(rule=rule, lr=lr, weight_decay=weight_decay, hyper=checked, ratio=1.0)
     aux = _aux_recipe(own, options) if has_aux else own
     decay_1d = bool(options.get("decay_1d", False))
-    given = list(_with_unique_names(_given(params, needs_routes=has_aux, needs_names=by_name)))
+    taken = {group["name"] for group in there.groups}
+    given = list(_with_unique_names(_given(params, needs_routes=has_aux, needs_names=by_name), taken))
     members = [group[MEMBERS] for group in given]
     recipes = [own if group["role"] == MATRIX else aux for group in given]
     seed = check_seed("seed", options.get("seed", 0))
@@ -82,7 +88,7 @@ def build_groups(
         _filled(group, recipe, seed, decays=decay_1d or group["role"] != VECTOR)
         for group, recipe in zip(given, recipes, strict=True)
     ]
-    _check_members(groups, members)
+    _check_members([*there.groups, *groups], [*there.members, *members])
     for group in given:
         if "layer_scales" in group:
             check_all_match(check_layer_scales("layer_scales", group["layer_scales"]), chain(*members))
@@ -212,9 +218,8 @@ def _role_of(member: Member) -> str:
     return AUX if len(member.spec.shape) >= 2 else VECTOR
 
 
-def _with_unique_names(groups: Iterable[Group]) -> Iterator[Group]:
+def _with_unique_names(groups: Iterable[Group], taken: set[str]) -> Iterator[Group]:
     """Names tell groups apart in what is printed, counted and saved: "aux", "aux 2", ..."""
-    taken: set[str] = set()
     for group in groups:
         name, number = group["name"], 2
         while name in taken:

@@ -14,6 +14,8 @@ from ds_optim.optimizers.rules import Group
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Rates in a group: its own, and what torch's schedulers keep beside it."""
+SWA = "swa_lr"
+"""What torch's SWALR keeps in a group."""
 
 Ratios = Sequence[float | None]
 """Of each group's rate to the optimizer's "lr"; None where that was 0 and says nothing."""
@@ -41,8 +43,12 @@ def take_shares(groups: Sequence[Group], parts: Sequence[float]) -> None:
 
 
 def settle_rates(groups: Sequence[Group], ratios: Ratios) -> str | None:
-    """Give each group its share of a rate that torch's OneCycleLR has written into all of them; what is to be said of
-    this, or of one rate in all groups that nothing tells the origin of, which is left as it is."""
+    """Give each group its share of a rate that torch's OneCycleLR or SWALR has written into all of them; what is to be
+    said of this, or of one rate in all groups that nothing tells the origin of, which is left as it is."""
+    if is_one(groups, SWA):  # where that schedule leads, which it reads there at each step
+        for group, part in zip(groups, shares(groups, ratios, "SWALR"), strict=True):
+            group[SWA] = float(group[SWA]) * part
+        return f"SWALR's one rate is shared out: {described(groups, [g[SWA] for g in groups])}"
     if not is_one(groups, "lr"):
         return None
     names = ", ".join(str(group["name"]) for group in groups)

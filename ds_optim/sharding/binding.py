@@ -166,6 +166,8 @@ def check_plain(tensor: Tensor, name: str) -> None:
         what = f"a {kind.__name__}"
     elif getattr(tensor, "_is_flat_param", False):
         what = "a FlatParameter"
+    elif getattr(tensor, "_fsdp_flattened", False):  # with use_orig_params: a Parameter that is this rank's slice
+        what = "a slice of a FlatParameter"
     if what:
         raise UserError(
             f"{name} is {what} and no plain tensor: pass plain parameters, and shard the model with DeepSpeed's ZeRO "

@@ -52,6 +52,13 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
+def flattened(model: nn.Module) -> nn.Module:
+    """What FSDP1 makes of a model; its parameters stay torch's own, of one dimension, under ``use_orig_params``."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
 def sparse(model: nn.Module) -> nn.Module:
     model.weight = nn.Parameter(torch.eye(4).to_sparse())
     return model
@@ -72,7 +79,7 @@ def refused(work: Callable[[], Any], *parts: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(
     ("made", "what"),
-    [(sharded, "a DTensor"), (sparse, "sparse"), (elsewhere, "a Elsewhere")],
+    [(sharded, "a DTensor"), (flattened, "a slice of a FlatParameter"), (sparse, "sparse"), (elsewhere, "a Elsewhere")],
     ids=lambda v: str(v)[:20],
 )
 @pytest.mark.usefixtures("one_rank")
@@ -99,6 +106,15 @@ def test_a_tensor_that_becomes_another_kind_is_refused_at_the_first_step(name: s
     before = model.bias.detach().clone()
     refused(optimizer.step, "weight is a Elsewhere and no plain tensor")
     assert torch.equal(model.bias, before)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_model_that_is_flattened_after_construction_is_refused() -> None:
+    """By Muon all of it was stepped as vectors, without a word."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = ds_optim.Muon(ds_optim.param_groups(model))
+    flattened(model)(torch.ones(2, 4)).sum().backward()
+    refused(optimizer.step, "0.weight is a slice of a FlatParameter and no plain tensor")
 
 
 @pytest.mark.usefixtures("one_rank")

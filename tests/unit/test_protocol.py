@@ -159,7 +159,7 @@ def test_a_copy_goes_on_with_the_same_bits(way: Callable[[Any], Any], name: str,
     alone = way(optimizer)
     assert alone.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
     alone.load_state_dict(optimizer.state_dict())
-    with pytest.raises(UserError, match="cannot be added later"):
+    with pytest.raises(UserError, match="cannot be added once"):
         alone.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
