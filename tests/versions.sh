@@ -38,7 +38,7 @@ try() {
         export TORCH_EXTENSIONS_DIR="$venv/torch_extensions"
         python -c 'import time, torch; began = time.process_time(); import ds_optim
 print(f"import ds_optim: {time.process_time() - began:.2f} s beyond torch")'
-        pip install --quiet "$root[all]" pytest hypothesis
+        pip install --quiet "${root}[all]" pytest hypothesis
         (($# == 0)) || pip install --quiet "$@"
         pip uninstall --quiet --yes ds-optim # the checkout's is tested
         python -m pytest -q -p no:cacheprovider "${TESTS[@]}"
