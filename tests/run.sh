@@ -24,7 +24,7 @@ check ruff check .
 check ruff format --check .
 check mypy
 if command -v shellcheck >/dev/null; then
-    check shellcheck --external-sources launch/*.sh launch/slurm.sbatch tests/run.sh .ci/run
+    check shellcheck --external-sources launch/*.sh launch/slurm.sbatch tests/*.sh .ci/run
 fi
 ((${#failed[@]} == 0)) || fail "not clean: ${failed[*]} (the tests were not run)"
 

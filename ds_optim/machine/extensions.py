@@ -147,10 +147,13 @@ def _kind() -> str:
 
 def _root() -> Path:
     """Where extensions are built; made, where that can be."""
-    from torch.utils.cpp_extension import _get_build_directory
+    from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
     named = os.environ.get(VARIABLE)
-    root = Path(named) if named else Path(_get_build_directory("deepspeed", False)).parent
+    try:
+        root = Path(named) if named else Path(_get_build_directory("deepspeed", False)).parent
+    except OSError:  # which makes the folder: where it cannot, as in a home that is only read, nothing is built
+        root = Path(get_default_build_root())
     with suppress(OSError):
         root.mkdir(parents=True, exist_ok=True)
     return root

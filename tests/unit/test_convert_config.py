@@ -38,7 +38,15 @@ ADAMW = config_of("AdamW", lr=2e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.
 ONE_BIT = config_of("OneBitAdam", lr=2e-3, weight_decay=0.1, freeze_step=400, cuda_aware=False)
 LION = config_of("Lion", lr=2e-4, betas=[0.95, 0.98], weight_decay=1.0)
 THEIR_MUON = config_of(
-    "Muon", lr=1e-3, muon_lr=0.02, adam_lr=3e-4, betas=[0.9, 0.95], momentum=0.9, weight_decay=0.1, ns_method="gram"
+    "Muon",
+    lr=1e-3,
+    muon_lr=0.02,
+    adam_lr=3e-4,
+    betas=[0.9, 0.95],
+    momentum=0.9,
+    weight_decay=0.1,
+    ns_method="gram",
+    per_head_muon=True,
 )
 PERIOD = {"period": 2, "sign_lr_ratio": 10}
 

@@ -103,6 +103,16 @@ def test_all_locks_that_are_left_go_at_the_next_start(tmp_path: Path, monkeypatc
     assert (tmp_path / "fused_adam" / "lock").exists()
 
 
+def test_a_home_that_is_only_read_holds_nobodys_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, "/proc")  # in which root cannot make a folder either
+    clear_left_overs()
+    loaded = []
+    guarded(extensions._root(), "op", lambda: loaded.append(True))
+    assert loaded == [True]
+
+
 def test_the_place_of_ops_is_the_users_own_by_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ _DROPPED: Mapping[str, str] = {
     "amsgrad": "no average of squares is kept",
     "adam_w_mode": "decay is decoupled from the gradient, always",
     "max_grad_norm": "clipping is ZeRO's",
+    "per_head_muon": "views with heads say it here: see Options",
     "ns_method": "the way to orthogonalize is chosen by shape",
 }
 """Parameters that people's JSONs have and that nothing here reads, and why they can go."""
