@@ -22,8 +22,8 @@ WITHOUT_FLAG = ("tuned", "deepspeed")
 class TrainSettings(BaseModel):
     """One training run. Every field but ``WITHOUT_FLAG`` is a flag of ``ds-optim train``, with its words.
 
-    Without ``tuned`` what is not given is the optimizer's own default. ``accept`` names inputs that may have changed since the checkpoint. 0 means "all" for ``keep``, "never"
-    for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
+    Without ``tuned`` what is not given is the optimizer's own default. ``accept`` names inputs that may have changed
+    since the checkpoint. 0 means "all" for ``keep``, "never" for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

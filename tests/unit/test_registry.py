@@ -15,13 +15,15 @@ from ds_optim.errors import UserError
 from ds_optim.job.presets import PRESETS, tuned_params
 from ds_optim.optimizers.options import known_keys
 from ds_optim.optimizers.registry import DESCRIBED, OPTIMIZERS, PLUGINS, load_plugins, register
-from ds_optim.optimizers.rules import MEAN, ROOT_SQUARES, RULES, Buffer, SignUpdate, average, rule
+from ds_optim.optimizers.rules import MEAN, ROOT_SQUARES, RULES, Buffer, rule
 from ds_optim.optimizers.table import COLUMNS, table
+from ds_optim.optimizers.updates import SignUpdate, average
 
 PLUGIN = """
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import SignUpdate, average, rule
+from ds_optim.optimizers.rules import rule
+from ds_optim.optimizers.updates import SignUpdate, average
 
 @rule("halved")
 def halved(group, step):
