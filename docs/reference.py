@@ -23,10 +23,6 @@ from ds_optim.optimizers.rules import RULES
 from ds_optim.optimizers.table import in_order
 
 #: Of settings that are no flags.
-_WITHOUT_FLAG = {
-    "tuned": "Start from the preset's tuned parameters of the optimizer; off where a JSON names the optimizer.",
-    "deepspeed": "What else the DeepSpeed JSON (`--config`) says, as it is.",
-}
 _DEFAULTS = {"momentum_dtype": "float32", "decay_1d": False, "cautious_decay": False, "diagnostics": False, "seed": 0}
 _MATRIX_WORDS = {
     "aux": "the rule for what is no matrix",
@@ -48,14 +44,13 @@ _ARGUMENT = re.compile(r"^ {4}(\w[\w, ]*): ((?:.*\n?)(?:^ {5,}.*\n?)*)", re.MULT
 
 def settings() -> str:
     """Every setting of ``ds-optim train``, with its flag's words."""
-    words = {option.name: option.help for option in _command("train").params}
     rows = []
     for name, field in TrainSettings.model_fields.items():
         bounds = [_bound(one) for one in field.metadata if _bound(one)]
         choices = get_args(field.annotation) if "Literal" in str(field.annotation) else ()
         default = "none" if field.default_factory else shown(field.default)
         kind = " or ".join(map(shown, choices)) or _type(field.annotation)
-        rows.append((f"`{name}`", ", ".join([kind, *bounds]), default, words.get(name) or _WITHOUT_FLAG[name]))
+        rows.append((f"`{name}`", ", ".join([kind, *bounds]), default, field.description))
     return markdown_table(("setting", "takes", "default", "what it is"), rows)
 
 

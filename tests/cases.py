@@ -15,13 +15,8 @@ import torch
 
 import ds_optim
 from ds_optim.optimizers.registry import DESCRIBED
-from ds_optim.optimizers.rules import (
-    MEAN,
-    RULES,
-    MatrixUpdate,
-    Rule,
-    Update,
-)
+from ds_optim.optimizers.rules import MEAN, RULES, Rule
+from ds_optim.optimizers.updates import MatrixUpdate, Update
 
 FP32: dict[str, Any] = {"dtype": "float32"}
 """Polar factors in fp32."""

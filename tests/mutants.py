@@ -213,7 +213,7 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------------ rules
     Mutant(
         "Lion's betas are swapped",
-        "rules.py",
+        "updates.py",
         "return Blend((b1, 1 - b1), (b2, 1 - b2))",
         "return Blend((b2, 1 - b2), (b1, 1 - b1))",
         f"{U}optimizers.py",
@@ -327,7 +327,7 @@ MUTANTS = [
     ),
     Mutant(
         "scales are of the transposed matrix",
-        "rules.py",
+        "updates.py",
         "math.sqrt(max(1.0, m / n))",
         "math.sqrt(max(1.0, n / m))",
         f"{U}optimizers.py",
@@ -370,7 +370,7 @@ MUTANTS = [
     ),
     Mutant(
         "narrow momentum is kept wide",
-        "base.py",
+        "states.py",
         "torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)",
         "torch.zeros_like(tensor, memory_format=torch.contiguous_format)",
         f"{U}optimizers.py {U}momentum.py {U}protocol.py {D}state_and_bytes.py",
@@ -378,7 +378,7 @@ MUTANTS = [
     Mutant(
         "a step is made with gradients that are not finite",
         "base.py",
-        "if not _finite(self.param_groups):",
+        "if not finite(self.param_groups):",
         "if not _finite([]):",
         f"{U}several_matrices.py",
     ),
@@ -548,7 +548,7 @@ MUTANTS = [
     ),
     Mutant(
         "hyperparameters of a universal load stay the first group's",
-        "saved.py",
+        "universal.py",
         "                group[key] = value\n",
         "                pass\n",
         f"{D}universal.py",

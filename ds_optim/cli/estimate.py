@@ -15,12 +15,25 @@ if TYPE_CHECKING:
 
 _MOST_RANKS = 100_000
 
+_Model = Annotated[
+    str | None,
+    typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
+]
+_Bf16Masters = Annotated[
+    bool, typer.Option("--bf16-masters", help="bf16_master_weights_and_grads with bf16_optimizer_states.")
+]
+_Accumulation = Annotated[
+    int, typer.Option(help="Micro-batches a step; with more than one, stage 1 holds whole gradients.")
+]
+_OptimizerParams = Annotated[
+    str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
+]
+_Config = Annotated[Path | None, typer.Option(help="A DeepSpeed JSON, for its buckets and bf16 master weights.")]
+_Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")]
+
 
 def estimate(
-    model: Annotated[
-        str | None,
-        typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
-    ] = None,
+    model: _Model = None,
     params: Annotated[float | None, typer.Option(help="In place of a model, a number of parameters: 7.5e9.")] = None,
     optimizers: Annotated[str, typer.Option(help="Names as in compare.")] = "adamw,lion,lion_muon",
     momentum_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8; of one-buffer optimizers.")] = "float32",
@@ -30,24 +43,14 @@ def estimate(
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
     offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    bf16_masters: Annotated[
-        bool, typer.Option("--bf16-masters", help="bf16_master_weights_and_grads with bf16_optimizer_states.")
-    ] = False,
-    accumulation: Annotated[
-        int, typer.Option(help="Micro-batches a step; with more than one, stage 1 holds whole gradients.")
-    ] = 2,
-    optimizer_params: Annotated[
-        str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A DeepSpeed JSON, for its buckets and bf16 master weights.")
-    ] = None,
+    bf16_masters: _Bf16Masters = False,
+    accumulation: _Accumulation = 2,
+    optimizer_params: _OptimizerParams = None,
+    config: _Config = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")
-    ] = False,
+    checkpointing: _Checkpointing = False,
     as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for curves over ranks and stages, PNG and SVG.")] = None,
 ) -> int:

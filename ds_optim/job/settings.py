@@ -15,51 +15,93 @@ from ds_optim.zero.reading import parse_json
 
 INPUTS = ("text", "model", "tokenizer", "polar")
 """What a run reads besides its settings (``ds_optim.survival.inputs``)."""
+WITHOUT_FLAG = ("tuned", "deepspeed")
+"""Fields of the settings that a DeepSpeed JSON or another command fills."""
 
 
 class TrainSettings(BaseModel):
-    """One training run. Every field has a flag of the same name in ``ds-optim train``.
+    """One training run. Every field but ``WITHOUT_FLAG`` is a flag of ``ds-optim train``, with its words.
 
-    ``tuned`` starts from the preset's tuned optimizer parameters; off, what is not given is the optimizer's
-    own default. ``deepspeed`` holds whatever else the DeepSpeed JSON says; it reaches ``ds_optim.initialize``
-    as it is. ``accept`` names inputs that may have changed since the checkpoint. 0 means "all" for ``keep``, "never"
-    for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
+    Without ``tuned`` what is not given is the optimizer's own default. ``accept`` names inputs that may have changed
+    since the checkpoint. 0 means "all" for ``keep``, "never" for ``hang_timeout`` (seconds) and ``max_skips`` (steps).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    preset: str | None = "qwen3-tiny"
-    model: str | None = None
-    data: str = "shakespeare"
-    tokenizer: str = "bytes"
-    seq_len: int = Field(128, ge=2)
-    micro_batch: int = Field(8, ge=1)
-    accumulation: int = Field(1, ge=1)
-    steps: int = Field(100, ge=1)
-    warmup: int = Field(10, ge=0)
-    optimizer: str = "lion_muon"
-    optimizer_params: dict[str, Any] = Field(default_factory=dict)
-    lr: float | None = Field(None, ge=0, allow_inf_nan=False)
-    tuned: bool = True
-    stage: Literal[0, 1, 2, 3] = 1
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    clip: float = Field(1.0, ge=0, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, lt=2**63)
-    eval_every: int = Field(0, ge=0)
-    eval_batches: int = Field(8, ge=1)
-    save_every: int = Field(0, ge=0)
-    keep: int = Field(0, ge=0)
-    resume: bool = False
-    reset_optimizer: bool = False
-    accept: tuple[str, ...] = ()
-    force: bool = False
-    out: Path | None = None
-    tensorboard: bool = False
-    zero_init: bool = False
-    time_limit_s: float | None = Field(None, gt=0, allow_inf_nan=False)
-    hang_timeout: float = Field(600.0, ge=0, allow_inf_nan=False)
-    max_skips: int = Field(50, ge=0)
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    preset: str | None = Field("qwen3-tiny", description="qwen3-tiny (default) or qwen3-134m.")
+    model: str | None = Field(
+        None,
+        description="In place of a preset: a folder, config.json or hub name of a causal LM.",
+    )
+    data: str = Field(
+        "shakespeare",
+        description=(
+            "shakespeare (shipped, default); a file, folder or glob of text, JSON, CSV, parquet or arrow, plain "
+            "or as gz, xz, bz2, zst; or hub:REPO[:CONFIG[:SPLIT]]."
+        ),
+    )
+    tokenizer: str = Field("bytes", description="bytes, bpe:N (trained on the data), or hf:DIRECTORY.")
+    seq_len: int = Field(128, ge=2, description="Tokens a sequence.")
+    micro_batch: int = Field(8, ge=1, description="Sequences a rank takes at once.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches a step.")
+    steps: int = Field(
+        100,
+        ge=1,
+        description="Updates; the cosine ends at 0 there. More with --resume extend a run. [100]",
+    )
+    warmup: int = Field(10, ge=0, description="Steps of linear warmup. [a tenth]")
+    optimizer: str = Field("lion_muon", description="lion_muon (default), lion, muon, adamw, deepspeed:Muon, ...")
+    optimizer_params: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Its parameters as JSON: \'{"lr": 0.001, "period": 2}\'.',
+    )
+    lr: float | None = Field(None, ge=0, allow_inf_nan=False, description="Learning rate, over the preset's tuned one.")
+    tuned: bool = Field(
+        True,
+        description="Start from the preset's tuned parameters of the optimizer; off where a JSON names the optimizer.",
+    )
+    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage, 0 to 3. [1]")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="bf16 (default), fp32 or fp16.")
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="Gradient norm to clip at; 0 is off. [1.0]")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of weights, order and dropout. [0]")
+    eval_every: int = Field(0, ge=0, description="Steps between validations; 0: at the end alone. [0]")
+    eval_batches: int = Field(8, ge=1, description="Global batches a validation. [8]")
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints, and one at the end; 0: none. [0]")
+    keep: int = Field(0, ge=0, description="Newest checkpoints to keep; 0: all of them. [0]")
+    resume: bool = Field(False, description="Go on from the newest complete checkpoint in --out.")
+    reset_optimizer: bool = Field(
+        False,
+        description="With --resume: keep weights, schedule and place in the text; any --optimizer.",
+    )
+    accept: tuple[str, ...] = Field(
+        (),
+        description="With --resume: go on though these changed: of text, model, tokenizer, polar.",
+    )
+    force: bool = Field(False, description="Start anew where --out holds the log of an earlier run, and replace it.")
+    out: Path | None = Field(None, description="Folder for log.jsonl, checkpoints, tokenizer, TensorBoard.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events through DeepSpeed's monitor.")
+    zero_init: bool = Field(False, description="Stage 3: partition the weights while they are made.")
+    time_limit_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Save and end, with status 75, after this many seconds of training.",
+    )
+    hang_timeout: float = Field(
+        600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds without progress after which a rank is named and all end; 0: never. [600]",
+    )
+    max_skips: int = Field(
+        50,
+        ge=0,
+        description="Stop after so many steps in a row without finite numbers; 0: never. [50]",
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What else the DeepSpeed JSON (`--config`) says, as it is.",
+    )
 
     @model_validator(mode="before")
     @classmethod

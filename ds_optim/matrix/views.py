@@ -111,10 +111,18 @@ class MatrixView:
 
     def selected(self, fraction: float) -> MatrixView:
         """How so many rows of each matrix, one behind the other as they lie in the parameter, are seen as matrices."""
-        kept = [heads * selected_rows(rows // heads, fraction) for rows, heads in self._parts()]
+        groups = [part.shape for part in self.row_groups(torch.empty(self.of_rows.numel, device="meta"))]
+        kept = [many * selected_rows(rows, fraction) for _, many, rows in groups]
         shape = list(self.shape)
         shape[-1 if self.transpose else self.batch_dims] = sum(kept)
         return replace(self, shape=tuple(shape), split=tuple(kept) if self.split else (), of=self)
+
+    def row_groups(self, values: Tensor) -> list[Tensor]:
+        """One value for each row, (rows,), by part of the split: a strided view (stacked, groups, rows of a group).
+
+        Rows of a group lie together, so that as many of each, in their order, are seen as the whole parameter is.
+        """
+        return [part[..., 0] for part in self.of_rows._cut(values)]
 
     def spread(self, values: Tensor, start: int, numel: int) -> Tensor:
         """Of ``numel`` elements of the parameter from ``start`` on each one's row's value, (numel,).

@@ -6,7 +6,8 @@ As a yardstick for a whole model use DeepSpeed's own AdamW, which the JSON type 
 from __future__ import annotations
 
 from ds_optim.optimizers.checks import check_betas
-from ds_optim.optimizers.rules import ROOT_SQUARES, WIDE_MEAN, AdamWUpdate, Group, rule
+from ds_optim.optimizers.rules import ROOT_SQUARES, WIDE_MEAN, Group, rule
+from ds_optim.optimizers.updates import AdamWUpdate
 
 EPS = 1e-8
 

@@ -8,44 +8,26 @@ package is a name for a rule and its hyperparameters; nothing here is ever overr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.momentum import DTYPES, NARROW, wide
+from ds_optim.elementwise.momentum import DTYPES, NARROW
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, options_of, parameters_of, steps_of
 from ds_optim.optimizers.costs import Costs
-from ds_optim.optimizers.diagnostics import Diagnostics, Outcome
-from ds_optim.optimizers.elements import step_elements
+from ds_optim.optimizers.diagnostics import Diagnostics
 from ds_optim.optimizers.grouped import GroupedOptimizer
 from ds_optim.optimizers.groups import build_groups, hyper_of
 from ds_optim.optimizers.loading import unwrap, wrapped
-from ds_optim.optimizers.local import Local, blocks_of
-from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
+from ds_optim.optimizers.local import Local
 from ds_optim.optimizers.options import BF16_AND_CAUTIOUS, CommonOptions, MatrixOptions, check_exchange, check_options
-from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.planning import plan_exchanges
-from ds_optim.optimizers.row_state import init_rows
-from ds_optim.optimizers.row_steps import step_rows
-from ds_optim.optimizers.rules import (
-    CODES_OF_MOMENTUM,
-    RULES,
-    SCALARS,
-    SCALES_OF_MOMENTUM,
-    STEP,
-    Group,
-    MatrixSignUpdate,
-    MatrixUpdate,
-    ParameterUpdate,
-    RowsUpdate,
-    Rule,
-)
+from ds_optim.optimizers.rules import RULES, Group
 from ds_optim.optimizers.saved import (
     COSTS,
     SAVED,
@@ -53,11 +35,12 @@ from ds_optim.optimizers.saved import (
     check_saved,
     check_stored_dtype,
     has_shares,
-    restore_groups,
-    settle_state,
     with_description,
     without_description,
 )
+from ds_optim.optimizers.states import init_states
+from ds_optim.optimizers.steps import carry_out, finite
+from ds_optim.optimizers.universal import restore_groups
 from ds_optim.optimizers.unstepped import warn_if_idle, watch
 from ds_optim.sharding.binding import Binding, NotYet, bind, check_gradients, taken
 from ds_optim.sharding.exchange import Exchange
@@ -223,7 +206,7 @@ class ZeroOptimizer(GroupedOptimizer):
                 loss = closure()
         try:
             if self._settle_groups() and self._binding is not None:
-                self._init_states(self._binding)
+                init_states(self._binding, self._all_groups, self.state, self._momentum_dtype, carried=self._universal)
             binding = self._bound()
         except NotYet:
             self._members = taken(self._members, self._all_groups)
@@ -231,7 +214,7 @@ class ZeroOptimizer(GroupedOptimizer):
         if not binding.sharded:
             check_gradients(binding)
             warn_if_idle(self, binding.tensors)
-            if not _finite(self.param_groups):
+            if not finite(self.param_groups):
                 self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
                 return loss
         self.settle_rates()
@@ -270,7 +253,7 @@ class ZeroOptimizer(GroupedOptimizer):
         if self._cautious and any(t.dtype in NARROW for tensors in binding.tensors for t in tensors):
             raise UserError(BF16_AND_CAUTIOUS)
         self._binding, self._planned, self._waits_for_engine = binding, False, False
-        self._init_states(binding)
+        init_states(binding, self._all_groups, self.state, self._momentum_dtype, carried=self._universal)
         return binding
 
     def _meant(self, binding: Binding) -> dict[str, str]:
@@ -287,34 +270,6 @@ class ZeroOptimizer(GroupedOptimizer):
             **numbers_of(self._all_groups),
             "layout of the parameters": binding.layout.digest(),
         }
-
-    def _init_states(self, binding: Binding) -> None:
-        # All units at once: DeepSpeed links the state of all groups after the first group's step.
-        for unit_number, (unit, tensors) in enumerate(zip(binding.layout.units, binding.tensors, strict=True)):
-            blocks = blocks_of(unit, binding.comm.rank)
-            for number, tensor in enumerate(tensors):
-                params = range(len(unit.params)) if binding.sharded else [number]
-                count = sum(blocks[param][1] for param in params if param in blocks)
-                own = RULES[self._all_groups[unit.group]["rule"]]
-                self._init_state(own, tensor, [unit.params[p].name for p in params], count)
-                if own.rows:
-                    views = [member.view for member in binding.members[unit_number]]
-                    init_rows(self.state[tensor], own, tensor.device, unit, views, binding.comm.rank, params)
-
-    def _init_state(self, own: Rule, tensor: Tensor, names: Sequence[str], blocks: int) -> None:
-        """State of a tensor that holds (slices of) the parameters ``names``, in so many blocks of int8 momentum."""
-        state = self.state[tensor]
-        settle_state(state, own, self._momentum_dtype, carried=self._universal)
-        for key, dtype in own.element_dtypes(self._momentum_dtype, wide(tensor.dtype)).items():
-            if key not in state:
-                state[key] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).detach()
-        if CODES_OF_MOMENTUM in state and SCALES_OF_MOMENTUM not in state:
-            state[SCALES_OF_MOMENTUM] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)
-        if own.scalar:
-            kept = state.setdefault(SCALARS, {})
-            for name in names:
-                kept.setdefault(name, 0.0)
-        state.setdefault(STEP, 0)
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> int:
         """What one flat partition (or, unsharded, one group of parameters) is due; the unit's number."""
@@ -335,27 +290,8 @@ class ZeroOptimizer(GroupedOptimizer):
             local.cautious_decay, hyper["weight_decay"] = hyper["weight_decay"], 0.0
         update = rule.update(hyper, local.step)
         old = self._diagnostics.before(local) if self._diagnostics else None
-        done: Outcome = {}
-        if isinstance(update, MatrixUpdate):
-            opened = step_matrices(local, rule, self._exchanges[number], update)
-            done = opened if update.gate is not None else {}
-        elif isinstance(update, MatrixSignUpdate):
-            step_by_shaped_gradients(local, self._exchanges[number], update)
-        elif isinstance(update, RowsUpdate):
-            step_rows(local, self._exchanges[number], update)
-        elif isinstance(update, ParameterUpdate):
-            done = step_parameters(local, rule, update)
-        else:
-            step_elements(local, update)
+        done = carry_out(local, rule, self._exchanges.get(number), update)
         local.count_step()
         if self._diagnostics and old is not None:
             self._diagnostics.after(number, group["name"], local, old, update, done)
         return number
-
-
-def _finite(groups: Sequence[Group]) -> bool:
-    """Whether every gradient is: the ranks hold the same bits here, so they agree without asking."""
-    gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
-    # A NaN is both of the extremes, an infinity one of them: a pass over memory, where isfinite().all() is three.
-    extremes = [torch.stack(torch.aminmax(g.detach())) for g in gradients]
-    return all(bool(torch.isfinite(pair).all()) for pair in extremes)

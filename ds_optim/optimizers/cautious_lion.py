@@ -11,7 +11,8 @@ from ds_optim.elementwise.sign_rules import agreement, cautious_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate, Piece, lion_blend
 from ds_optim.sharding.layout import ParamSpec
 
 MOST_BOOST = 1000

@@ -12,7 +12,8 @@ from ds_optim.elementwise.steps import sign_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_at_least_zero, check_betas, check_choice
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate, Piece, lion_blend
 from ds_optim.sharding.layout import ParamSpec
 
 _HYPER = {"betas": check_betas, "nu": check_at_least_zero}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_optim.elementwise.momentum import NARROW, wide
 from ds_optim.optimizers.local import Local, run
-from ds_optim.optimizers.rules import Decision, MatrixUpdate, ParameterUpdate, Update
+from ds_optim.optimizers.updates import Decision, MatrixUpdate, ParameterUpdate, Update
 
 logger = logging.getLogger("ds_optim.diagnostics")
 

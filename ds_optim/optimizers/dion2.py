@@ -12,7 +12,8 @@ from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_fraction, one_of
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import FRACTION, SCALES, WIDE_MEAN, Group, RowsUpdate, rule
+from ds_optim.optimizers.rules import FRACTION, WIDE_MEAN, Group, rule
+from ds_optim.optimizers.updates import SCALES, RowsUpdate
 
 _SUM = Blend((1.0, 1.0), (1.0, 1.0))
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.steps import adamw_step, sign_step
 from ds_optim.optimizers.local import Local, flat
-from ds_optim.optimizers.rules import MOMENTUM, SECOND_MOMENT, AdamWUpdate, SignUpdate
+from ds_optim.optimizers.rules import MOMENTUM, SECOND_MOMENT
+from ds_optim.optimizers.updates import AdamWUpdate, SignUpdate
 
 
 def step_elements(local: Local, update: SignUpdate | AdamWUpdate) -> None:

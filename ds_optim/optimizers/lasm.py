@@ -17,19 +17,8 @@ from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_choice
 from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales, layer_scale
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import (
-    MOMENTUM,
-    PARAMETER,
-    SCALARS,
-    SECOND_MOMENT,
-    Buffer,
-    Decision,
-    Group,
-    Measure,
-    ParameterUpdate,
-    Piece,
-    rule,
-)
+from ds_optim.optimizers.rules import MOMENTUM, PARAMETER, SCALARS, SECOND_MOMENT, Buffer, Group, rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate, Piece
 from ds_optim.sharding.layout import ParamSpec
 
 LAYER_SCALES = (

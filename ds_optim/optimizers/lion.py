@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Group, SignUpdate, lion_blend, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import SignUpdate, lion_blend
 
 
 @rule("lion", hyper={"betas": check_betas}, aux={"lr": 1e-4, "betas": (0.9, 0.99)})

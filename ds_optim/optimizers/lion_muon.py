@@ -13,7 +13,8 @@ from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_period, check_positive, one_of
 from ds_optim.optimizers.options import check_options
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Group, MatrixUpdate, SignUpdate, lion_blend, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import MatrixUpdate, SignUpdate, lion_blend
 
 _PERIOD_STREAM = stream_of("LionMuon.period")
 

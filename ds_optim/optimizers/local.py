@@ -21,9 +21,9 @@ from ds_optim.optimizers.rules import (
     SCALES_OF_MOMENTUM,
     SECOND_MOMENT,
     STEP,
-    Piece,
     Rule,
 )
+from ds_optim.optimizers.updates import Piece
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 

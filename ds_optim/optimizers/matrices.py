@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
-from ds_optim.optimizers.rules import SCALES, Finish
+from ds_optim.optimizers.updates import SCALES, Finish
 from ds_optim.sharding.exchange import Exchange, Solve, Values
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import ExchangePlan

@@ -17,7 +17,8 @@ from ds_optim.matrix.shapes import smallest_gap
 from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.matrices import flags, scale_of, shaped
 from ds_optim.optimizers.parameters import measured
-from ds_optim.optimizers.rules import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece, Rule
+from ds_optim.optimizers.rules import Rule
+from ds_optim.optimizers.updates import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import Slice
 

@@ -12,7 +12,8 @@ from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_at_least_zero, check_new_weight, one_of
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import SCALES, Gate, Group, MatrixUpdate, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import SCALES, Gate, MatrixUpdate
 
 _HYPER = {
     "beta": check_new_weight,

@@ -14,7 +14,8 @@ from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_bool, one_of
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import SCALES, Group, MatrixUpdate, average, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import SCALES, MatrixUpdate, average
 
 
 @rule(

@@ -15,7 +15,8 @@ from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_bool, check_positive, one_of
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import MEAN, ROW, SCALES, Buffer, Group, MatrixUpdate, average, rule
+from ds_optim.optimizers.rules import MEAN, ROW, Buffer, Group, rule
+from ds_optim.optimizers.updates import SCALES, MatrixUpdate, average
 
 _LEAST_NORM = 1e-30
 """Of a matrix whose rows are divided by it: only one without any direction has less."""

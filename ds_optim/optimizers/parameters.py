@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ds_optim.optimizers.local import Local
-from ds_optim.optimizers.rules import Decision, Measure, ParameterUpdate, Rule
+from ds_optim.optimizers.rules import Rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.sums import reduce_parameters, rounded_once
 

@@ -11,7 +11,7 @@ from ds_optim.elementwise.sign_rules import move_momentum
 from ds_optim.elementwise.steps import apply_update
 from ds_optim.optimizers.local import Local
 from ds_optim.optimizers.matrices import scale_of, shaped
-from ds_optim.optimizers.rules import Piece, RowsUpdate
+from ds_optim.optimizers.updates import Piece, RowsUpdate
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.selection import add_row_sums, choose_rows, chosen_of

@@ -19,15 +19,7 @@ from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers.costs import Costs, is_costs
 from ds_optim.optimizers.groups import hyper_of
-from ds_optim.optimizers.rules import (
-    CODES_OF_MOMENTUM,
-    MOMENTUM,
-    RULES,
-    SCALES_OF_MOMENTUM,
-    SECOND_MOMENT,
-    Group,
-    Rule,
-)
+from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, RULES, SCALES_OF_MOMENTUM, SECOND_MOMENT, Group, Rule
 from ds_optim.optimizers.shares import RATES
 from ds_optim.sharding.layout import ParamSpec
 
@@ -39,8 +31,7 @@ COSTS = "costs"
 FORMAT = 2
 UNIVERSAL_BUFFERS = (MOMENTUM, SECOND_MOMENT)
 """What ``ds_to_universal`` asks of every flat partition."""
-_NO_HYPER = ("params", PARAMETERS)
-_SHARE = "lr_scale"
+SHARE = "lr_scale"
 """The first release kept one rate in all groups and here, of each, what it took of it."""
 
 
@@ -112,7 +103,7 @@ def own_state(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
 
 def without_description(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What is to be loaded of a saved ``state_dict``, and its description; None where an older release wrote it."""
-    description = _description(state_dict["param_groups"])
+    description = description_of(state_dict["param_groups"])
     states = dict(state_dict["state"])
     for group in state_dict["param_groups"]:
         rule = RULES.get(group.get("rule"))
@@ -124,7 +115,7 @@ def without_description(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dic
     return {**state_dict, "state": states, "param_groups": plain}, description
 
 
-def _description(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+def description_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     found = next((group[SAVED] for group in groups if SAVED in group), None)
     if found is None:
         return None
@@ -135,14 +126,14 @@ def _description(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def of_this_release(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group in which "lr" is its own rate, and layer scales are plain data, whichever release saved it."""
-    share = group.get(_SHARE, 1.0)
-    found = {key: value * share if key in RATES else value for key, value in group.items() if key != _SHARE}
+    share = group.get(SHARE, 1.0)
+    found = {key: value * share if key in RATES else value for key, value in group.items() if key != SHARE}
     return {key: tuple(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def has_shares(groups: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the first release saved these groups."""
-    return any(_SHARE in group for group in groups)
+    return any(SHARE in group for group in groups)
 
 
 def check_description(description: Any) -> None:
@@ -228,77 +219,6 @@ def _first_difference(description: Mapping[str, Any], own: Identity) -> str:
             if names[there[spec]] != name or (names == list(own.names) and there[spec] != number):
                 return f"{spec.name} {spec.shape} is in {name!r} here and in {names[there[spec]]!r} there"
     return "it has parameters that this run has not, or another order of them"
-
-
-def restore_groups(groups: Sequence[Group], own: Identity) -> None:
-    """After a universal load, which leaves the description in the groups, give each its own hyperparameters back.
-
-    What somebody has set since the load stays: a value is put back only where it still is the first group's.
-
-    Raises:
-        UserError: the checkpoint holds what DeepSpeed's tool leaves behind, or is of another optimizer.
-    """
-    description = _description(groups)
-    assert description is not None
-    check_universal(description, own)
-    saved = description["groups"]
-    for group, values in zip(groups, saved, strict=True):
-        group.pop(SAVED, None)
-        group.update(of_this_release(group))
-        group.pop(_SHARE, None)
-        for key, first in saved[0].items():
-            if key not in _NO_HYPER and key not in values and group.get(key) == first:
-                group.pop(key, None)
-        for key, value in values.items():
-            if key not in _NO_HYPER and (key not in saved[0] or group.get(key, saved[0][key]) == saved[0][key]):
-                group[key] = value
-
-
-def check_universal(description: Mapping[str, Any], own: Identity) -> None:
-    """Refuse a universal checkpoint that is of another optimizer, or that lacks a part of its state."""
-    saved = description["groups"]
-    rules = [group["rule"] for group in saved]
-    if description["optimizer"] != own.optimizer or tuple(rules) != own.rules:
-        raise UserError(
-            f"the universal checkpoint is of {description['optimizer']} {rules} and this run's optimizer is "
-            f'{own.optimizer} {list(own.rules)}: convert the original with "ds-optim reshard --optimizer"'
-        )
-    if description["momentum_dtype"] != own.momentum_dtype:
-        raise UserError(
-            f"the universal checkpoint's momentum is {description['momentum_dtype']} and this optimizer's is "
-            f"{own.momentum_dtype}: load it with the momentum_dtype it was saved with"
-        )
-    what = "the scales of its int8 momentum" if own.momentum_dtype == "int8" else None
-    if any(RULES[rule].rows for rule in rules):
-        what = "the values that it keeps for each row of a matrix"
-    if any(RULES[rule].scalar for rule in rules):
-        what = "the numbers that it keeps for each parameter"
-    if what is not None:
-        raise UserError(
-            f"a universal checkpoint of {own.optimizer} lacks {what}, which ds_to_universal leaves behind: convert "
-            'the original with "ds-optim reshard SOURCE TARGET --ranks N --stage S", and load that without '
-            "load_universal"
-        )
-
-
-def settle_state(state: dict[str, Any], rule: Rule, momentum_dtype: torch.dtype, *, carried: bool) -> None:
-    """Take out of a tensor's state what a universal load put there for buffers that the rule has not.
-
-    carried: whether the load was of a checkpoint of this optimizer.
-
-    Raises:
-        UserError: it was of another one, whose second moment stands there.
-    """
-    strays = [key for key in UNIVERSAL_BUFFERS if key in state and key not in rule.element_dtypes(momentum_dtype)]
-    if strays and not carried:
-        raise UserError(
-            f"the loaded state has {strays[0]}, which this optimizer does not keep: the checkpoint is of another "
-            'optimizer; convert it with "ds-optim reshard SOURCE TARGET --optimizer ..."'
-        )
-    for key in strays:
-        del state[key]
-    if carried and rule.narrow and MOMENTUM in state:  # DeepSpeed made it fp32, which holds bfloat16 exactly
-        state[MOMENTUM] = state[MOMENTUM].to(momentum_dtype)
 
 
 def check_stored_dtype(saved: Mapping[str, Any], rule: Rule, wanted: torch.dtype) -> None:

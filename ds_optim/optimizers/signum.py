@@ -10,7 +10,8 @@ from ds_optim.elementwise.blend import Blend
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Group, SignUpdate, average, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import SignUpdate, average
 
 
 @rule("signum", hyper={"beta": check_beta}, aux={"lr": 1e-4, "beta": 0.9})

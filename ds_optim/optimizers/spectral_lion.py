@@ -11,7 +11,8 @@ from ds_optim.matrix.shapes import POLAR, SIGN_POLAR, WEIGHT_BASIS
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_choice
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Group, MatrixSignUpdate, MatrixUpdate, lion_blend, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import MatrixSignUpdate, MatrixUpdate, lion_blend
 
 
 @rule("spectral_lion_momentum", hyper={"betas": check_betas}, shape=SIGN_POLAR)

@@ -13,16 +13,8 @@ from ds_optim.elementwise.moments import Moments, stable_measure, stable_step
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import (
-    ROOT_SQUARES,
-    WIDE_MEAN,
-    Decision,
-    Group,
-    Measure,
-    ParameterUpdate,
-    Piece,
-    rule,
-)
+from ds_optim.optimizers.rules import ROOT_SQUARES, WIDE_MEAN, Group, rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate, Piece
 from ds_optim.sharding.layout import ParamSpec
 
 

@@ -14,7 +14,8 @@ from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_betas, check_positive
 from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales, layer_scale
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import Decision, Group, Measure, ParameterUpdate, Piece, lion_blend, rule
+from ds_optim.optimizers.rules import Group, rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate, Piece, lion_blend
 from ds_optim.sharding.layout import ParamSpec
 from ds_optim.sharding.sums import square_sum
 

@@ -12,21 +12,8 @@ from ds_optim.elementwise.sign_rules import move_momentum, stochastic_element_st
 from ds_optim.optimizers.base import CommonOptions, ZeroOptimizer
 from ds_optim.optimizers.checks import check_beta, check_choice
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import (
-    MEAN,
-    PARAMETER,
-    SCALARS,
-    SECOND_MOMENT,
-    WIDE_MEAN,
-    Buffer,
-    Decision,
-    Group,
-    Measure,
-    ParameterUpdate,
-    Piece,
-    average,
-    rule,
-)
+from ds_optim.optimizers.rules import MEAN, PARAMETER, SCALARS, SECOND_MOMENT, WIDE_MEAN, Buffer, Group, rule
+from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate, Piece, average
 from ds_optim.sharding.layout import ParamSpec
 
 _HYPER = {"beta": check_beta}

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ds_optim.matrix.views import MatrixView
+from ds_optim.matrix.views import MatrixView, selected_rows
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, Slice, Unit
 from ds_optim.sharding.plan import Bucket, ExchangePlan
@@ -123,12 +123,10 @@ def choose_rows(exchange: Exchange, sums: Mapping[int, Tensor], device: torch.de
 
 def _largest(view: MatrixView, sums: Tensor, fraction: float) -> Tensor:
     """Which rows are chosen: sums (rows,) -> (rows,) of bool."""
-    blocks = []
-    for block, (_, rows, _) in zip(view.of_rows.unpack(sums), view.selected(fraction).matrices(), strict=True):
-        order = block[..., 0].sort(dim=1, descending=True, stable=True).indices
-        blocks.append(torch.zeros_like(block[..., 0]).scatter_(1, order[:, :rows], 1.0)[..., None])
     flags = torch.zeros_like(sums)
-    view.of_rows.pack_into(blocks, flags)
+    for group, out in zip(view.row_groups(sums), view.row_groups(flags), strict=True):
+        order = group.sort(dim=-1, descending=True, stable=True).indices
+        out.scatter_(-1, order[..., : selected_rows(group.shape[-1], fraction)], 1.0)
     return flags.bool()
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.optimizers.rules import RULES, MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate, SignUpdate
+from ds_optim.optimizers.rules import RULES
+from ds_optim.optimizers.updates import MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate, SignUpdate
 
 from .training import Run, Trained, Weights, initial_weights, replay, total_norm
 

@@ -14,7 +14,7 @@ import torch
 
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.optimizers.lion_muon import is_spectral
-from ds_optim.optimizers.rules import ParameterUpdate
+from ds_optim.optimizers.updates import ParameterUpdate
 from tests.cases import CASES, WITH_VARIANTS, update_of
 
 from .harness import run_ranks

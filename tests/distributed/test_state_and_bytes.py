@@ -17,7 +17,8 @@ import ds_optim
 from ds_optim.matrix.shapes import ELEMENTS, ROWS, Part
 from ds_optim.memory.traffic import TrafficCounter
 from ds_optim.optimizers.routing import MEMBERS
-from ds_optim.optimizers.rules import ELEMENT, MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate
+from ds_optim.optimizers.rules import ELEMENT
+from ds_optim.optimizers.updates import MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate
 from ds_optim.sharding.layout import Layout, Slice
 from tests.cases import CASES, WITH_VARIANTS, Case, one_of_each_kind, update_of
 from tests.tiers import cells

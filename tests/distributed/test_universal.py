@@ -29,7 +29,11 @@ CARRIED: list[tuple[str, Shape, Shape]] = [
     ("sub-groups", (2, 3), (3, 3)),
 ]
 """Within stages 1 and 2, and within stage 3."""
-REFUSED = [("int8 momentum", 1, "int8"), ("scalars", 3, "keeps for each parameter")]
+REFUSED = [
+    ("int8 momentum", 1, "int8"),
+    ("scalars", 3, "keeps for each parameter"),
+    ("rows", 3, "keeps for each row of a matrix"),
+]
 
 
 def to_universal(folder: Path, tag: str) -> None:

@@ -11,16 +11,27 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import typer
 
 from ds_optim.bench.arguments import names
-from ds_optim.cli.app import main, take_local_rank
+from ds_optim.cli.app import app, main, take_local_rank
 from ds_optim.cli.failing import fail
-from ds_optim.cli.train import print_result
+from ds_optim.cli.train import print_result, train
 from ds_optim.errors import UserError
 from ds_optim.job.results import TrainResult
-from ds_optim.job.settings import make_settings, split_list
+from ds_optim.job.settings import WITHOUT_FLAG, TrainSettings, make_settings, split_list
 from ds_optim.machine import ranks
 from ds_optim.machine.said import is_first_to_say
+
+
+def test_each_setting_is_a_flag_with_its_words() -> None:
+    (command,) = [found for found in app.registered_commands if found.callback is train]
+    flags = typer.main.get_command_from_info(command, pretty_exceptions_short=False, rich_markup_mode=None).params
+    words = {flag.name: getattr(flag, "help", None) for flag in flags}
+    fields = {name: field.description for name, field in TrainSettings.model_fields.items()}
+    assert all(fields.values())
+    assert words.pop("config")
+    assert words == {name: text for name, text in fields.items() if name not in WITHOUT_FLAG}
 
 
 def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

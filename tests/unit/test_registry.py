@@ -15,13 +15,18 @@ from ds_optim.errors import UserError
 from ds_optim.job.presets import PRESETS, tuned_params
 from ds_optim.optimizers.options import known_keys
 from ds_optim.optimizers.registry import DESCRIBED, OPTIMIZERS, PLUGINS, load_plugins, register
-from ds_optim.optimizers.rules import MEAN, ROOT_SQUARES, RULES, Buffer, SignUpdate, average, rule
+from ds_optim.optimizers.rules import MEAN, PARAMETER, ROOT_SQUARES, ROW, RULES, Buffer, rule
+from ds_optim.optimizers.saved import Identity, describe
 from ds_optim.optimizers.table import COLUMNS, table
+from ds_optim.optimizers.universal import check_universal
+from ds_optim.optimizers.updates import SignUpdate, average
+from tests.cases import CASES
 
 PLUGIN = """
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.registry import register
-from ds_optim.optimizers.rules import SignUpdate, average, rule
+from ds_optim.optimizers.rules import rule
+from ds_optim.optimizers.updates import SignUpdate, average
 
 @rule("halved")
 def halved(group, step):
@@ -112,3 +117,22 @@ def test_names_and_buffers_that_cannot_be_are_refused() -> None:
         register(rules="unheard", step="", moves="", when="")(type("Unheard", (ds_optim.Lion,), {}))
     with pytest.raises(ValueError, match="the optimizer Lion is ds_optim"):
         register(rules="lion", step="", moves="", when="")(type("Lion", (ds_optim.Lion,), {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_ds_to_universal_leaves_behind_is_refused(name: str) -> None:
+    """Whatever is kept by row or by parameter; state by element goes over, but for int8's scales."""
+    case = CASES[name]
+    lost = {ROW: "the values that it keeps for each row", PARAMETER: "the numbers that it keeps for each parameter"}
+    lines = [lost[buffer.kind] for buffer in case.rule.buffers if buffer.kind in lost]
+    for momentum_dtype in ("float32", "int8") if case.rule.narrow else ("float32",):
+        own = Identity(
+            optimizer=case.type, momentum_dtype=momentum_dtype, names=("a",), rules=(case.rule.name,), parameters=((),)
+        )
+        description = describe(own, [{"name": "a", "rule": case.rule.name}])
+        expected = lines or (["the scales of its int8 momentum"] if momentum_dtype == "int8" else [])
+        if not expected:
+            check_universal(description, own)
+            continue
+        with pytest.raises(UserError, match=f"lacks {expected[0]}.* reshard SOURCE TARGET"):
+            check_universal(description, own)

@@ -1,0 +1,43 @@
+"""From each kind of update to the code that carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ds_optim.optimizers.diagnostics import Outcome
+from ds_optim.optimizers.elements import step_elements
+from ds_optim.optimizers.local import Local
+from ds_optim.optimizers.matrix_steps import step_by_shaped_gradients, step_matrices
+from ds_optim.optimizers.parameters import step_parameters
+from ds_optim.optimizers.row_steps import step_rows
+from ds_optim.optimizers.rules import Group, Rule
+from ds_optim.optimizers.updates import MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate, Update
+from ds_optim.sharding.exchange import Exchange
+
+
+def carry_out(local: Local, rule: Rule, exchange: Exchange | None, update: Update) -> Outcome:
+    """Step a unit; what was decided for its parameters. exchange: of a rule with a shape."""
+    if isinstance(update, ParameterUpdate):
+        return step_parameters(local, rule, update)
+    if not isinstance(update, MatrixUpdate | MatrixSignUpdate | RowsUpdate):
+        step_elements(local, update)
+        return {}
+    assert exchange is not None, f"{rule.name} was registered without a shape"
+    if isinstance(update, MatrixUpdate):
+        opened = step_matrices(local, rule, exchange, update)
+        return opened if update.gate is not None else {}
+    if isinstance(update, MatrixSignUpdate):
+        step_by_shaped_gradients(local, exchange, update)
+    else:
+        step_rows(local, exchange, update)
+    return {}
+
+
+def finite(groups: Sequence[Group]) -> bool:
+    """Whether every gradient is: the ranks hold the same bits here, so they agree without asking."""
+    gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
+    # A NaN is both of the extremes, an infinity one of them: a pass over memory, where isfinite().all() is three.
+    extremes = [torch.stack(torch.aminmax(g.detach())) for g in gradients]
+    return all(bool(torch.isfinite(pair).all()) for pair in extremes)
