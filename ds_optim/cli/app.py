@@ -46,7 +46,20 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-COMMANDS = (train, compare, memory, report, estimate, routes, simulate, convert_config, reshard, chaos, doctor, hostfile)
+COMMANDS = (
+    train,
+    compare,
+    memory,
+    report,
+    estimate,
+    routes,
+    simulate,
+    convert_config,
+    reshard,
+    chaos,
+    doctor,
+    hostfile,
+)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(bench_app, name="bench")

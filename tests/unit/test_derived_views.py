@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ds_optim
 from ds_optim.errors import UserError
+from ds_optim.matrix.views import MatrixView
+from ds_optim.memory.estimate_model import shape_of_module
+from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.optimizers.routing import MEMBERS, param_groups
 from ds_optim.sharding.binding import Member
 
@@ -334,3 +338,23 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
         "experts.gate_up_proj": ("3 x 32x8 (batch_dims)", f"3 experts, gate and up {unknown}"),
         "experts.w2": ("3 x 8x16 (batch_dims)", "3 experts"),
     }
+
+
+def test_a_rule_that_chooses_rows_takes_parts_whose_rows_take_turns_as_one_matrix() -> None:
+    """Of the rows that are chosen the parts would have no equal pieces."""
+    model = made("GPTNeoXForCausalLM", SMALL)
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    optimizer = ds_optim.Dion2(param_groups(model))
+    seen = {m.spec.name: m for members in optimizer.members for m in members}
+    assert seen[name].view == MatrixView(shape=(96, 32))
+    assert seen[name].derived == "one matrix for rows to be chosen of: q, k and v apart"
+    plan = plan_optimizer(shape_of_module("neox", model), "dion2")
+    assert {p.name: p.view for p in plan.groups[0].parameters}[name] == MatrixView(shape=(96, 32))
+    written = [{"match": "query_key_value", "split": [32, 32, 32], "interleave": 4}]
+    with pytest.raises(UserError, match=r"query_key_value.weight has parts that take turns.*leave interleave out"):
+        ds_optim.Dion2(param_groups(model, views=written))
+    phi = made("Phi3ForCausalLM", GQA)
+    apart = {m.spec.name: m for members in ds_optim.Dion2(param_groups(phi)).members for m in members}
+    view = apart["model.layers.0.self_attn.qkv_proj.weight"].view
+    assert view is not None
+    assert view.describe() == "32x32 + 2 x 16x32 (split)"
