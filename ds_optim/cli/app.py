@@ -24,6 +24,7 @@ from ds_optim.cli.failing import fail, limit_met
 from ds_optim.cli.hostfile import hostfile
 from ds_optim.cli.memory import memory, report
 from ds_optim.cli.reshard import reshard
+from ds_optim.cli.routes import routes
 from ds_optim.cli.simulate import simulate
 from ds_optim.cli.train import train
 from ds_optim.errors import UserError
@@ -45,7 +46,21 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (train, compare, memory, report, estimate, simulate, convert_config, reshard, chaos, doctor, hostfile):
+COMMANDS = (
+    train,
+    compare,
+    memory,
+    report,
+    estimate,
+    routes,
+    simulate,
+    convert_config,
+    reshard,
+    chaos,
+    doctor,
+    hostfile,
+)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

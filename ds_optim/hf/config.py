@@ -15,7 +15,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.optimizers.routes import say
 from ds_optim.zero import from_config
-from ds_optim.zero.auto import AUTO
+from ds_optim.zero.auto import AUTO, is_open
 from ds_optim.zero.config import is_ours, type_of
 
 Section = dict[str, Any]
@@ -90,7 +90,7 @@ def fill_params(params: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict
         )
     if params.get("lr") == AUTO and "lr" not in arguments:
         raise UserError('optimizer.params.lr is "auto" and no rate is given: pass lr=…, or write it into the JSON')
-    own = [key for key, value in params.items() if value == AUTO and key not in arguments]
+    own = [key for key, value in params.items() if is_open(f"optimizer.params.{key}", value) and key not in arguments]
     if own:
         say(f'ds_optim: "auto" is the optimizer\'s own default for {", ".join(own)}')
     return {**{key: value for key, value in params.items() if key not in own}, **arguments}

@@ -8,7 +8,7 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
-from ds_optim.zero.auto import AUTO, at, batch_sizes
+from ds_optim.zero.auto import AUTO, at, batch_sizes, is_open
 from ds_optim.zero.values import understood
 
 # Keys of the JSON that a setting takes over: (path in the JSON, setting).
@@ -49,7 +49,9 @@ def settings_from_json(config: dict[str, Any], flags: dict[str, Any]) -> dict[st
         params = optimizer.get("params", {})
         if not isinstance(params, dict):
             raise UserError(f'"optimizer": {{"params": …}} in --config is {params!r}: write an object of parameters')
-        found["optimizer_params"] = {name: value for name, value in params.items() if value != AUTO}
+        found["optimizer_params"] = {
+            name: value for name, value in params.items() if not is_open(f"optimizer.params.{name}", value)
+        }
         found["tuned"] = False  # a JSON that names its optimizer means what it says, and that alone
     if "scheduler" in config:
         raise UserError('"scheduler" in --config: train has its own warmup and cosine; take it out and set --warmup')

@@ -5,7 +5,8 @@ A view cuts in four steps, each optional, always in this order:
 1. ``batch_dims``: leading dimensions that stack matrices (experts) are set aside;
 2. what is left becomes two-dimensional: (out, in, ...) is flattened to out x (in * ...), as for a
    convolution; with ``transpose`` an (in, out) weight, GPT-2's Conv1D, is turned;
-3. ``split``: fused matrices are cut apart along the rows (a fused QKV);
+3. ``split``: fused matrices are cut apart along the rows (a fused QKV); with ``interleave`` their rows take turns
+   (GPT-NeoX: queries, keys and values of one head, then of the next);
 4. ``heads``: each part is cut into equal blocks along its rows, every block a matrix of its own.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ds_optim.errors import UserError, instead
 
-OPTIONS = ("transpose", "split", "heads", "batch_dims")
+OPTIONS = ("transpose", "split", "interleave", "heads", "batch_dims")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class MatrixView:
     shape: the parameter's shape (d0, d1, ...).
     transpose: the matrix is stored (fan-in, fan-out).
     split: rows of each fused matrix, in order; () for one matrix.
+    interleave: turns in which the parts of the split lie: an equal piece of each, and again; 0 for one after the other.
     heads: equal blocks along the rows of each part, one number a part; () for whole parts.
     batch_dims: leading dimensions that are a stack of matrices.
     of: the view of all rows, where it is one of some rows of each matrix.
@@ -44,6 +46,7 @@ class MatrixView:
     split: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     batch_dims: int = 0
+    interleave: int = 0
     of: MatrixView | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +67,11 @@ class MatrixView:
                 f"write sizes that sum to {self.rows}"
                 + ("" if self.transpose else ", or transpose an (in, out) weight")
             )
+        if self.interleave and (len(self.split) < 2 or any(rows % self.interleave for rows in self.split)):
+            raise UserError(
+                f"interleave {self.interleave} does not fit split {list(self.split)}; write two parts or more, "
+                f"each a multiple of {self.interleave}"
+            )
         parts = self.split or (self.rows,)
         if self.heads and len(self.heads) != len(parts):
             raise UserError(f"heads {list(self.heads)} does not fit {len(parts)} parts; write one number for each part")
@@ -73,7 +81,7 @@ class MatrixView:
 
     @staticmethod
     def from_options(name: str, shape: Sequence[int], options: Mapping[str, Any]) -> MatrixView:
-        """The view that JSON ``options`` ask for: ``transpose``, ``split``, ``heads``, ``batch_dims``, all optional.
+        """The view that JSON ``options`` ask for: :data:`OPTIONS`, all optional.
 
         ``heads`` is one number for all parts of a split, or a list with one for each. Raises UserError, with the
         parameter's name and shape and what to write instead, where the options are malformed or do not fit.
@@ -150,9 +158,19 @@ class MatrixView:
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """The blocks (count, m, n) of ``flat`` (numel,), in the order of ``matrices``.
 
-        Strided views of ``flat``, but for a copy where a transposed stack is cut into heads, which no strides say.
+        Strided views of ``flat``, but for a copy where no strides say it: of parts that are interleaved, and of
+        transposed stacks that are cut into heads.
         """
-        return [part.reshape(-1, *part.shape[2:]) for part in self._cut(flat)]
+        return [part.reshape(block) for part, block in zip(self._cut(flat), self._matrices, strict=True)]
+
+    def taken(self, stack: Tensor, number: int) -> Tensor:
+        """Block ``number`` of each of ``stack`` (B, numel), one behind the other: a copy (B * count, m, n)."""
+        count, m, n = self._matrices[number]
+        out = stack.new_empty((len(stack), count * m * n))
+        for flat, place in zip(stack, out, strict=True):
+            part = self._cut(flat)[number]
+            place.view(part.shape).copy_(part)
+        return out.view(-1, m, n)
 
     def pack_into(self, blocks: Sequence[Tensor], flat: Tensor) -> None:
         """The inverse of ``unpack``: write each element of ``flat`` (numel,) once, ``blocks`` in any dtype."""
@@ -176,7 +194,10 @@ class MatrixView:
         return list(zip(parts, self.heads or (1,) * len(parts), strict=True))
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
-        """Strided views of ``flat``, one a part: (stacked, heads, m, n)."""
+        """Strided views of ``flat``, one a part: (stacked, heads, m, n), or (stacked, turns, rows of a turn, n).
+
+        Elements are in the order of the part's block either way.
+        """
         if flat.shape != (self.numel,):
             raise ValueError(f"a view of {list(self.shape)} takes {self.numel} flat elements, not {list(flat.shape)}")
         stored = (self.columns, self.rows) if self.transpose else (self.rows, self.columns)
@@ -184,6 +205,9 @@ class MatrixView:
         if self.transpose:
             stack = stack.mT
         parts = self._parts()
+        if self.interleave:
+            turns = stack.unflatten(1, (self.interleave, -1))
+            return list(turns.split([rows // self.interleave for rows, _ in parts], dim=2))
         cuts = stack.split([rows for rows, _ in parts], dim=1)
         return [cut.unflatten(1, (heads, -1)) for cut, (_, heads) in zip(cuts, parts, strict=True)]
 
@@ -207,16 +231,20 @@ def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
     for key in options:
         if key not in OPTIONS:
             raise UserError(f"unknown key '{key}'; {instead(str(key), OPTIONS)}")
-    transpose, batch_dims = options.get("transpose", False), options.get("batch_dims", 0)
+    transpose = options.get("transpose", False)
+    batch_dims, interleave = options.get("batch_dims", 0), options.get("interleave", 0)
     if not isinstance(transpose, bool):
         raise UserError(f"transpose is {transpose!r}; write true or false")
     if not _is_count(batch_dims, least=0):
         raise UserError(f"batch_dims is {batch_dims!r}; write a whole number such as 1")
+    if not _is_count(interleave, least=0):
+        raise UserError(f"interleave is {interleave!r}; write a whole number such as the number of heads")
     split = _counts("split", options.get("split", ()))
     heads = options.get("heads", ())
     if not isinstance(heads, list | tuple):
         heads = (heads,) * max(1, len(split))
-    return {"transpose": transpose, "batch_dims": batch_dims, "split": split, "heads": _counts("heads", heads)}
+    found = {"transpose": transpose, "batch_dims": batch_dims, "split": split, "interleave": interleave}
+    return {**found, "heads": _counts("heads", heads)}
 
 
 def _counts(key: str, value: Any) -> tuple[int, ...]:

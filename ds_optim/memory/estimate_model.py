@@ -27,12 +27,16 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A parameter by name and shape; its role is what routing gave it: "matrix", "aux", "vector" or "frozen"."""
+    """A parameter by name and shape; its role is what routing gave it: "matrix", "aux", "vector" or "frozen".
+
+    derived: see ``Member``.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: str
     view: MatrixView | None = None
+    derived: str = ""
 
     @property
     def numel(self) -> int:
@@ -113,14 +117,14 @@ def shape_of_module(
 
 def _parameters(module: nn.Module, routing: Mapping[str, Any]) -> tuple[Parameter, ...]:
     members = {
-        id(member.parameter): (group["role"], member.view)
+        id(member.parameter): (group["role"], member.view, member.derived)
         for group in param_groups(module, **routing)
         for member in group[MEMBERS]
     }
     found = []
     for key, parameter in module.named_parameters():
-        role, view = members[id(parameter)] if is_optimized(parameter) else (FROZEN, None)
-        found.append(Parameter(name=key, shape=tuple(parameter.shape), role=role, view=view))
+        role, view, derived = members[id(parameter)] if is_optimized(parameter) else (FROZEN, None, "")
+        found.append(Parameter(name=key, shape=tuple(parameter.shape), role=role, view=view, derived=derived))
     return tuple(found)
 
 

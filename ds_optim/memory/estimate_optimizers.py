@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -124,7 +124,10 @@ def plan_optimizer(
     chosen = {role: tuple(p for p in model.parameters if p.role == role) for role in ROLES}
     for role, parameters in chosen.items():
         empty = (torch.empty(p.shape, dtype=torch.float32, device="meta") for p in parameters)
-        members = [Member(p.spec, torch.nn.Parameter(t), p.view) for p, t in zip(parameters, empty, strict=True)]
+        members = [
+            Member(p.spec, torch.nn.Parameter(t), p.view, derived=p.derived)
+            for p, t in zip(parameters, empty, strict=True)
+        ]
         if members:
             groups.append({"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members})
     # The class itself checks the parameters and routes rules to groups; on the meta device it holds no memory.
@@ -134,7 +137,10 @@ def plan_optimizer(
     return OptimizerPlan(
         name=name,
         momentum_dtype=dtype,
-        groups=tuple(_ours(group, chosen[group["role"]], dtype) for group in optimizer.param_groups),
+        groups=tuple(
+            _ours(group, [replace(p, view=m.view) for p, m in zip(chosen[group["role"]], members, strict=True)], dtype)
+            for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
+        ),
         polar=PolarSpec.from_json(params.get("polar", {})).resolve(torch.device(device), weights),
         bucket_mb=exchange["bucket_mb"],
         overlap=exchange["overlap"],

@@ -28,11 +28,13 @@ _BY_LAST_PART = (
     (BIAS, re.compile(r"bias")),
     (DIAGONAL, re.compile(r"^(A_log|D)$")),
 )
+#: Searched in the names of classes that hold a weight themselves.
+_ROUTERS = re.compile(r"Router$|Mo[eE]Gate$|TopKGate$|TopKGating$")
 # Children of the model itself: attention and MLPs have an "output", a "head" or a "fc_out" of their own further down.
 _HEADS = re.compile(r"heads?|cls|score|(?!pre_).*classifier|classification_head")
 _LINEAR_HEADS = re.compile(
-    r".*_head|qa_outputs|output|out|outputs|fc|fc_out|decoder|proj_out|embed_out|output_projection|logits.*|to_logits"
-    r"|lm_loss|unembed|vocab_projector|objective"
+    r".*_head|qa_outputs|output|out|outputs|fc|fc_out|decoder|proj_out|embed_out|output_projection|output_layer"
+    r"|final_(linear|layer|proj)|logits.*|to_logits|readout|lm_loss|unembed(ding)?|vocab_projector|objective"
 )
 
 
@@ -95,10 +97,15 @@ class Kinds:
             first, second = full_shape(up), full_shape(down)
             if len(first) == len(second) == 3 and first[1] == second[2]:
                 self.transposed |= {id(up), id(down)}
+        if getattr(module, "is_transposed", None) is True:  # of experts, in transformers 5
+            own = module.named_parameters(recurse=False)
+            self.transposed |= {id(p) for name, p in own if len(full_shape(p)) == 3 and "bias" not in name}
         if "Norm" in kind and "Linear" not in kind:
             self._vectors.update((id(gain), GAIN) for gain in module.parameters(recurse=False))
         if weight is None:
             return
+        if _ROUTERS.search(kind):
+            self._excluded.setdefault(id(weight), ROUTER)
         if kind == "Conv1D":  # transformers' GPT-2 layer, fan-in x fan-out
             self.transposed.add(id(weight))
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -60,13 +60,10 @@ def _cut_up(
     plan: ExchangePlan, view: MatrixView, stacks: Sequence[Tensor], scale: str | None, finish: Finish | None
 ) -> Sequence[Tensor]:
     """Matrices that are taken out of their parameters by a copy, and results that are put back into such."""
-    blocks = view.matrices()
-    unpacked = [
-        [_seen(view, part).unpack(row) for row in stack] for stack, part in zip(stacks, plan.there, strict=True)
-    ]
+    there = [(_seen(view, part), stack) for stack, part in zip(stacks, plan.there, strict=True)]
     solved: list[list[Sequence[Tensor]]] = []  # by block, part that goes back, and parameter
-    for number, (count, _, _) in enumerate(blocks):
-        results = _solved(plan, [torch.cat([row[number] for row in rows]) for rows in unpacked], finish)
+    for number, (count, _, _) in enumerate(view.matrices()):
+        results = _solved(plan, [seen.taken(stack, number) for seen, stack in there], finish)
         _, m, n = (view.of or view).matrices()[number]
         relative = 1.0 if scale is None else SCALES[scale](m, n) / scale_of(view, scale)
         if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV

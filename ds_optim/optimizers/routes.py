@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from ds_optim.optimizers.kinds import BIAS, STACK
+from ds_optim.optimizers.route_rows import Route, change_of, folded, is_unread, rows_of
 from ds_optim.optimizers.rules import Group
 from ds_optim.sharding.binding import Member
 
 if TYPE_CHECKING:
     from ds_optim.optimizers.base import ZeroOptimizer
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def print_routes(
@@ -45,24 +44,25 @@ def routes(
     yield f"ds_optim: {type(optimizer).__name__}"
     groups = groups or optimizer.param_groups
     starts = [peak_of(group, rate) for group, rate in zip(groups, optimizer.built_rates, strict=True)]
+    rows: list[Route] = []
     for group, members, lr in zip(groups, optimizer.members, peaks or starts, strict=True):
         total = sum(m.spec.numel for m in members)
         decay = float(group["weight_decay"])
         yield f"  {group['name']}: {group['rule']}, lr {lr:g}, decay {decay:g}, {total:,} parameters"
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for member in members:
-            kinds.setdefault((_NUMBER.sub("*", member.spec.name), _seen(member)), []).append(member.spec.name)
-        for (pattern, seen), names in kinds.items():
-            count = f" ({len(names)})" if len(names) > 1 else ""
-            yield f"    {pattern if len(names) > 1 else names[0]}{count}: {seen}"
+        own = rows_of(group["role"], members)
+        yield from (f"    {row.describe()}" for row in own)
+        rows += own
     if optimizer.has_aux:
-        yield from _warn_of_stacks([m for members in optimizer.members for m in members])
+        yield from warnings_of(rows, [m for members in optimizer.members for m in members])
 
 
-def _seen(member: Member) -> str:
-    if member.view is not None:
-        return member.view.describe()
-    return "x".join(map(str, member.spec.shape)) + (f", {member.reason}" if member.reason else "")
+def warnings_of(rows: Sequence[Route], members: Sequence[Member]) -> Iterator[str]:
+    """A line for stacks that take the aux rule, and for each kind of matrix whose module could not be read."""
+    yield from _warn_of_stacks(members)
+    names = [member.spec.name for member in members]
+    for row in rows:
+        if is_unread(row):
+            yield f"ds_optim: note: {row.describe()}: to have it cut, write {change_of(row, names)}"
 
 
 def _warn_of_stacks(members: Sequence[Member]) -> Iterator[str]:
@@ -71,7 +71,7 @@ def _warn_of_stacks(members: Sequence[Member]) -> Iterator[str]:
     if not stacks:
         return
     share = sum(m.spec.numel for m in stacks) / sum(m.spec.numel for m in members)
-    named = sorted({f"{_NUMBER.sub('*', m.spec.name)} {_seen(m).partition(',')[0]}" for m in stacks})
+    named = sorted({f"{folded(m.spec.name)} {'x'.join(map(str, m.spec.shape))}" for m in stacks})
     views = _views_of(stacks, [m for m in members if len(m.spec.shape) > 1 and m.reason not in (STACK, BIAS)])
     told = json.dumps(views) if views else '[{"match": "…", "batch_dims": 1}] where the first dimension counts matrices'
     yield (

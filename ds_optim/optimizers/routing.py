@@ -17,6 +17,7 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.checks import check_bool
+from ds_optim.optimizers.derived import DerivedViews
 from ds_optim.optimizers.kinds import Kinds
 from ds_optim.optimizers.patterns import Patterns
 from ds_optim.sharding.binding import Member, full_shape, is_optimized
@@ -27,12 +28,12 @@ ROLES = (MATRIX, AUX, VECTOR)
 MEMBERS = "members"
 """The key under which a group hands its members to an optimizer; no optimizer keeps it in its groups."""
 
-ROUTING_OPTIONS = ("matrix_exclude", "matrix_exclude_defaults", "views")
+ROUTING_OPTIONS = ("matrix_exclude", "matrix_exclude_defaults", "views", "views_defaults", "heads")
 """The options of a config that are ``param_groups``' and not the optimizer's."""
 
 FOREIGN = "parameter groups must come from ds_optim.param_groups(model), which names their members"
 
-_routed: WeakKeyDictionary[nn.Module, dict[int, tuple[ParamSpec, MatrixView | None, str]]] = WeakKeyDictionary()
+_routed: WeakKeyDictionary[nn.Module, dict[int, tuple[ParamSpec, MatrixView | None, str, str]]] = WeakKeyDictionary()
 """What ``param_groups`` last said of a model's parameters, by identity: users split and rewrite its groups. Parameters
 themselves get no weak references, which torch's swapping of tensors refuses."""
 
@@ -43,6 +44,8 @@ def param_groups(
     matrix_exclude: Sequence[str] | None = None,
     matrix_exclude_defaults: bool = True,
     views: Sequence[Mapping[str, Any]] = (),
+    views_defaults: bool = True,
+    heads: str | bool | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
     """The parameter groups that the optimizers of this package take.
@@ -57,7 +60,11 @@ def param_groups(
         views: options of :meth:`MatrixView.from_options`, each with a ``match`` expression; the first that
             matches a name counts. What it leaves with fewer than two dimensions (the bias of a fused QKV) is
             no matrix and has no view. GPT-2's ``Conv1D`` weights are seen transposed without being asked, and
-            so are stacked experts that are stored fan-in first, where a view has them.
+            so are stacked experts that are stored fan-in first.
+        views_defaults: whether what ``views`` does not name is seen as what the model's modules and configs say
+            (see ``optimizers.derived``): stacked experts one by one, their gates and ups apart, fused queries, keys
+            and values apart.
+        heads: "auto" (or True) cuts queries, keys and values into heads by the config, where nobody wrote a view.
         parameters: keep to these parameters of the model.
 
     Returns:
@@ -75,14 +82,24 @@ def param_groups(
     if kept is not None and not kept <= {id(p) for _, p in aliases}:
         raise UserError("some of the parameters given are not the model's: pass only parameters of the model")
     check_bool("matrix_exclude_defaults", matrix_exclude_defaults)
-    router = _Router(model, () if matrix_exclude is None else matrix_exclude, views, defaults=matrix_exclude_defaults)
+    kinds = Kinds(model)
+    derived = DerivedViews(model, kinds, heads=heads) if check_bool("views_defaults", views_defaults) else None
+    if derived is None and heads:
+        raise UserError('"heads": "auto" is one of the views_defaults: leave "views_defaults": false out')
+    router = _Router(
+        kinds,
+        derived,
+        () if matrix_exclude is None else matrix_exclude,
+        views,
+        defaults=matrix_exclude_defaults,
+    )
     by_role: dict[str, list[Member]] = {role: [] for role in ROLES}
     said = _routed.setdefault(model, {})
     for names, parameter in aliases:
         if is_optimized(parameter) and (kept is None or id(parameter) in kept):
             role, member = router.route(names, parameter)
             by_role[role].append(member)
-            said[id(parameter)] = member.spec, member.view, member.reason
+            said[id(parameter)] = member.spec, member.view, member.reason, member.derived
         else:
             router.pass_by(names, parameter)
     router.check_all_matched()
@@ -97,14 +114,20 @@ class _Router:
     """What the user's patterns and the model itself say of a parameter."""
 
     def __init__(
-        self, model: nn.Module, exclude: Sequence[str], views: Sequence[Mapping[str, Any]], *, defaults: bool
+        self,
+        kinds: Kinds,
+        derived: DerivedViews | None,
+        exclude: Sequence[str],
+        views: Sequence[Mapping[str, Any]],
+        *,
+        defaults: bool,
     ) -> None:
         if isinstance(views, (str, Mapping)) or not isinstance(views, Sequence):
             raise UserError(f'views is {views!r}: write a list of views, such as [{{"match": "qkv", "heads": 12}}]')
         self._exclude = Patterns("matrix_exclude", exclude)
         self._viewed = Patterns("views", [_match_of(view) for view in views])
         self._options = [{k: v for k, v in view.items() if k != "match"} for view in views]
-        self._kinds, self._defaults = Kinds(model), defaults
+        self._kinds, self._derived, self._defaults = kinds, derived, defaults
 
     def route(self, names: Sequence[str], parameter: nn.Parameter) -> tuple[str, Member]:
         """The parameter's role, and the parameter with its view or with the reason why it is no matrix."""
@@ -113,7 +136,8 @@ class _Router:
         number = _first_view(self._viewed, names, parameter)
         if len(spec.shape) < 2:
             return VECTOR, Member(spec, parameter)
-        chosen = dict(self._options[number]) if number is not None else {}
+        found = self._derived.of(parameter) if self._derived is not None and number is None else None
+        chosen = dict(self._options[number] if number is not None else found.options if found is not None else {})
         if id(parameter) in self._kinds.transposed and _dimensions(chosen, spec.shape) == 2:
             chosen.setdefault("transpose", True)
         reason = None if excluded is None else f"matrix_exclude {self._exclude.patterns[excluded].pattern!r}"
@@ -122,12 +146,18 @@ class _Router:
         reason = reason or self._kinds.no_matrix(names, parameter)
         if reason is None and number is not None and _dimensions(chosen, spec.shape) == 1:
             reason = "vectors by their view"  # batch_dims sets too much aside: the biases of stacked experts
-        if reason is None and number is None and len(spec.shape) > 2 and id(parameter) not in self._kinds.convolutions:
+        if (
+            reason is None
+            and number is None
+            and found is None
+            and len(spec.shape) > 2
+            and id(parameter) not in self._kinds.convolutions
+        ):
             reason = self._kinds.without_view(parameter)
         if reason is None:
             view = MatrixView.from_options(spec.name, spec.shape, chosen)
             if min(view.rows, view.columns) > 1:
-                return MATRIX, Member(spec, parameter, view)
+                return MATRIX, Member(spec, parameter, view, derived="" if found is None else found.what)
             reason = "vector"
         return AUX, Member(spec, parameter, reason=reason)
 
@@ -156,9 +186,9 @@ def _dimensions(options: Mapping[str, Any], shape: Sequence[int]) -> int:
 def routed(parameter: torch.Tensor) -> Member | None:
     """The member that ``param_groups`` made of a parameter; None where it has not seen it."""
     for model, said in _routed.items():
-        spec, view, reason = said.get(id(parameter), (None, None, ""))
+        spec, view, *words = said.get(id(parameter), (None, None, "", ""))
         if spec is not None and _has(model, spec.name, parameter):
-            return Member(spec, parameter, view, reason)  # type: ignore[arg-type]
+            return Member(spec, parameter, view, *words)  # type: ignore[arg-type]
     return None
 
 

@@ -190,7 +190,8 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
     if saved != own.parameters:
         raise UserError(
             f"the checkpoint's parameter groups are not this run's ({_first_difference(description, own)}): "
-            "build the same model and write the same matrix_exclude, matrix_exclude_defaults, views and rules, or "
+            "build the same model and write the same matrix_exclude, matrix_exclude_defaults, views, views_defaults "
+            "and rules, or "
             f'convert it with "ds-optim reshard SOURCE TARGET --optimizer {own.optimizer} --optimizer-params ..."'
         )
     if rules != own.rules:

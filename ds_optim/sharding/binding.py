@@ -26,12 +26,14 @@ class Member:
     """A model's parameter, as it was handed to the optimizer, and what was decided about it.
 
     reason: why it is no matrix, where that is not plain from its shape.
+    derived: what its view was derived from, or why none was, where nobody has written one.
     """
 
     spec: ParamSpec
     parameter: torch.nn.Parameter
     view: MatrixView | None = None
     reason: str = ""
+    derived: str = ""
 
 
 @dataclass

@@ -24,6 +24,13 @@ CALLERS = {
     "zero_optimization.offload_optimizer.device": '"cpu" or "none"',
     "zero_optimization.offload_param.device": '"cpu" or "none"',
 }
+_OWN = ("optimizer.params.heads",)
+"""Where "auto" is a value of ours, which nobody fills in."""
+
+
+def is_open(path: str, value: Any) -> bool:
+    """Whether a value is an "auto" that somebody is to fill in."""
+    return bool(value == AUTO) and path not in _OWN
 
 
 def fill_auto(config: dict[str, Any], hidden_size: int | None) -> None:
@@ -56,7 +63,7 @@ def check_filled(config: Mapping[str, Any]) -> None:
         params = at(config, f"{section}.params")
         values |= {f"{section}.params.{key}": "a value" for key in (params if isinstance(params, Mapping) else ())}
     for path, write in values.items():
-        if at(config, path) == AUTO:
+        if is_open(path, at(config, path)):
             raise UserError(
                 f'{path} is "auto", which Trainer, Accelerate and ds-optim train fill in from their own arguments; '
                 f"here there are none: write {write}"

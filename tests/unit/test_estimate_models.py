@@ -157,8 +157,9 @@ def test_widths_of_each_layer_are_met_with_the_largest(tmp_path: Path) -> None:
 def test_options_of_routing_count_in_an_estimate(tmp_path: Path) -> None:
     """They were dropped: experts that a view makes matrices of have a matrix rule's state."""
     model = counted(tmp_path, config_of("MixtralForCausalLM"))
-    plain = plan_optimizer(model, "muon", {"aux": "adamw"})
-    viewed = plan_optimizer(model, "muon", {"aux": "adamw", "views": [{"match": r"experts\.", "batch_dims": 1}]})
+    plain = plan_optimizer(model, "muon", {"aux": "adamw", "views_defaults": False})
+    views = [{"match": r"experts\.", "batch_dims": 1}]
+    viewed = plan_optimizer(model, "muon", {"aux": "adamw", "views_defaults": False, "views": views})
     experts = sum(p.numel for p in model.parameters if "experts" in p.name)
     sizes = [sum(p.numel for p in plan.groups[0].parameters) for plan in (plain, viewed)]
     assert sizes[1] - sizes[0] == experts

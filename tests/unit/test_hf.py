@@ -53,6 +53,7 @@ def test_auto_without_an_argument_is_the_optimizers_default(capsys: pytest.Captu
     assert fill_params(AUTO, {"lr": 1.0, "weight_decay": 0.5}) == {"lr": 1.0, "weight_decay": 0.5, "period": 2}
     assert capsys.readouterr().out == 'ds_optim: "auto" is the optimizer\'s own default for betas, eps\n'
     assert fill_params({"lr": 1.0}, {"lr": 1.0}) == {"lr": 1.0}
+    assert fill_params({"lr": 1.0, "heads": "auto"}, {}) == {"lr": 1.0, "heads": "auto"}, "that is a value of its own"
     assert capsys.readouterr().out == ""
 
 

@@ -244,7 +244,7 @@ def test_routes_say_what_each_parameter_got() -> None:
     assert said[0] == "ds_optim: LionMuon"
     assert "  matrix: lion_muon, lr 0.01, decay 0.1, 1,536 parameters" in said
     assert "  aux: lion, lr 0.002, decay 0.1, 312 parameters" in said
-    assert "    transformer.h.*.attn.c_attn.weight (2): 24x8 (transpose)" in said
+    assert "    transformer.h.*.attn.c_attn.weight (2): 3 x 8x8 (transpose, split), q, k and v apart" in said
     assert "    transformer.wte.weight: 31x8, embedding" in said
     said = list(routes(ds_optim.Muon(param_groups(model, matrix_exclude=["mlp"]))))
     assert "    transformer.h.*.mlp.c_fc.weight (2): 8x32, matrix_exclude 'mlp'" in said

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +21,11 @@ QKVO = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
 QKV_OUT = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj "
 CROSS = "encoder_attn.q_proj encoder_attn.k_proj encoder_attn.v_proj encoder_attn.out_proj "
 GATED = "mlp.gate_proj mlp.up_proj mlp.down_proj "
-FUSED = "query_key_value {0}.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
+BIG = "{0}.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
 BERT = "self.query self.key self.value output.dense intermediate.dense "
 BERT_WORDS = "embeddings.word_embeddings embeddings.position_embeddings embeddings.token_type_embeddings"
 WORDS, HEAD = {"embedding": "model.embed_tokens"}, {"output head": "lm_head"}
-STACKS = {"stack without a view": "experts.gate_up_proj experts.down_proj"}
+EXPERTS = {"experts": "experts.gate_up_proj experts.down_proj"}
 GATE = {"router": "mlp.gate"}
 MAMBA = {
     "matrix": "mixer.in_proj mixer.x_proj mixer.dt_proj mixer.out_proj",
@@ -36,16 +38,31 @@ MAMBA = {
 ROUTES: dict[str, dict[str, str]] = {
     "LlamaForCausalLM": {"matrix": QKVO + GATED, **WORDS, **HEAD},
     "LlamaForSequenceClassification": {"matrix": QKVO + GATED, **WORDS, "output head": "score"},
+    "MistralForCausalLM": {"matrix": QKVO + GATED, **WORDS, **HEAD},
+    "Qwen2ForCausalLM": {"matrix": QKVO + GATED, **WORDS, **HEAD},
     "Qwen3ForCausalLM": {"matrix": QKVO + GATED, **WORDS, **HEAD},
     "Gemma2ForCausalLM": {"matrix": QKVO + GATED, **WORDS},
+    "Gemma3ForCausalLM": {"matrix": QKVO + GATED, **WORDS},
+    "Olmo2ForCausalLM": {"matrix": QKVO + GATED, **WORDS, **HEAD},
+    "OPTForCausalLM": {
+        "matrix": QKV_OUT + "layers.fc1 layers.fc2",
+        "embedding": "decoder.embed_tokens decoder.embed_positions",
+    },
+    "BloomForCausalLM": {
+        "matrix": BIG.format("self_attention"),
+        "fused": "self_attention.query_key_value",
+        "embedding": "transformer.word_embeddings",
+    },
     "CohereForCausalLM": {"matrix": QKVO + GATED, **WORDS, "gain": "self_attn.q_norm self_attn.k_norm"},
     "Phi3ForCausalLM": {
-        "matrix": "self_attn.o_proj self_attn.qkv_proj mlp.gate_up_proj mlp.down_proj",
+        "matrix": "self_attn.o_proj mlp.down_proj",
+        "fused": "self_attn.qkv_proj mlp.gate_up_proj",
         **WORDS,
         **HEAD,
     },
     "GPT2LMHeadModel": {
-        "matrix": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+        "matrix": "attn.c_proj mlp.c_fc mlp.c_proj",
+        "fused": "attn.c_attn",
         "embedding": "transformer.wte transformer.wpe",
     },
     "GPTJForCausalLM": {
@@ -54,23 +71,25 @@ ROUTES: dict[str, dict[str, str]] = {
         **HEAD,
     },
     "GPTNeoXForCausalLM": {
-        "matrix": "attention." + FUSED.format("attention"),
+        "matrix": BIG.format("attention"),
+        "fused": "attention.query_key_value",
         "embedding": "gpt_neox.embed_in",
         **HEAD,
     },
     "FalconForCausalLM": {
-        "matrix": "self_attention." + FUSED.format("self_attention"),
+        "matrix": BIG.format("self_attention"),
+        "fused": "self_attention.query_key_value",
         "embedding": "transformer.word_embeddings",
     },
-    "MixtralForCausalLM": {"matrix": QKVO, **WORDS, **HEAD, **GATE, **STACKS},
-    "Qwen3MoeForCausalLM": {"matrix": QKVO, **WORDS, **HEAD, **GATE, **STACKS},
+    "MixtralForCausalLM": {"matrix": QKVO, **WORDS, **HEAD, **GATE, **EXPERTS},
+    "Qwen3MoeForCausalLM": {"matrix": QKVO, **WORDS, **HEAD, **GATE, **EXPERTS},
     "GptOssForCausalLM": {
         "matrix": QKVO,
         "bias": "experts.gate_up_proj_bias experts.down_proj_bias",
         "router": "mlp.router",
         **WORDS,
         **HEAD,
-        **STACKS,
+        **EXPERTS,
     },
     "DeepseekV3ForCausalLM": {
         "matrix": "self_attn.q_a_proj self_attn.q_b_proj self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj"
@@ -78,7 +97,7 @@ ROUTES: dict[str, dict[str, str]] = {
         **WORDS,
         **HEAD,
         **GATE,
-        **STACKS,
+        **EXPERTS,
     },
     "Llama4ForConditionalGeneration": {
         "matrix": QKVO + "mlp.fc1 mlp.fc2 multi_modal_projector.linear_1"
@@ -86,7 +105,7 @@ ROUTES: dict[str, dict[str, str]] = {
         "embedding": "vision_model.positional_embedding_vlm patch_embedding.linear model.embed_tokens",
         "output head": "language_model.lm_head",
         "router": "feed_forward.router",
-        **STACKS,
+        **EXPERTS,
     },
     "MambaForCausalLM": MAMBA,
     "FalconMambaForCausalLM": MAMBA,
@@ -118,7 +137,16 @@ ROUTES: dict[str, dict[str, str]] = {
         "bias": "rel_attn.r_r_bias rel_attn.r_s_bias rel_attn.r_w_bias",
         "embedding": "transformer.word_embedding rel_attn.seg_embed",
         "no view": "transformer.mask_emb",
-        "stack without a view": "rel_attn.q rel_attn.k rel_attn.v rel_attn.o rel_attn.r",
+        "fused": "rel_attn.q rel_attn.k rel_attn.v rel_attn.o rel_attn.r",
+    },
+    "RecurrentGemmaForCausalLM": {
+        "matrix": "temporal_block.linear_y temporal_block.linear_x temporal_block.linear_out temporal_block.q_proj"
+        " temporal_block.k_proj temporal_block.v_proj temporal_block.o_proj mlp_block.gate_proj mlp_block.up_proj"
+        " mlp_block.down_proj",
+        "fused": "rg_lru.input_gate_weight rg_lru.recurrent_gate_weight",
+        "depthwise convolution": "temporal_block.conv_1d",
+        "bias": "rg_lru.input_gate_bias rg_lru.recurrent_gate_bias",
+        **WORDS,
     },
     "T5ForConditionalGeneration": {
         "matrix": "SelfAttention.q SelfAttention.k SelfAttention.v SelfAttention.o DenseReluDense.wi DenseReluDense.wo"
@@ -154,20 +182,85 @@ ROUTES: dict[str, dict[str, str]] = {
 }
 
 
+def short(name: str) -> str:
+    """The last two parts of a name, without layers' numbers and ".weight"."""
+    return ".".join([part for part in name.removesuffix(".weight").split(".") if not part.isdecimal()][-2:])
+
+
 def routed(model: nn.Module) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for group in param_groups(model):
         for member in group[MEMBERS]:
             if len(member.spec.shape) > 1:
-                parts = [p for p in member.spec.name.removesuffix(".weight").split(".") if not p.isdecimal()]
                 assert (group["role"] == "matrix") == (member.view is not None) == (not member.reason)
-                found.setdefault(member.reason or "matrix", set()).add(".".join(parts[-2:]))
+                what = "experts" if "experts" in member.derived else "fused" if member.derived else "matrix"
+                found.setdefault(member.reason or what, set()).add(short(member.spec.name))
     return found
 
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_every_parameter_gets_what_it_is(name: str) -> None:
     assert routed(model_of(name)) == {what: set(names.split()) for what, names in ROUTES[name].items()}
+
+
+BIASES = "experts.gate_up_proj_bias experts.down_proj_bias"
+#: What DeepSpeed's own Muon orthogonalizes that is no matrix, or steps as one matrix although it is several.
+THEIRS_WRONG: dict[str, str] = {
+    "LlamaForSequenceClassification": "score",
+    "Phi3ForCausalLM": "self_attn.qkv_proj mlp.gate_up_proj",
+    "BloomForCausalLM": "self_attention.query_key_value",
+    "CohereForCausalLM": "self_attn.q_norm self_attn.k_norm",
+    "GPT2LMHeadModel": "transformer.wte transformer.wpe attn.c_attn",
+    "GPTJForCausalLM": "transformer.wte",
+    "GPTNeoXForCausalLM": "attention.query_key_value",
+    "FalconForCausalLM": "self_attention.query_key_value",
+    "MixtralForCausalLM": "mlp.gate experts.gate_up_proj",
+    "Qwen3MoeForCausalLM": "mlp.gate experts.gate_up_proj",
+    "GptOssForCausalLM": "mlp.router experts.gate_up_proj " + BIASES,
+    "DeepseekV3ForCausalLM": "mlp.gate experts.gate_up_proj",
+    "Llama4ForConditionalGeneration": "feed_forward.router experts.gate_up_proj",
+    "MambaForCausalLM": "mixer.conv1d mixer.A_log",
+    "FalconMambaForCausalLM": "mixer.conv1d mixer.A_log",
+    "RwkvForCausalLM": "head " + ROUTES["RwkvForCausalLM"]["no view"],
+    "BertForSequenceClassification": "classifier",
+    "RobertaForSequenceClassification": "classifier.out_proj",
+    "XLNetLMHeadModel": " ".join(ROUTES["XLNetLMHeadModel"][what] for what in ("no view", "fused", "bias")),
+    "RecurrentGemmaForCausalLM": "temporal_block.conv_1d rg_lru.input_gate_bias rg_lru.recurrent_gate_bias",
+    "T5ForConditionalGeneration": "shared SelfAttention.relative_attention_bias",
+    "BartForConditionalGeneration": "model.shared",
+    "ViTForImageClassification": "classifier",
+    "SwinForImageClassification": "classifier relative_position_bias.relative_position_bias_table",
+    "ConvNextForImageClassification": "classifier layers.dwconv",
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_deepspeeds_own_muon_routes_fewer_of_them_right(name: str) -> None:
+    """By its own function. It is right of stacked experts that are one matrix each, which it steps one by one."""
+    from deepspeed import set_optimizer_flags
+
+    model = model_of(name)
+    set_optimizer_flags(SimpleNamespace(optimizer_name="muon", optimizer_params={}), model)  # type: ignore[arg-type]
+    theirs = {short(key) for key, parameter in model.named_parameters() if parameter.use_muon}  # type: ignore[attr-defined]
+    expected = {what: set(names.split()) for what, names in ROUTES[name].items()}
+    ours = set().union(*(expected.get(what, ()) for what in ("matrix", "fused", "experts")))
+    one_by_one = {"rg_lru.input_gate_weight", "rg_lru.recurrent_gate_weight"}
+    several = expected.get("fused", set()) - one_by_one | {
+        key for key in expected.get("experts", ()) if "gate_up" in key
+    }
+    assert (theirs ^ ours) | several == set(THEIRS_WRONG.get(name, "").split())
+
+
+def test_the_docs_show_the_table() -> None:
+    rows = []
+    for name, kinds in ROUTES.items():
+        count = sum(len(set(names.split())) for names in kinds.values())
+        wrong = THEIRS_WRONG.get(name, "").split()
+        listed = ", ".join(f"`{one}`" for one in dict.fromkeys(wrong)) or "—"
+        rows.append(f"| {name} | {count} | {count} | {count - len(set(wrong))} | {listed} |")
+    assert len(rows) >= 20
+    page = (Path(__file__).parents[2] / "docs" / "routing.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page, "\n".join(rows)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +277,7 @@ def test_experts_on_the_aux_rule_are_warned_of_with_the_view_to_write(
     name: str, share: str, match: str, as_seen: str
 ) -> None:
     model = model_of(name)
-    *_, last = routes(ds_optim.Muon(param_groups(model)))
+    *_, last = routes(ds_optim.Muon(param_groups(model, views_defaults=False)))
     written = re.search(r'"views": (\[.*\]), or', last)
     assert written is not None, last
     assert last.startswith(f"ds_optim: warning: {share} of the parameters look like stacks"), last
@@ -197,7 +290,7 @@ def test_experts_on_the_aux_rule_are_warned_of_with_the_view_to_write(
 
 
 def test_other_stacks_are_warned_of_without_a_guess() -> None:
-    *_, last = routes(ds_optim.Muon(param_groups(model_of("XLNetLMHeadModel"))))
+    *_, last = routes(ds_optim.Muon(param_groups(model_of("XLNetLMHeadModel"), views_defaults=False)))
     assert "transformer.layer.*.rel_attn.q 1024x16x64" in last
     assert 'write "views": [{"match": "…", "batch_dims": 1}] where the first dimension counts matrices' in last
 
@@ -217,8 +310,12 @@ class Wrapped(nn.Module):
         self.module = model
 
 
+WIDER = ("output_layer", "final_linear", "readout", "unembedding")
+
+
 @pytest.mark.parametrize(
-    "name", ["head", "score", "classifier", "output", "cls", "fc_out", "lm_head", "qa_outputs", "fc"]
+    "name",
+    ["head", "score", "classifier", "output", "cls", "fc_out", "lm_head", "qa_outputs", "fc", *WIDER],
 )
 def test_a_linear_at_the_top_is_an_output_head_by_its_name(name: str) -> None:
     for last in (nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))):
@@ -236,6 +333,19 @@ def test_a_linear_at_the_top_is_an_output_head_by_its_name(name: str) -> None:
             assert ends == ["module.lm_head.0.weight", "module.lm_head.2.weight"], "the name is enough"
         else:
             assert ends == ([expected] if whole else [])
+
+
+def test_a_router_is_one_by_its_class_whatever_its_name() -> None:
+    class TopKRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 6))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"chooser": TopKRouter(), "up": nn.Linear(6, 12)})])
+    reasons = {m.spec.name: m.reason for group in param_groups(model) for m in group[MEMBERS]}
+    assert reasons["layers.0.chooser.weight"] == "router"
+    assert reasons["layers.0.up.weight"] == ""
 
 
 def test_vectors_stored_as_matrices_are_none() -> None:

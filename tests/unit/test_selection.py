@@ -31,17 +31,23 @@ VIEW = {
     "turned": MatrixView(shape=(5, 8), transpose=True),
     "turned heads": MatrixView(shape=(3, 4, 6), transpose=True, batch_dims=1, heads=(2,)),
     "experts": MatrixView(shape=(3, 4, 7), batch_dims=1),
+    "in turns": MatrixView(shape=(18, 4), split=(12, 6), interleave=2),
 }
 VALUES = {name: torch.randn(view.numel, generator=torch.Generator().manual_seed(1)) for name, view in VIEW.items()}
 
 
+def by_turn(view: MatrixView, block: torch.Tensor) -> torch.Tensor:
+    """A block (count, m, n) with the rows of each turn as matrices of their own: of each turn as many are chosen."""
+    return block.reshape(-1, block.shape[1] // (view.interleave or 1), block.shape[2])
+
+
 def rows_by_hand(view: MatrixView, values: torch.Tensor) -> torch.Tensor:
-    """Of each element whether its row is one of the largest of its matrix."""
+    """Of each element whether its row is one of the largest of its matrix, or its turn in it."""
     marked = torch.zeros_like(values)
     blocks = []
     for block in view.unpack(values.clone()):
         out = torch.zeros_like(block)
-        for matrix, flags in zip(block, out, strict=True):
+        for matrix, flags in zip(by_turn(view, block), by_turn(view, out), strict=True):
             sizes = [float(row.abs().sum()) for row in matrix]
             for row in sorted(range(len(sizes)), key=lambda r: -sizes[r])[: math.ceil(FRACTION * len(sizes))]:
                 flags[row] = 1
@@ -78,8 +84,10 @@ def test_the_largest_rows_of_each_matrix_are_chosen(name: str) -> None:
     chosen = choose_rows(exchange, sums, torch.device("cpu"))[number]
     (held,) = [held for held in exchange.plan.unit.slices(0) if held.param == number]
     assert torch.equal(chosen.mask(held), rows_by_hand(VIEW[name], VALUES[name]))
-    blocks = VIEW[name].selected(FRACTION).unpack(VALUES[name][chosen.mask(held)])
-    for block, whole in zip(blocks, VIEW[name].unpack(VALUES[name]), strict=True):
+    view = VIEW[name].selected(FRACTION)
+    blocks = [by_turn(view, block) for block in view.unpack(VALUES[name][chosen.mask(held)])]
+    for block, every in zip(blocks, VIEW[name].unpack(VALUES[name]), strict=True):
+        whole = by_turn(VIEW[name], every)
         assert block.shape[1] == math.ceil(FRACTION * whole.shape[1])
         for matrix, rows in zip(block, whole, strict=True):
             kept = [row for row in rows.tolist() if row in matrix.tolist()]
@@ -107,8 +115,9 @@ def test_every_rank_finds_its_elements_of_chosen_rows(stage: int, ranks: int, se
         flags = torch.rand(view.of_rows.numel, generator=torch.Generator().manual_seed(seed + number))
         blocks = []
         for block in view.of_rows.unpack(flags):  # as many of each matrix
-            order = block[..., 0].argsort(dim=1)[:, : selected_rows(block.shape[1], FRACTION)]
-            blocks.append(torch.zeros_like(block[..., 0]).scatter_(1, order, 1.0)[..., None])
+            turns = by_turn(view, block)[..., 0]
+            order = turns.argsort(dim=1)[:, : selected_rows(turns.shape[1], FRACTION)]
+            blocks.append(torch.zeros_like(turns).scatter_(1, order, 1.0).view(block.shape))
         view.of_rows.pack_into(blocks, flags)
         sums = torch.nn.functional.pad(flags.bool().cumsum(0), (1, 0))
         chosen[number] = Chosen(view, flags.bool(), sums)
@@ -136,7 +145,9 @@ def test_a_plan_counts_a_fraction_of_what_travels_and_of_the_work() -> None:
     bytes_of = [sum(plan.sent_bytes(rank) for rank in range(3)) for plan in (part, all_of_it)]
     assert bytes_of[0] == pytest.approx(bytes_of[1] / 4, rel=0.05)
     for param, view in part.views.items():
-        worked = [part.shape.cost(selected_rows(m, 0.25), n, part.polar) * c for c, m, n in view.matrices()]
+        turns = view.interleave or 1
+        rows = [turns * selected_rows(m // turns, 0.25) for _, m, _ in view.matrices()]
+        worked = [part.shape.cost(k, n, part.polar) * c for k, (c, _, n) in zip(rows, view.matrices(), strict=True)]
         assert part.costs[param] == sum(worked) < all_of_it.costs[param]
 
 

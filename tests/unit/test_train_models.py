@@ -143,7 +143,7 @@ def test_json_settings_reach_deepspeed_and_flags_win() -> None:
         "gradient_accumulation_steps": "auto",
         "zero_optimization": {"stage": 2, "overlap_comm": False},
         "bf16": {"enabled": True, "immediate_grad_update": False},
-        "optimizer": {"type": "LionMuon", "params": {"lr": 0.5}},
+        "optimizer": {"type": "LionMuon", "params": {"lr": 0.5, "aux_lr": "auto", "heads": "auto"}},
     }
     before = json.dumps(written)
     settings = make_settings(**settings_from_json(written, {"stage": 3, "accumulation": 2}))
@@ -152,7 +152,7 @@ def test_json_settings_reach_deepspeed_and_flags_win() -> None:
     assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False}
     assert config["bf16"] == {"enabled": True, "immediate_grad_update": False}
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 2)
-    assert config["optimizer"] == {"type": "LionMuon", "params": {"lr": 0.5}}
+    assert config["optimizer"] == {"type": "LionMuon", "params": {"lr": 0.5, "heads": "auto"}}, "heads' is its own"
 
 
 def test_json_batch_that_does_not_multiply_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,14 @@ def naive_blocks(array: np.ndarray, options: dict[str, Any]) -> list[np.ndarray]
     split = options.get("split") or [matrices[0].shape[0]]
     heads = options.get("heads", 1)
     heads = heads if isinstance(heads, list) else [heads] * len(split)
+    turns = options.get("interleave", 1)
+    order = [
+        sum(split[:part]) // turns + turn * sum(split) // turns + row
+        for part, rows in enumerate(split)
+        for turn in range(turns)
+        for row in range(rows // turns)
+    ]
+    matrices = [matrix[order] for matrix in matrices]
     blocks, start = [], 0
     for rows, count in zip(split, heads, strict=True):
         size = rows // count
@@ -47,7 +55,10 @@ def shapes_and_options(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any]
             options["heads"] = heads
     else:
         heads = [1] * parts
-    rows = [count * draw(st.integers(1, 4)) for count in heads]
+    turns = draw(st.integers(1, 3)) if parts > 1 else 0
+    rows = [turns * count * draw(st.integers(1, 4)) if turns else count * draw(st.integers(1, 4)) for count in heads]
+    if turns:
+        options["interleave"] = turns
     if parts > 1 or draw(st.booleans()):
         options["split"] = rows
     inner: tuple[int, ...]
@@ -70,6 +81,9 @@ def test_blocks_are_the_naive_slices_and_pack_is_the_inverse(case: tuple[tuple[i
     flat = torch.arange(view.numel, dtype=torch.float32)
     blocks = view.unpack(flat)
     assert [tuple(block.shape) for block in blocks] == view.matrices()
+    pair = torch.stack([flat, -flat])
+    for number, block in enumerate(blocks):
+        assert torch.equal(view.taken(pair, number), torch.cat([block, -block]))
     for block, naive in zip(blocks, naive_blocks(flat.numpy().reshape(shape), options), strict=True):
         assert np.array_equal(block.numpy(), naive)
     back = torch.full((view.numel,), float("nan"))
@@ -115,6 +129,7 @@ def test_unpack_gives_views(shape: tuple[int, ...], options: dict[str, Any]) -> 
         ((1280, 768), {"split": [768, 256, 256], "heads": [12, 4, 4]}, "20 x 64x768 (split, heads)"),
         ((8, 512, 64), {"batch_dims": 1, "transpose": True}, "8 x 64x512 (transpose, batch_dims)"),
         ((64, 3, 7, 7), {}, "64x147 (conv)"),
+        ((9, 5), {"split": [3, 3, 3], "interleave": 3}, "3 x 3x5 (split, interleave)"),
     ],
 )
 def test_describe(shape: tuple[int, ...], options: dict[str, Any], text: str) -> None:
@@ -143,6 +158,9 @@ def test_equal_options_make_equal_hashable_views() -> None:
         ((8, 4), {"heads": [2, 2]}, "does not fit 1 part"),
         ((12, 4), {"split": [8, 4], "heads": [2]}, "one number for each part"),
         ((8, 4), {"transpose": 1}, "true or false"),
+        ((8, 4), {"split": [4, 4], "interleave": 3}, "each a multiple of 3"),
+        ((8, 4), {"interleave": 2}, "write two parts or more"),
+        ((8, 4), {"split": [4, 4], "interleave": -2}, "whole number such as the number of heads"),
         ((8, 4), {"batch_dims": -1}, "whole number"),
         ((8, 4), {"batch_dims": True}, "whole number"),
         ((8, 4, 3, 3), {"transpose": True}, "transpose turns two dimensions"),

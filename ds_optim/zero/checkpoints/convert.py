@@ -50,10 +50,12 @@ def change_optimizer(portable: Portable, name: str, params: Mapping[str, Any], *
         return _to_adamw(portable, params, reset)
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer {name!r}: write one of {', '.join([*OPTIMIZERS, 'AdamW'])}")
+    # Heads are read off modules, which a checkpoint has not; they change no role.
+    given = {key: value for key, value in params.items() if key != "heads"}
     optimizer = build_optimizer(
         _skeleton(portable),
         name,
-        {"optimizer": {"type": name, "params": dict(params)}, "zero_optimization": {"stage": 1}},
+        {"optimizer": {"type": name, "params": given}, "zero_optimization": {"stage": 1}},
     )
     _check_routable(m for group in optimizer.members for m in group)
     fraction = _fraction_of_peak(portable)

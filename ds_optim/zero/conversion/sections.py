@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_optim.zero.auto import AUTO, at
+from ds_optim.zero.auto import at, is_open
 from ds_optim.zero.conversion.changes import Changes
 from ds_optim.zero.schedulers import RATES
 from ds_optim.zero.support import REFUSED_SETTINGS, TOGETHER, is_true
@@ -79,4 +79,4 @@ def autos(value: Any, path: str = "") -> list[str]:
     """The paths of a config that are "auto"."""
     if isinstance(value, dict):
         return [found for key, inner in value.items() for found in autos(inner, f"{path}.{key}" if path else key)]
-    return [path] if value == AUTO else []
+    return [path] if is_open(path, value) else []

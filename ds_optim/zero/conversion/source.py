@@ -12,7 +12,7 @@ from ds_optim.optimizers.checks import check_at_least_zero, nearest
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions
 from ds_optim.optimizers.registry import canonical_type
 from ds_optim.optimizers.routing import ROUTING_OPTIONS
-from ds_optim.zero.auto import AUTO
+from ds_optim.zero.auto import AUTO, is_open
 from ds_optim.zero.config import DEEPSPEED_PREFIX
 from ds_optim.zero.conversion.rates import ADAMW, JORDAN, RATIOS, UNKNOWN, Ratio
 
@@ -152,7 +152,9 @@ def _sort(found: Source, params: Mapping[str, Any], plain: str, target: str) -> 
     """Which parameters the target takes over, and why the others go."""
     takes = known_keys(OPTIMIZERS[target]) | set(ROUTING_OPTIONS)
     meant = {key for key in params if key in takes and _means_the_same(key, plain, target)}
-    found.kept = {key: params[key] for key in params if key in meant and params[key] != AUTO}
+    found.kept = {
+        key: params[key] for key in params if key in meant and not is_open(f"optimizer.params.{key}", params[key])
+    }
     if "adam_lr" in params and "aux_lr" in takes:
         _keep_adam(found, params)
     for key in params:
