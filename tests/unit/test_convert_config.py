@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ds_optim.cli.app import main
 from ds_optim.errors import UserError
 from ds_optim.zero.conversion import convert
 from ds_optim.zero.conversion.rates import RATIOS
+from ds_optim.zero.conversion.sections import GONE
 from ds_optim.zero.support import REFUSED_SETTINGS, check_config
 from tests.cases import TYPES
 from tests.shipped import AUTO, SHIPPED
@@ -107,8 +109,23 @@ def test_a_schedule_moves_with_the_rate() -> None:
 
 
 VALUES = {"device": "nvme", "ratio": 0.5, "compute_grad_norm": False, "check_grad_overflow": False, "zenflow": {"a": 1}}
-VALUES |= {"zeropp_loco_param": {"err_beta": 0.8}, "zero_hpz_partition_size": 8, "mics_shard_size": 4, "stages": 2}
+VALUES |= {"zero_hpz_partition_size": 8, "stages": 2}
 VALUES |= dict.fromkeys(("autotp_size", "tp_size", "sequence_parallel_size"), 2)
+
+
+@pytest.mark.parametrize("path", GONE)
+def test_what_deepspeed_has_no_more_goes(path: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    *above, key = path.split(".")
+    given = config_of("AdamW", lr=1e-3) | {"train_batch_size": 1, "bf16": {"enabled": False}}
+    (given.setdefault(above[0], {}) if above else given)[key] = {"enabled": True}
+    with pytest.raises(Exception, match=r"removed|no longer"):
+        DeepSpeedConfig(copy.deepcopy(given))
+    done = convert(given, "Lion")
+    DeepSpeedConfig(copy.deepcopy(done.config))
+    assert any(path in line for line in done.changes)
+    assert done.config["bf16"]["enabled"] is (path == "amp")
 
 
 @pytest.mark.parametrize("path", [path for path, _, _ in REFUSED_SETTINGS])

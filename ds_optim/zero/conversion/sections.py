@@ -10,6 +10,12 @@ from ds_optim.zero.schedulers import RATES
 from ds_optim.zero.support import REFUSED_SETTINGS, TOGETHER, is_true
 
 _ZERO = "zero_optimization"
+GONE = (
+    *("amp", "sparse_gradients", "elasticity", "nebula", "compression_training", "quantize_training", "eigenvalue"),
+    *("sparse_attention", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"),
+    *(f"{_ZERO}.{key}" for key in ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")),
+)
+"""What DeepSpeed had until 0.19, which refuses a JSON that still has it."""
 _OF_ITS_MUON = "DeepSpeed's Muon alone asks for it"
 
 
@@ -34,6 +40,12 @@ def scale_schedule(changes: Changes, factor: float | None) -> None:
 def mend(changes: Changes, *, from_muon: bool) -> None:
     """Change what is refused beside an optimizer of this package, and set what ZeRO asks for beside it."""
     config = changes.config
+    for path in GONE:
+        if at(config, path) is not None:
+            mixed = path == "amp" and is_true(at(config, "amp.enabled"))
+            changes.drop(path, "DeepSpeed 0.19 has it no more")
+            if mixed:
+                changes.set("bf16", {"enabled": True}, "in place of amp")
     for path, refused, remedy in REFUSED_SETTINGS:
         value = at(config, path)
         if not refused(value) or (path in TOGETHER and is_true(at(config, TOGETHER[path]))):
