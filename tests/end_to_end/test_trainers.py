@@ -79,6 +79,65 @@ def test_every_example_trains_as_the_plain_loop(tmp_path: Path, stage: int, zero
         check(found)
 
 
+# --------------------------------------------------------------------------------------------------- Lightning
+
+
+def cpus_for_cuda() -> Any:
+    """Lightning's strategy asks for its accelerator of CUDA devices by class; this one's are the CPU."""
+    import torch
+    from lightning.pytorch.accelerators.cuda import CUDAAccelerator
+
+    class Cpus(CUDAAccelerator):
+        def setup_device(self, device: torch.device) -> None:
+            pass
+
+        def setup(self, trainer: Any) -> None:
+            pass
+
+        def teardown(self) -> None:
+            pass
+
+        @staticmethod
+        def parse_devices(devices: Any) -> Any:
+            return list(range(devices))
+
+        @staticmethod
+        def get_parallel_devices(devices: Any) -> Any:
+            return [torch.device("cpu", number) for number in devices]
+
+        @staticmethod
+        def is_available() -> bool:
+            return True
+
+    return Cpus()
+
+
+def run_lightning(rank: int, world_size: int, folder: Path, stage: int, zero: Any) -> Found:
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+
+    from examples import lit, plain
+
+    def trained(resume: str | None = None) -> tuple[list[float], str]:
+        given = {"accelerator": cpus_for_cuda(), "plugins": [TorchElasticEnvironment()], "enable_progress_bar": False}
+        return lit.main(config(stage, zero), str(folder), resume, **given)
+
+    return {
+        "lit": {
+            "plain": plain.main(config(stage, zero)),
+            "whole": trained(),
+            "resumed": trained(f"{folder}/step=3.ckpt"),
+        }
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("stage", "zero"), [(2, None), (3, OFFLOAD)])
+def test_lightnings_strategy_trains_as_the_plain_loop(tmp_path: Path, stage: int, zero: Any) -> None:
+    pytest.importorskip("lightning")
+    for found in run_ranks(2, run_lightning, tmp_path, stage, zero, timeout=300):
+        check(found)
+
+
 def test_examples_are_short() -> None:
     examples = [path for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py"]
     assert {path.stem for path in examples} > set(SAVED) | {"plain"}
