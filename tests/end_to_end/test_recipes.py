@@ -37,7 +37,7 @@ def axolotl(folder: Path) -> Any:
 
 
 def swift(folder: Path) -> Any:
-    """What its trainers do with ``--optimizer``: they ask for a template and a registered model, and this one does not."""
+    """What its trainers do with ``--optimizer``, without the template and the registered model that they ask for."""
     from swift.optimizers import optimizers_map
     from transformers import Trainer
 
