@@ -69,9 +69,9 @@ def test_the_trainer_by_its_json_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("stage", "zero"), [(2, None), (3, None), (2, OFFLOAD), (3, OFFLOAD)])
+@pytest.mark.parametrize(("stage", "zero"), [(1, OFFLOAD), (2, None), (3, None), (2, OFFLOAD), (3, OFFLOAD)])
 def test_every_example_trains_as_the_plain_loop(tmp_path: Path, stage: int, zero: Any) -> None:
-    names = list(SAVED)
+    names = ["trainer", "accelerated"] if stage == 1 else list(SAVED)
     for package in NEEDS.values():
         pytest.importorskip(package)
     for found in run_ranks(2, run_examples, tmp_path, names, stage, zero, timeout=600):
@@ -218,10 +218,9 @@ def autos(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     fresh()
     settings = auto(2, scheduler=WARMUP)
     found: dict[str, Any] = {"warmup": logged(folder / "warmup", settings), "accelerate": by_accelerate(settings)}
-    found["cosine"] = logged(folder / "cosine", auto(3), lr_scheduler_type="cosine")
-    found["cosine resumed"] = logged(
-        folder / "cosine", auto(3), f"{folder}/cosine/checkpoint-3", lr_scheduler_type="cosine"
-    )
+    cosine = {"settings": auto(3, bf16={"enabled": "auto"}), "lr_scheduler_type": "cosine", "bf16": True}
+    found["cosine"] = logged(folder / "cosine", **cosine)
+    found["cosine resumed"] = logged(folder / "cosine", resume=f"{folder}/cosine/checkpoint-3", **cosine)
     scheduler = {"type": "WarmupLR", "params": FILLED}
     plain = config(2, OFFLOAD, scheduler=scheduler, gradient_accumulation_steps=2)
     engine, *_ = ds_optim.initialize(model=small.model(), config=plain)
