@@ -18,7 +18,7 @@ check_hostfile "$hostfile"
 if [[ ${rest[0]} == compare || ${rest[0]} == memory ]]; then
     drive "$(ranks_of "$hostfile")" "$LAUNCH/hostfile.sh" --hostfile "$(realpath "$hostfile")" ${master:+--master "$master"}
 fi
-need deepspeed "pip install ds-optim, or bash launch/quickstart.sh"
+need deepspeed "pip install 'ds-optim[all]', or bash launch/quickstart.sh"
 need pdsh "install it (apt-get install pdsh), or use launch/openmpi.sh or launch/torchrun.sh"
 mapfile -t hosts < <(hosts_of "$hostfile")
 

@@ -14,7 +14,7 @@ ranks=""
 take_options --ranks=ranks -- "$@"
 [[ -z $ranks ]] || whole --ranks "$ranks"
 check_gpus "${ranks:-1}" "$(usable_gpus)" "this machine"
-need deepspeed "pip install ds-optim, or bash launch/quickstart.sh"
+need deepspeed "pip install 'ds-optim[all]', or bash launch/quickstart.sh"
 if [[ ${rest[0]} == compare || ${rest[0]} == memory ]]; then
     # These start ranks of this machine by themselves.
     command=("$python" -m ds_optim "${rest[0]}" ${ranks:+--ranks "$ranks"} "${rest[@]:1}")

@@ -20,7 +20,7 @@ take_options --ranks=ranks --nodes=nodes --rendezvous=rendezvous --id=id -- "$@"
 [[ -z $ranks ]] || whole --ranks "$ranks"
 whole --nodes "$nodes"
 check_gpus "${ranks:-1}" "$(usable_gpus)" "this machine"
-need torchrun "pip install ds-optim, or bash launch/quickstart.sh"
+need torchrun "pip install 'ds-optim[all]', or bash launch/quickstart.sh"
 ranks="${ranks:-$(usable_gpus)}"
 ((ranks > 0)) || ranks=1
 if [[ -z $rendezvous ]] && ((nodes > 1)); then

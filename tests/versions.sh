@@ -15,8 +15,11 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 # Oldest and newest of each, met by as few environments as can be.
 PAIRS=("python3.10 2.9.0 0.19.8" "python3.11 2.13.0 0.19.8 transformers<5" "python3.13 2.14.1 0.19.8")
-TESTS=(tests/unit tests/distributed/test_first_step.py tests/distributed/test_exchange.py
-    tests/distributed/test_same_gradients.py tests/distributed/test_checkpoint.py tests/distributed/test_convert_config.py)
+# Where the package touches torch and DeepSpeed: private names, files of checkpoints, layouts, compiled code.
+TESTS=(tests/unit/test_{optimizers,defaults_of_torch,plain_tensors,native,fused,momentum,polar,routing,groups}.py
+    tests/unit/test_{config,config_reading,convert_config,checkpoint_loadable,bf16_masters,unstepped,locks}.py
+    tests/distributed/test_{first_step,same_gradients,checkpoint,schedulers,ways_in,convert_config}.py
+    tests/end_to_end/test_core_alone.py)
 
 say() { printf '== %s\n' "$*"; }
 
