@@ -390,3 +390,16 @@ def test_a_rule_that_chooses_rows_takes_gates_and_ups_that_take_turns_row_by_row
     assert apart is not None
     assert apart.describe() == "3 x 32x32 (split, interleave)"
     assert apart.selected(0.5).describe() == "3 x 16x32 (split, interleave)"
+
+
+@pytest.mark.parametrize(("name", "config"), [("GptOssForCausalLM", MOE), ("GPT2LMHeadModel", OF_GPT2)])
+def test_shapes_under_zero_init_are_the_whole_ones(name: str, config: dict[str, Any]) -> None:
+    model, whole = made(name, config), made(name, config)
+    for p in model.parameters():
+        p.ds_shape, p.ds_numel = p.shape, p.numel()  # type: ignore[attr-defined]
+        p.data = torch.empty(0)
+    found, expected = (
+        {m.spec.name: m.view for group in param_groups(one, heads="auto") for m in group[MEMBERS]}
+        for one in (model, whole)
+    )
+    assert found == expected
