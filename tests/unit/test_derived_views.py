@@ -168,6 +168,7 @@ def test_fused_queries_keys_and_values_are_what_the_model_takes_for_them(
         ("ModernBertForMaskedLM", SMALL, "Wi", "2 x 24x32 (split)"),
         ("MixtralForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (split, batch_dims)"),
         ("Qwen3MoeForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (split, batch_dims)"),
+        ("JetMoeForCausalLM", {**MOE, "kv_channels": 8}, "mlp.input_linear", "6 x 24x32 (split, batch_dims)"),
         ("GptOssForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (transpose, split, interleave, batch_dims)"),
         ("Llama4ForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (transpose, split, batch_dims)"),
         (
@@ -354,6 +355,7 @@ class Block(nn.Module):
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.zeros(3, 32, 8))
         self.experts.w2 = nn.Parameter(torch.zeros(3, 8, 16))
+        self.experts.conv = nn.Conv1d(4, 6, 3)
 
 
 def test_a_layout_that_is_not_known_is_not_guessed() -> None:
@@ -368,6 +370,7 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
         "attn.out_proj.weight": ("8x8", ""),
         "experts.gate_up_proj": ("3 x 32x8 (batch_dims)", f"3 experts, gate and up {unknown}"),
         "experts.w2": ("3 x 8x16 (batch_dims)", "3 experts"),
+        "experts.conv.weight": ("6x12 (conv)", ""),
     }
 
 
