@@ -341,6 +341,27 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------ one step
     Mutant(
+        "heads that take turns are cut as if they lay in a row",
+        "layouts.py",
+        "key_heads=widths.heads, turns=widths.heads or 0)",
+        "key_heads=widths.heads)",
+        f"{U}derived_views.py",
+    ),
+    Mutant(
+        "gates and ups that take turns are cut in halves",
+        "derived.py",
+        'joined is False or family == "gpt_oss"',
+        "False",
+        f"{U}derived_views.py",
+    ),
+    Mutant(
+        "rows are chosen of a whole turn, whatever heads lie in it",
+        "views.py",
+        "max(1, heads // self.interleave)",
+        "1",
+        f"{U}selection.py",
+    ),
+    Mutant(
         "matrices do not decay",
         "matrix_steps.py",
         "apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale",

@@ -76,6 +76,10 @@ class MatrixView:
         if self.heads and len(self.heads) != len(parts):
             raise UserError(f"heads {list(self.heads)} does not fit {len(parts)} parts; write one number for each part")
         for rows, heads in zip(parts, self.heads, strict=False):
+            if self.interleave and heads % self.interleave and self.interleave % heads:
+                raise UserError(
+                    f"heads {heads} and interleave {self.interleave}: none divides the other; write heads as many times"
+                )
             if rows % heads:
                 raise UserError(f"heads {heads} does not divide {rows} rows (fan-out); write a divisor of {rows}")
 
@@ -117,16 +121,22 @@ class MatrixView:
         shape = (*self.shape[: self.batch_dims], self.rows, 1)
         return replace(self, shape=shape, transpose=False)
 
+    @property
+    def in_a_row(self) -> MatrixView:
+        """The view, but for rules that choose rows of each turn, one matrix where a turn has a single row of a part."""
+        is_single = self.interleave > 0 and min(self.split) == self.interleave
+        return replace(self, split=(), heads=(), interleave=0) if is_single else self
+
     def selected(self, fraction: float) -> MatrixView:
         """How so many rows of each matrix, one behind the other as they lie in the parameter, are seen as matrices."""
         groups = [part.shape for part in self.row_groups(torch.empty(self.of_rows.numel, device="meta"))]
-        kept = [many * selected_rows(rows, fraction) for _, many, rows in groups]
+        kept = [math.prod(many) * selected_rows(rows, fraction) for _, *many, rows in groups]
         shape = list(self.shape)
         shape[-1 if self.transpose else self.batch_dims] = sum(kept)
         return replace(self, shape=tuple(shape), split=tuple(kept) if self.split else (), of=self)
 
     def row_groups(self, values: Tensor) -> list[Tensor]:
-        """One value for each row, (rows,), by part of the split: a strided view (stacked, groups, rows of a group).
+        """One value for each row, (rows,), by part of the split: a strided view (stacked, groups, …, rows of a group).
 
         Rows of a group lie together, so that as many of each, in their order, are seen as the whole parameter is.
         """
@@ -194,7 +204,8 @@ class MatrixView:
         return list(zip(parts, self.heads or (1,) * len(parts), strict=True))
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
-        """Strided views of ``flat``, one a part: (stacked, heads, m, n), or (stacked, turns, rows of a turn, n).
+        """Strided views of ``flat``, one a part: (stacked, heads, m, n), or with turns (stacked, turns, heads of a
+        turn, rows of such a head, n); a turn may also be a part of a head.
 
         Elements are in the order of the part's block either way.
         """
@@ -207,7 +218,9 @@ class MatrixView:
         parts = self._parts()
         if self.interleave:
             turns = stack.unflatten(1, (self.interleave, -1))
-            return list(turns.split([rows // self.interleave for rows, _ in parts], dim=2))
+            cuts = turns.split([rows // self.interleave for rows, _ in parts], dim=2)
+            each = [max(1, heads // self.interleave) for _, heads in parts]
+            return [cut.unflatten(2, (count, -1)) for cut, count in zip(cuts, each, strict=True)]
         cuts = stack.split([rows for rows, _ in parts], dim=1)
         return [cut.unflatten(1, (heads, -1)) for cut, (_, heads) in zip(cuts, parts, strict=True)]
 

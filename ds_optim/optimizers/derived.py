@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from ds_optim.sharding.binding import full_shape
 
 UNKNOWN = "fused in a way that is not known"
 NO_HEADS = "whole: its rows are not the config's heads"
+#: Stacks of gates and ups: of transformers 5, and of JetMoe and Granite's own.
+_GATE_AND_UP = re.compile(r"\bgate_up_proj$|\b(mlp|block_sparse_moe)\.input_linear\.weight$")
 _LORA_B = "LoRA's B of "
 
 
@@ -104,8 +107,9 @@ class DerivedViews:
             return
         for name, parameter in module.named_parameters(recurse=False):
             shape = full_shape(parameter)
-            if len(shape) == 3 and min(shape) > 1 and "bias" not in name:
-                self._add_stack(module, name, parameter, shape)
+            is_stack = id(parameter) not in self._kinds.convolutions | self._kinds.transposed_convolutions
+            if is_stack and len(shape) == 3 and min(shape) > 1 and "bias" not in name:
+                self._add_stack(module, f"{path}.{name}", parameter, shape)
             elif len(shape) == 2 and family_of(module) == "dbrx":
                 experts = widths.first("moe_num_experts")
                 if experts and shape[0] % experts == 0:
@@ -115,7 +119,7 @@ class DerivedViews:
         options: dict[str, Any] = {"batch_dims": 1}
         what = f"{shape[0]} experts"
         rows = shape[2] if id(parameter) in self._kinds.transposed else shape[1]
-        if name == "gate_up_proj" and rows % 2 == 0:
+        if _GATE_AND_UP.search(name) and rows % 2 == 0:
             joined = getattr(module, "is_concatenated", None)  # transformers 5 says it
             family = family_of(module)
             if joined is None and not family:

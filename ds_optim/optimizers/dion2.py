@@ -59,8 +59,10 @@ class Dion2(ZeroOptimizer):
 
     Defaults are those of the authors' code, github.com/microsoft/dion, whose norm of a row is that sum too. Ours: rows
     (fan-out) are chosen, whatever the side that is shorter, and over the whole matrix, wherever ZeRO cuts it; the
-    code chooses by shards. Of rows of one sum the first ones are taken. With fraction 1 this is Muon without nesterov
-    and with momentum that is not divided by 1 - mu, which orthogonalization does not see.
+    code chooses by shards. Where fused parts take turns (GPT-NeoX), the same fraction of each turn is chosen; gates and
+    ups that do so row by row (gpt-oss) are one matrix here. Of rows of one sum the first ones are taken. With
+    fraction 1 this is Muon without nesterov, and with momentum that is not divided by 1 - mu, which orthogonalization
+    does not see.
 
     Keeps one fp32 value a parameter. Beside ZeRO's own a step moves ``fraction`` of what Muon moves (as many rows are
     chosen everywhere; whose, differs from step to step), and joins 8 bytes a row of cut matrices in one all-reduce.

@@ -7,7 +7,7 @@ stands in a group before construction wins over the constructor's arguments, whi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from ds_optim.optimizers.checks import Check, check_at_least_zero, check_choice,
 from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales
 from ds_optim.optimizers.options import aux_options
 from ds_optim.optimizers.routing import AUX, FOREIGN, MATRIX, MEMBERS, ROLES, VECTOR, routed, unnamed_group
-from ds_optim.optimizers.rules import RULES, Group
+from ds_optim.optimizers.rules import FRACTION, RULES, Group
 from ds_optim.sharding.binding import Member, check_plain, full_shape, is_optimized
 from ds_optim.sharding.layout import ParamSpec
 
@@ -81,8 +81,11 @@ def build_groups(
     decay_1d = bool(options.get("decay_1d", False))
     taken = {group["name"] for group in there.groups}
     given = list(_with_unique_names(_given(params, needs_routes=has_aux, needs_names=by_name), taken))
-    members = [group[MEMBERS] for group in given]
     recipes = [own if group["role"] == MATRIX else aux for group in given]
+    members = [
+        [_for_rule(recipe.rule, member) for member in group[MEMBERS]]
+        for group, recipe in zip(given, recipes, strict=True)
+    ]
     seed = check_seed("seed", options.get("seed", 0))
     groups = [
         _filled(group, recipe, seed, decays=decay_1d or group["role"] != VECTOR)
@@ -94,6 +97,19 @@ def build_groups(
             check_all_match(check_layer_scales("layer_scales", group["layer_scales"]), chain(*members))
     ratios = [_ratio(group["lr"], recipe, lr) for group, recipe in zip(groups, recipes, strict=True)]
     return Built(groups=groups, members=members, ratios=ratios)
+
+
+def _for_rule(rule: str, member: Member) -> Member:
+    """The member as the rule can see it: rows are chosen by turns, so that none is left out of a turn of one row."""
+    view = member.view.in_a_row if member.view is not None and FRACTION in RULES[rule].hyper else member.view
+    if view == member.view:
+        return member
+    if not member.derived:
+        raise UserError(
+            f"views: {member.spec.name} has parts that take turns row by row, of which none can be chosen: leave "
+            "interleave out"
+        )
+    return replace(member, view=view, derived=f"one matrix for rows to be chosen of: {member.derived}")
 
 
 def hyper_of(group: Group) -> Group:

@@ -90,7 +90,7 @@ class Kinds:
 
     def _add(self, module: nn.Module) -> None:
         kind = type(module).__name__
-        weight = module._parameters.get("weight")
+        weight = self._weight_of(module)
         up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter):
             # (E, h, 2 i) and (E, i, h) share h here only where they are multiplied from the right.
@@ -116,6 +116,19 @@ class Kinds:
                 self._vectors[id(weight)] = DEPTHWISE
         elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             self.transposed_convolutions.add(id(weight))
+
+    def _weight_of(self, module: nn.Module) -> nn.Parameter | None:
+        """A module's weight, also where weight norm stores its direction and its norms (by both of torch's ways)."""
+        own, norms = module._parameters.get("weight"), module._parameters.get("weight_g")
+        if own is None:
+            own = module._parameters.get("weight_v")
+        stored = getattr(module, "parametrizations", None)
+        if isinstance(stored, nn.ModuleDict) and "weight" in stored:
+            parts = stored["weight"]._parameters
+            own, norms = parts.get("original1", parts.get("original")), parts.get("original0")
+        if norms is not None:
+            self._vectors[id(norms)] = GAIN
+        return own
 
 
 def _beside_experts(name: str) -> Iterator[str]:

@@ -182,13 +182,17 @@ _FUSED: dict[str, tuple[tuple[Layout, str], ...]] = {
             _thirds,
             "blip blip_2 instructblip instructblipvideo qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe"
             " qwen3_omni_moe glm4v glm4v_moe glm_image glm_ocr ernie4_5_vl_moe sam sam2 sam_hq vitdet mgp_str hiera"
-            " timesformer florence2",
+            " timesformer florence2 got_ocr2 deepseek_ocr2 unlimited_ocr pp_formulanet seggpt slanext dots3_note"
+            " glm5_next cohere_compass",
         ),
+        (in_a_row, "exaone4_5"),
     ),
     "in_proj_qkvz": ((_delta_with_gates, "qwen3_next"),),
     "in_proj_qkv": ((_delta_in_a_row, "qwen3_5 qwen3_5_moe"),),
     "q_proj": ((_query_and_gate, "qwen3_next qwen3_5 qwen3_5_moe"),),
-    "gate_up_proj": ((_halves, "phi3 phi4_multimodal glm glm4 glm4v glm_image glm_ocr dia zamba2"),),
+    "gate_up_proj": (
+        (_halves, "phi3 phi4_multimodal glm glm4 glm4v glm_image glm_ocr dia zamba2 dots3_note minimax_m3_vl"),
+    ),
     "Wi": ((_halves, "modernbert modernbert_decoder"),),
     "input_linear": ((_halves, "granitemoeshared granitemoehybrid"),),
 }
@@ -196,6 +200,8 @@ _FUSED: dict[str, tuple[tuple[Layout, str], ...]] = {
 _DEEP: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # (width, heads, size of a head): one matrix, whose rows are the first dimension
     "xlnet": (("q", "k", "v", "o", "r"), {}),
+    "funnel": (("r_kernel",), {}),
+    "zamba": (("x_proj_weight", "dt_proj_weight"), {"batch_dims": 1}),
     # one matrix for each block of a diagonal, multiplied from the right
     "recurrent_gemma": (("input_gate_weight", "recurrent_gate_weight"), {"batch_dims": 1, "transpose": True}),
 }

@@ -256,6 +256,31 @@ def test_older_routes_are_told_apart_and_converted(tmp_path: Path) -> None:
     now.load_state_dict(converted(folder, tmp_path / "now", "Muon")["optimizer"])
 
 
+class Experts(nn.Module):
+    """With experts in one parameter, which took the aux rule once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 6)
+        self.experts = nn.ParameterDict({"down_proj": torch.zeros(3, 6, 4)})
+
+
+def test_experts_that_took_the_aux_rule_are_told_and_converted(tmp_path: Path) -> None:
+    model = Experts()
+    older = ds_optim.Muon(ds_optim.param_groups(model, views_defaults=False), **FP32)
+    trained(model, older)
+    folder = save_unsharded(tmp_path / "older", model, older)
+    now = ds_optim.Muon(ds_optim.param_groups(Experts()), **FP32)
+    with pytest.raises(
+        UserError, match=r"experts.down_proj \(3, 6, 4\) is in 'matrix' here and in 'aux' there.*views_defaults"
+    ):
+        now.load_state_dict(older.state_dict())
+    # Heads need modules, which a checkpoint has not; no role depends on it
+    now.load_state_dict(converted(folder, tmp_path / "now", "Muon", heads="auto")["optimizer"])
+    same = ds_optim.Muon(ds_optim.param_groups(Experts(), views_defaults=False), **FP32)
+    same.load_state_dict(older.state_dict())
+
+
 def test_the_state_of_the_first_release_loads() -> None:
     """It has no description."""
     model = Tangle()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import ds_optim
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
+from ds_optim.memory.estimate_model import shape_of_module
+from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.optimizers.routing import MEMBERS, param_groups
 from ds_optim.sharding.binding import Member
 
@@ -166,6 +168,7 @@ def test_fused_queries_keys_and_values_are_what_the_model_takes_for_them(
         ("ModernBertForMaskedLM", SMALL, "Wi", "2 x 24x32 (split)"),
         ("MixtralForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (split, batch_dims)"),
         ("Qwen3MoeForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (split, batch_dims)"),
+        ("JetMoeForCausalLM", {**MOE, "kv_channels": 8}, "mlp.input_linear", "6 x 24x32 (split, batch_dims)"),
         ("GptOssForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (transpose, split, interleave, batch_dims)"),
         ("Llama4ForCausalLM", MOE, "experts.gate_up_proj", "6 x 24x32 (transpose, split, batch_dims)"),
         (
@@ -204,6 +207,37 @@ def test_linear_attention_of_qwen3_next_falls_into_its_four() -> None:
     heads = member_of(model, "in_proj_qkvz", heads="auto").view
     assert heads is not None
     assert heads.matrices() == [(2, 8, 32), (2, 8, 32), (4, 6, 32), (4, 6, 32)]
+
+
+def test_a_tower_of_vision_and_torchs_own_attention_have_thirds() -> None:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
+
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = VisionAttention(Qwen2VLVisionConfig(embed_dim=16, num_heads=2, attn_implementation="eager"))
+            self.mha = nn.MultiheadAttention(16, 2, bias=False)
+
+    torch.manual_seed(0)
+    tower, x = Tower(), torch.randn(5, 16)
+    nn.init.zeros_(tower.attn.qkv.bias)
+    nn.init.zeros_(tower.attn.proj.bias)
+    around, ends = (torch.ones(5, 8), torch.zeros(5, 8)), torch.tensor([0, 5])
+    runs = {
+        "qkv": lambda: tower.attn(x, cu_seqlens=ends, position_embeddings=around),
+        "in_proj_weight": lambda: tower.mha(x, x, x)[0],
+    }
+    for name, run in runs.items():
+        member = member_of(tower, name)
+        assert member.view is not None
+        assert member.view.describe() == "3 x 16x16 (split)"
+        found = []
+        for number in range(3):
+            with torch.no_grad(), zeroed(member, (number, slice(None))):
+                found.append(run())
+        assert found[2].abs().max() == 0
+        torch.testing.assert_close(found[0], found[1])
 
 
 #: Class, config, and of each projection its heads by part: a list of how many output heads one of them feeds.
@@ -321,6 +355,7 @@ class Block(nn.Module):
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.zeros(3, 32, 8))
         self.experts.w2 = nn.Parameter(torch.zeros(3, 8, 16))
+        self.experts.conv = nn.Conv1d(4, 6, 3)
 
 
 def test_a_layout_that_is_not_known_is_not_guessed() -> None:
@@ -335,18 +370,39 @@ def test_a_layout_that_is_not_known_is_not_guessed() -> None:
         "attn.out_proj.weight": ("8x8", ""),
         "experts.gate_up_proj": ("3 x 32x8 (batch_dims)", f"3 experts, gate and up {unknown}"),
         "experts.w2": ("3 x 8x16 (batch_dims)", "3 experts"),
+        "experts.conv.weight": ("6x12 (conv)", ""),
     }
 
 
-def test_a_rule_that_chooses_rows_keeps_parts_whose_rows_take_turns_apart() -> None:
-    model = made("GPTNeoXForCausalLM", SMALL)
-    name = "gpt_neox.layers.0.attention.query_key_value.weight"
-    optimizer = ds_optim.Dion2(param_groups(model), fraction=0.25)
-    seen = {m.spec.name: m for members in optimizer.members for m in members}
-    assert seen[name].view == MatrixView(shape=(96, 32), split=(32, 32, 32), interleave=4)
-    assert seen[name].view.selected(0.25).describe() == "3 x 8x32 (split, interleave)"
-    phi = made("Phi3ForCausalLM", GQA)
-    apart = {m.spec.name: m for members in ds_optim.Dion2(param_groups(phi)).members for m in members}
-    view = apart["model.layers.0.self_attn.qkv_proj.weight"].view
-    assert view is not None
-    assert view.describe() == "32x32 + 2 x 16x32 (split)"
+def test_a_rule_that_chooses_rows_takes_gates_and_ups_that_take_turns_row_by_row_as_one_matrix() -> None:
+    """No row could be left out of a turn of one; heads that take turns have rows enough."""
+    model = made("GptOssForCausalLM", MOE)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    whole = MatrixView(shape=(3, 32, 48), batch_dims=1, transpose=True)
+    seen = {m.spec.name: m for members in ds_optim.Dion2(param_groups(model)).members for m in members}
+    assert seen[name].view == whole
+    assert seen[name].derived == "one matrix for rows to be chosen of: 3 experts, gate and up apart"
+    plan = plan_optimizer(shape_of_module("oss", model), "dion2")
+    assert {p.name: p.view for p in plan.groups[0].parameters}[name] == whole
+    written = [{"match": "gate_up_proj$", "split": [24, 24], "interleave": 24, "batch_dims": 1}]
+    with pytest.raises(UserError, match=r"gate_up_proj has parts that take turns row by row.*leave interleave out"):
+        ds_optim.Dion2(param_groups(model, views=written))
+    neox = ds_optim.Dion2(param_groups(made("GPTNeoXForCausalLM", SMALL)))
+    views = {m.spec.name: m.view for members in neox.members for m in members}
+    apart = views["gpt_neox.layers.0.attention.query_key_value.weight"]
+    assert apart is not None
+    assert apart.describe() == "3 x 32x32 (split, interleave)"
+    assert apart.selected(0.5).describe() == "3 x 16x32 (split, interleave)"
+
+
+@pytest.mark.parametrize(("name", "config"), [("GptOssForCausalLM", MOE), ("GPT2LMHeadModel", OF_GPT2)])
+def test_shapes_under_zero_init_are_the_whole_ones(name: str, config: dict[str, Any]) -> None:
+    model, whole = made(name, config), made(name, config)
+    for p in model.parameters():
+        p.ds_shape, p.ds_numel = p.shape, p.numel()  # type: ignore[attr-defined]
+        p.data = torch.empty(0)
+    found, expected = (
+        {m.spec.name: m.view for group in param_groups(one, heads="auto") for m in group[MEMBERS]}
+        for one in (model, whole)
+    )
+    assert found == expected

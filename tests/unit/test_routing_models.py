@@ -370,6 +370,29 @@ def test_vectors_stored_as_matrices_are_none() -> None:
     assert {m.spec.name for m in everything[0][MEMBERS]} == {"grouped.weight", "experts.up"}, "no option makes them any"
 
 
+def test_weight_norm_stores_a_layers_weight_and_its_norms() -> None:
+    from torch.nn.utils import parametrizations, weight_norm
+
+    model = nn.Module()
+    model.conv = parametrizations.weight_norm(nn.Conv1d(4, 6, 3))
+    model.linear = parametrizations.weight_norm(nn.Linear(4, 6))
+    model.deep = parametrizations.weight_norm(nn.Conv1d(4, 4, 3, groups=4), dim=2)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        model.older = weight_norm(nn.Conv1d(4, 6, 3))
+    found = {m.spec.name: m for group in param_groups(model) for m in group[MEMBERS] if m.spec.shape[1:]}
+    seen = {name: m.view.describe() if m.view else m.reason for name, m in found.items()}
+    assert seen == {
+        "conv.parametrizations.weight.original0": "gain",
+        "conv.parametrizations.weight.original1": "6x12 (conv)",
+        "linear.parametrizations.weight.original0": "gain",
+        "linear.parametrizations.weight.original1": "6x4",
+        "deep.parametrizations.weight.original0": "gain",
+        "deep.parametrizations.weight.original1": "depthwise convolution",
+        "older.weight_g": "gain",
+        "older.weight_v": "6x12 (conv)",
+    }
+
+
 def test_the_defaults_can_be_turned_off() -> None:
     model = model_of("MixtralForCausalLM")
     groups = param_groups(model, matrix_exclude=["lm_head"], matrix_exclude_defaults=False)

@@ -32,13 +32,22 @@ VIEW = {
     "turned heads": MatrixView(shape=(3, 4, 6), transpose=True, batch_dims=1, heads=(2,)),
     "experts": MatrixView(shape=(3, 4, 7), batch_dims=1),
     "in turns": MatrixView(shape=(18, 4), split=(12, 6), interleave=2),
+    "heads of turns": MatrixView(shape=(24, 5), split=(12, 12), interleave=2, heads=(4, 2)),
+    "turns of heads": MatrixView(
+        shape=(2, 5, 24), transpose=True, batch_dims=1, split=(16, 8), interleave=4, heads=(2, 4)
+    ),
 }
 VALUES = {name: torch.randn(view.numel, generator=torch.Generator().manual_seed(1)) for name, view in VIEW.items()}
 
 
 def by_turn(view: MatrixView, block: torch.Tensor) -> torch.Tensor:
     """A block (count, m, n) with the rows of each turn as matrices of their own: of each turn as many are chosen."""
-    return block.reshape(-1, block.shape[1] // (view.interleave or 1), block.shape[2])
+    return block.reshape(-1, block.shape[1] // turns_of(view, len(block)), block.shape[2])
+
+
+def turns_of(view: MatrixView, count: int) -> int:
+    """In how many turns each of a block's matrices lies, of which a stack of experts has ``count``."""
+    return max(1, view.interleave // (count // math.prod(view.shape[: view.batch_dims])))
 
 
 def rows_by_hand(view: MatrixView, values: torch.Tensor) -> torch.Tensor:
@@ -145,8 +154,8 @@ def test_a_plan_counts_a_fraction_of_what_travels_and_of_the_work() -> None:
     bytes_of = [sum(plan.sent_bytes(rank) for rank in range(3)) for plan in (part, all_of_it)]
     assert bytes_of[0] == pytest.approx(bytes_of[1] / 4, rel=0.05)
     for param, view in part.views.items():
-        turns = view.interleave or 1
-        rows = [turns * selected_rows(m // turns, 0.25) for _, m, _ in view.matrices()]
+        turns = [turns_of(view, count) for count, _, _ in view.matrices()]
+        rows = [t * selected_rows(m // t, 0.25) for t, (_, m, _) in zip(turns, view.matrices(), strict=True)]
         worked = [part.shape.cost(k, n, part.polar) * c for k, (c, _, n) in zip(rows, view.matrices(), strict=True)]
         assert part.costs[param] == sum(worked) < all_of_it.costs[param]
 

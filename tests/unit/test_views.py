@@ -55,7 +55,8 @@ def shapes_and_options(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any]
             options["heads"] = heads
     else:
         heads = [1] * parts
-    turns = draw(st.integers(1, 3)) if parts > 1 else 0
+    fitting = [turns for turns in (1, 2, 3) if all(h % turns == 0 or turns % h == 0 for h in heads)]
+    turns = draw(st.sampled_from(fitting)) if parts > 1 else 0
     rows = [turns * count * draw(st.integers(1, 4)) if turns else count * draw(st.integers(1, 4)) for count in heads]
     if turns:
         options["interleave"] = turns
@@ -160,6 +161,7 @@ def test_equal_options_make_equal_hashable_views() -> None:
         ((8, 4), {"transpose": 1}, "true or false"),
         ((8, 4), {"split": [4, 4], "interleave": 3}, "each a multiple of 3"),
         ((8, 4), {"interleave": 2}, "write two parts or more"),
+        ((24, 4), {"split": [12, 12], "interleave": 2, "heads": 3}, "none divides the other"),
         ((8, 4), {"split": [4, 4], "interleave": -2}, "whole number such as the number of heads"),
         ((8, 4), {"batch_dims": -1}, "whole number"),
         ((8, 4), {"batch_dims": True}, "whole number"),
