@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ds_optim.elementwise.noise import stream_of, uniform
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_betas, check_period, check_positive, one_of
+from ds_optim.optimizers.checks import check_beta, check_betas, check_period, check_positive, one_of
 from ds_optim.optimizers.options import check_options
 from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Group, rule
@@ -130,4 +130,5 @@ class SignMuon(LionMuon):
         **options: Unpack[MatrixOptions],
     ) -> None:
         check_options(type(self), options)  # LionMuon would take its betas
+        beta = check_beta("beta", beta)
         super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, **options)

@@ -7,9 +7,11 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
+import torch
+
+from ds_optim.matrix.dispatch import device_name
 
 _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 
@@ -17,7 +19,7 @@ _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 def describe_machine() -> dict[str, str]:
     """CPU, cores, memory, GPUs and versions. Starts no CUDA context: workers will want the whole device."""
     described = {
-        "CPU": _cpu_name(),
+        "CPU": device_name(torch.device("cpu")),
         "Cores": _cores(),
         "Memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "GPU": ", ".join(_gpu_names()) or "none",
@@ -30,15 +32,6 @@ def describe_machine() -> dict[str, str]:
         except PackageNotFoundError:
             described[package] = "not installed"
     return described
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cores() -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from ds_optim.optimizers.lion_muon import is_spectral
+
 from .harness import run_ranks
 from .models import TinyNet
 from .small_runs import (
@@ -34,6 +36,13 @@ BEFORE, AFTER = 3, 2
 
 ADAMW_AUX: Mapping[str, Any] = {"type": "Muon", "params": {**MUON["params"], "aux": "adamw"}}  # type: ignore[dict-item]
 
+SPECTRAL_FIRST_AND_LAST = 14
+"""Of five steps this seed makes the first and the last spectral: a count that starts anew would be seen."""
+RANDOM_PERIOD: Mapping[str, Any] = {
+    "type": "LionMuon",
+    "params": {**LION_MUON["params"], "period_mode": "random", "seed": SPECTRAL_FIRST_AND_LAST},  # type: ignore[dict-item]
+}
+
 NARROW = [(0, "bfloat16"), (1, "int8"), (2, "bfloat16"), (3, "int8"), (3, "bfloat16")]
 CELLS = [
     *((Cell(stage=s), o) for s in (0, 1, 2, 3) for o in (LION, MUON, LION_MUON)),
@@ -47,6 +56,9 @@ CELLS = [
     *((Cell(stage=s), {**LION_MUON, "params": {**LION_MUON["params"], "momentum_dtype": d}}) for s, d in NARROW),
     (Cell(stage=1), ADAMW_AUX),
     (Cell(stage=3), ADAMW_AUX),
+    *((Cell(stage=s), RANDOM_PERIOD) for s in (0, 2)),
+    (Cell(stage=3, zero={"sub_group_size": 300}), {"type": "LASM", "params": {"lr": 1e-2}}),
+    (Cell(stage=1, dtype="bf16"), {"type": "StoSignSGD", "params": {"lr": 1e-2, "seed": 3}}),
 ]
 SCHEDULE = {
     "scheduler": {
@@ -99,6 +111,11 @@ def saved_and_loaded(rank: int, world_size: int, folder: Path) -> dict[str, dict
 
 def _momentum_dtype(optimizer: Mapping[str, Any]) -> str:
     return f"torch.{optimizer['params'].get('momentum_dtype', 'float32')}"
+
+
+def test_a_resumed_phase_is_told_from_one_that_starts_anew() -> None:
+    phases = [is_spectral(step, 2, "random", SPECTRAL_FIRST_AND_LAST) for step in range(BEFORE + AFTER)]
+    assert phases[BEFORE:] != phases[:AFTER]
 
 
 @pytest.mark.full

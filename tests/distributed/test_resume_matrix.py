@@ -1,7 +1,7 @@
 """Every optimizer goes on from a checkpoint bit for bit, over stages, momentum dtypes, accumulation and offload.
 
 --full: a cell an optimizer, so chosen that every pair of (stage, dtype, momentum, accumulation, offload) occurs;
-DS_OPTIM_ALL_CELLS=1 runs the product. (test_checkpoint.py and test_family_resume.py look closer at fewer of them.)
+DS_OPTIM_ALL_CELLS=1 runs the product. (test_checkpoint.py looks closer at fewer of them.)
 """
 
 from __future__ import annotations

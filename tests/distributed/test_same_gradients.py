@@ -50,23 +50,6 @@ CELLS = cells(
     product((3, 4), PLACES, OPTIMIZERS),
 )
 
-IDENTITY_PLACES = cells(["z3"], ["z1"])
-# One rule and its params, and another that it must be to the bit.
-IDENTITIES: dict[str, tuple[Run, Run]] = {
-    "LionMuon with period inf is Lion at lr/sign_lr_ratio": (
-        Run(type="LionMuon", params={"lr": 0.01, "sign_lr_ratio": 8, "period": "inf", "weight_decay": 0.3}),
-        Run(type="Lion", params={"lr": 0.01 / 8, "weight_decay": 0.3}),
-    ),
-    "LionMuon with period 1 and one beta is Muonlight without nesterov": (
-        Run(type="LionMuon", params={"lr": 0.01, "period": 1, "betas": (0.95, 0.95), "aux_lr": 0.002}),
-        Run(type="Muonlight", params={"lr": 0.01, "momentum": 0.95, "nesterov": False, "aux_lr": 0.002}),
-    ),
-    "SignMuon is LionMuon with one beta": (
-        Run(type="SignMuon", params={"lr": 0.01, "beta": 0.8, "sign_lr_ratio": 20}),
-        Run(type="LionMuon", params={"lr": 0.01, "betas": (0.8, 0.8), "sign_lr_ratio": 20}),
-    ),
-}
-
 
 def _placed(run: Run, place: str) -> Run:
     return replace(run, stage=PLACES[place].stage, zero=PLACES[place].zero, steps=STEPS)
@@ -95,18 +78,6 @@ def unsharded() -> dict[str, Weights]:
     return run_ranks(1, train_all_plain, init=False)[0]
 
 
-@cache
-def identical_runs() -> dict[str, Weights]:
-    """Both sides of each identity at two places, on two ranks."""
-    pairs = {
-        f"{name} {side} {place}": _placed(run, place)
-        for name, both in IDENTITIES.items()
-        for side, run in enumerate(both)
-        for place in IDENTITY_PLACES
-    }
-    return run_ranks(2, train_all, pairs, timeout=300)[0]
-
-
 def differing(one: Weights, other: Weights) -> list[str]:
     assert set(one) == set(other)
     return [name for name in one if not torch.equal(one[name], other[name])]
@@ -115,13 +86,6 @@ def differing(one: Weights, other: Weights) -> list[str]:
 @pytest.mark.parametrize(("world_size", "place", "name"), CELLS)
 def test_same_gradients_give_the_same_bits(world_size: int, place: str, name: str) -> None:
     assert differing(sharded(world_size)[f"{name} {place}"], unsharded()[name]) == []
-
-
-@pytest.mark.parametrize("place", IDENTITY_PLACES)
-@pytest.mark.parametrize("name", IDENTITIES)
-def test_one_rule_is_another_under_zero(name: str, place: str) -> None:
-    one, other = (identical_runs()[f"{name} {side} {place}"] for side in (0, 1))
-    assert differing(one, other) == []
 
 
 def test_rules_are_told_apart() -> None:

@@ -76,12 +76,18 @@ def test_the_core_trains_saves_and_examines_without_any_extra(tmp_path: Path) ->
             ["doctor"],
             "the command line needs typer, which is not installed: pip install 'ds-optim[report]'",
         ),
-        (
+        pytest.param(
             ("transformers",),
             ["estimate", "--model", "."],
             "transformers, which is not installed: pip install 'ds-optim[train]'",
+            marks=pytest.mark.full,
         ),
-        (("matplotlib",), ["estimate", "--params", "1e6", "--out", "o"], "pip install 'ds-optim[report]'"),
+        pytest.param(
+            ("matplotlib",),
+            ["estimate", "--params", "1e6", "--out", "o"],
+            "pip install 'ds-optim[report]'",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_command_without_its_extra_names_it(

@@ -43,84 +43,62 @@ def f32(x: float) -> np.float32:
 AGREEING = [{name: g * (1 + step) for name, g in entry.items()} for step, entry in enumerate(random_grads(1) * STEPS)]
 """Every element's gradient keeps its sign, and so its momentum agrees with it."""
 
-# (name, hyperparameters, ...) twice, the size of the weights, and the gradients.
-SAME: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], float, list[Grads]]] = {
-    "CLion coordinate, nu 0": ("CLion", {"nu": 0, "lr": 0.01}, "Lion", {"lr": 0.01}, 1.0, random_grads(STEPS)),
-    "CLion tensor, nu 0": (
-        "CLion",
-        {"nu": 0, "gate": "tensor", "lr": 0.01},
-        "Lion",
-        {"lr": 0.01},
-        1.0,
-        random_grads(STEPS),
+Side = tuple[str, dict[str, Any]]
+RATE = {"lr": 0.01, "weight_decay": 0.3}
+MATRIX = {**RATE, "aux_lr": 0.002, "polar": FP32}
+# A rule and its hyperparameters, and another that it must be to the bit; where it takes others, the size of the weights
+# and the gradients.
+SAME: list[tuple[Side, Side] | tuple[Side, Side, float, list[Grads]]] = [
+    (("LionMuon", {**RATE, "sign_lr_ratio": 8, "period": "inf"}), ("Lion", {**RATE, "lr": 0.01 / 8})),
+    (
+        ("LionMuon", {**MATRIX, "period": 1, "betas": (0.95, 0.95)}),
+        ("Muonlight", {**MATRIX, "momentum": 0.95, "nesterov": False}),
     ),
-    "CLion nu 0 without gradients": ("CLion", {"nu": 0}, "Lion", {}, 1.0, constant_grads(0.0, STEPS)),
-    "CautiousLion, all agree": (
-        "CautiousLion",
-        {"lr": 0.01},
-        "Lion",
-        {"lr": 0.01, "betas": (0.95, 0.98)},
-        1.0,
-        AGREEING,
+    (
+        ("SignMuon", {**RATE, "beta": 0.8, "period": 3, "sign_lr_ratio": 20}),
+        ("LionMuon", {**RATE, "betas": (0.8, 0.8), "period": 3, "sign_lr_ratio": 20}),
     ),
+    (("Muonlight", RATE), ("Muon", {**RATE, "scale": "match_rms_adamw"})),
+    (("Lion", {**RATE, "betas": (0.8, 0.8)}), ("Signum", {**RATE, "beta": 0.8})),
+    (("Signum", {**RATE, "beta": 0.0}), ("SignSGD", RATE)),
+    (("CLion", {**RATE, "nu": 0}), ("Lion", RATE)),
+    (("CLion", {**RATE, "nu": 0, "gate": "tensor"}), ("Lion", RATE)),
+    (("CLion", {"nu": 0}), ("Lion", {}), 1.0, constant_grads(0.0, STEPS)),
+    (("CautiousLion", RATE), ("Lion", {**RATE, "betas": (0.95, 0.98)}), 1.0, AGREEING),
     # Decay goes without the ratio: lr wd = (tau lr) (wd / tau), exact for powers of two.
-    "StableLion saturated at 1/16": (
-        "StableLion",
-        {"lr": 0.01, "trust_ratio_max": 0.0625, "weight_decay": 0.5},
-        "Lion",
-        {"lr": 0.01 / 16, "weight_decay": 8.0},
-        1.0,
-        random_grads(STEPS),
+    (
+        ("StableLion", {"lr": 0.01, "trust_ratio_max": 0.0625, "weight_decay": 0.5}),
+        ("Lion", {"lr": 0.01 / 16, "weight_decay": 8.0}),
     ),
-    # c is the new m: the sign that the source writes.
-    "StableLion with one beta, saturated at 1/16": (
-        "StableLion",
-        {"lr": 0.01, "betas": (0.9, 0.9), "trust_ratio_max": 0.0625, "weight_decay": 0.5},
-        "Signum",
-        {"lr": 0.01 / 16, "beta": 0.9, "weight_decay": 8.0},
-        1.0,
-        random_grads(STEPS),
+    (  # c is the new m: the sign that the source writes.
+        ("StableLion", {"lr": 0.01, "betas": (0.9, 0.9), "trust_ratio_max": 0.0625, "weight_decay": 0.5}),
+        ("Signum", {"lr": 0.01 / 16, "beta": 0.9, "weight_decay": 8.0}),
     ),
-    "StableLion saturated at 4": (
-        "StableLion",
-        {"lr": 0.01, "trust_ratio_max": 4.0, "weight_decay": 0.5},
-        "Lion",
-        {"lr": 0.04, "weight_decay": 0.125},
+    (
+        ("StableLion", {"lr": 0.01, "trust_ratio_max": 4.0, "weight_decay": 0.5}),
+        ("Lion", {"lr": 0.04, "weight_decay": 0.125}),
         1000.0,
         random_grads(STEPS),
     ),
-    "MiMuon, tau 0": (
-        "MiMuon",
-        {"tau": 0, "beta": 0.05, "lr": 0.01, "weight_decay": 0.3, "aux_lr": 0.002, "polar": FP32},
-        "Muon",
-        {"momentum": 0.95, "nesterov": False, "scale": "match_rms_adamw"}
-        | {"lr": 0.01, "weight_decay": 0.3, "aux_lr": 0.002, "polar": FP32},
-        1.0,
-        random_grads(STEPS),
+    (
+        ("MiMuon", {**MATRIX, "tau": 0, "beta": 0.05}),
+        ("Muon", {**MATRIX, "momentum": 0.95, "nesterov": False, "scale": "match_rms_adamw"}),
     ),
-    "LionMuon random, period 1": (
-        "LionMuon",
-        {"period": 1, "period_mode": "random", "polar": FP32},
-        "LionMuon",
-        {"period": 1, "polar": FP32},
-        1.0,
-        random_grads(STEPS),
+    (
+        ("LionMuon", {"period": 1, "period_mode": "random", "polar": FP32}),
+        ("LionMuon", {"period": 1, "polar": FP32}),
     ),
-    "LionMuon random, period inf": (
-        "LionMuon",
-        {"period": "inf", "period_mode": "random", "lr": 0.01},
-        "Lion",
-        {"lr": 0.001, "weight_decay": 0.1},
-        1.0,
-        random_grads(STEPS),
+    (
+        ("LionMuon", {"period": "inf", "period_mode": "random", "lr": 0.01}),
+        ("Lion", {"lr": 0.001, "weight_decay": 0.1}),
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", SAME)
-def test_one_rule_is_another_at_the_end_of_a_range(case: str) -> None:
-    """Bitwise, under a schedule."""
-    one, its_hyper, other, other_hyper, size, grads = SAME[case]
+@pytest.mark.parametrize("case", SAME, ids=lambda case: f"{case[0][0]} {case[0][1]} is {case[1][0]}")
+def test_one_rule_is_another(case: tuple[Any, ...]) -> None:
+    """Bitwise, under a schedule: where the formulas are one, so are the operations."""
+    (one, its_hyper), (other, other_hyper), size, grads = *case[:2], *(case[2:] or (1.0, random_grads(STEPS)))
     schedule = warmup_cosine(STEPS, warmup=2)
     ours = trained(one, grads, size, schedule, **its_hyper)
     assert_same_bits(ours, trained(other, grads, size, schedule, **other_hyper))

@@ -25,6 +25,7 @@ class OfOneThatIsGone(Meeting):
             return str(free.getsockname()[1])
 
 
+@pytest.mark.full
 def test_who_meets_a_store_that_is_gone_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     began = time.monotonic()

@@ -18,56 +18,6 @@ from tests.stepping import MATRICES, Grads, SmallModel, build, random_grads, tak
 STEPS = 12
 
 
-# ------------------------------------------------------------------------------------------------ identities
-
-
-@pytest.mark.parametrize(
-    ("one", "its_hyper", "other", "other_hyper"),
-    [
-        (
-            "LionMuon",
-            {"lr": 0.01, "sign_lr_ratio": 8, "period": "inf", "weight_decay": 0.3},
-            "Lion",
-            {"lr": 0.01 / 8, "weight_decay": 0.3},
-        ),
-        (
-            "LionMuon",
-            {"lr": 0.01, "period": 1, "betas": (0.95, 0.95), "weight_decay": 0.3, "aux_lr": 0.002},
-            "Muonlight",
-            {"lr": 0.01, "momentum": 0.95, "nesterov": False, "weight_decay": 0.3, "aux_lr": 0.002},
-        ),
-        (
-            "SignMuon",
-            {"lr": 0.01, "beta": 0.8, "period": 3, "sign_lr_ratio": 20, "weight_decay": 0.3},
-            "LionMuon",
-            {"lr": 0.01, "betas": (0.8, 0.8), "period": 3, "sign_lr_ratio": 20, "weight_decay": 0.3},
-        ),
-        (
-            "Muonlight",
-            {"lr": 0.01, "weight_decay": 0.3},
-            "Muon",
-            {"lr": 0.01, "weight_decay": 0.3, "scale": "match_rms_adamw"},
-        ),
-        (
-            "Lion",
-            {"lr": 0.01, "betas": (0.8, 0.8), "weight_decay": 0.3},
-            "Signum",
-            {"lr": 0.01, "beta": 0.8, "weight_decay": 0.3},
-        ),
-        ("Signum", {"lr": 0.01, "beta": 0.0}, "SignSGD", {"lr": 0.01}),
-    ],
-)
-def test_one_rule_is_another_in_disguise(
-    one: str, its_hyper: dict[str, Any], other: str, other_hyper: dict[str, Any]
-) -> None:
-    """Bitwise: where the formulas are one, so are the operations."""
-    grads, schedule = random_grads(STEPS), warmup_cosine(STEPS)
-    ours = trained(one, grads, 1.0, schedule, **its_hyper)
-    theirs = trained(other, grads, 1.0, schedule, **other_hyper)
-    for parameter in ours:
-        assert (ours[parameter] == theirs[parameter]).all(), parameter
-
-
 def test_bare_and_named_parameters_step_as_groups_do() -> None:
     """A rule without aux needs no names."""
     grads = random_grads(STEPS)
@@ -184,9 +134,6 @@ def test_a_bad_first_step_leaves_no_trace(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-NAN = float("nan")
-
-
 def refused(mistake: Callable[[], Any], named: str) -> None:
     with pytest.raises(ValueError, match=named) as caught:
         mistake()
@@ -197,28 +144,9 @@ def refused(mistake: Callable[[], Any], named: str) -> None:
 @pytest.mark.parametrize(
     ("name", "hyper", "named"),
     [
-        ("Lion", {"lr": -0.0001}, "lr"),
-        ("LionMuon", {"lr": -0.0001}, "lr"),
-        ("Muon", {"lr": NAN}, "lr"),
-        ("Muon", {"lr": "fast"}, "lr"),
-        ("LionMuon", {"lr": "fast"}, "lr"),
         ("Muon", {"aux_lr": -1.0}, "aux_lr"),
-        ("SignSGD", {"weight_decay": -0.1}, "weight_decay"),
-        ("Lion", {"betas": (0.9, 1.0)}, "betas"),
-        ("Lion", {"betas": (-0.1, 0.9)}, "betas"),
-        ("Lion", {"betas": (0.9,)}, "betas"),
-        ("Lion", {"betas": 0.9}, "betas"),
-        ("LionMuon", {"betas": (0.9, NAN)}, "betas"),
-        ("Signum", {"beta": 1}, "beta"),
-        ("SignMuon", {"beta": 1.5}, "beta"),
-        ("Muon", {"momentum": 1.0}, "momentum"),
         ("Muon", {"aux_betas": (0.9, 1.1)}, "aux_betas"),
         ("Muon", {"aux": "signum", "aux_beta": -1}, "aux_beta"),
-        ("LionMuon", {"period": 0}, "period"),
-        ("LionMuon", {"period": -2}, "period"),
-        ("LionMuon", {"period": 1.5}, "period"),
-        ("SignMuon", {"period": "never"}, "period"),
-        ("LionMuon", {"sign_lr_ratio": 0}, "sign_lr_ratio"),
         ("Lion", {"momentm_dtype": "float32"}, "momentum_dtype"),
         ("Lion", {"beta": (0.9, 0.99)}, "betas"),
         ("LionMuon", {"perod": 2}, "period"),
