@@ -59,7 +59,9 @@ def python(code: str, folder: Path, hidden: Sequence[str] = EXTRAS) -> subproces
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     environment = {**os.environ, **port, **alone, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", HIDE.format(hidden=set(hidden)) + code]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)  # an op of DeepSpeed may be built first
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )  # an op of DeepSpeed may be built first
 
 
 def test_the_core_trains_saves_and_examines_without_any_extra(tmp_path: Path) -> None:
