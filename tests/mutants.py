@@ -787,6 +787,42 @@ MUTANTS = [
         "refused = [name for name in changed if name in settings.accept]",
         f"{E}inputs.py",
     ),
+    # -------------------------------------------------------------------------------------------- trainers
+    Mutant(
+        "Adam's betas are taken where nobody set them",
+        "trainer.py",
+        "if values != [defaults.get(name) for name in names]:",
+        "if values:",
+        f"{U}hf.py",
+    ),
+    Mutant(
+        "Accelerate is left to put its CPU Adam in place",
+        "config.py",
+        "config |= {key: loaded[key] for key in _FLAGS if key in loaded}",
+        "pass",
+        f"{U}hf.py",
+    ),
+    Mutant(
+        "FSDP's slices pass for parameters",
+        "binding.py",
+        'getattr(tensor, "_fsdp_flattened", False)',
+        "False",
+        f"{U}plain_tensors.py",
+    ),
+    Mutant(
+        "an added group follows one rate for all",
+        "grouped.py",
+        "self._lr_ratios += added.ratios",
+        "self._lr_ratios += [1.0]",
+        f"{U}habits_of_torch.py",
+    ),
+    Mutant(
+        "SWALR's one rate stays one",
+        "shares.py",
+        "if is_one(groups, SWA):",
+        "if False:",
+        f"{U}habits_of_torch.py",
+    ),
 ]
 
 

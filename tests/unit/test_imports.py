@@ -103,7 +103,7 @@ def test_the_check_sees_wrong_imports(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(complaints(path)) == len(lines), complaints(path)
 
 
-@pytest.mark.parametrize("module", ["ds_optim", "ds_optim.cli.app"])
+@pytest.mark.parametrize("module", ["ds_optim", "ds_optim.hf", "ds_optim.cli.app"])
 def test_import_is_light(module: str) -> None:
     code = f"import json, sys, {module}; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
