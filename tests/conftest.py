@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpus {gpus}: write a number of GPUs, 0 for none")
     if config.getoption("--full"):
         os.environ["DS_OPTIM_FULL"] = "1"
+        if "tests.tiers" in sys.modules and not sys.modules["tests.tiers"].FULL:
+            raise pytest.UsageError("a conftest.py imports tests.tiers before --full is known: it would be the default")
     # DeepSpeed picks its accelerator at import, in this process too.
     os.environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
     # DeepSpeed's ops are built once a machine, not once a session.

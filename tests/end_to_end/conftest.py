@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from .survival import FIRST_RELEASE
-
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with the model's config, in which ranks run: the path of a model is part of what a run is."""
+    from .survival import FIRST_RELEASE  # not before --full is known: it imports tests, which ask for their tier
+
     shutil.copytree(FIRST_RELEASE / "model", tmp_path / "model")
     return tmp_path
