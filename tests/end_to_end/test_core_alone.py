@@ -59,9 +59,8 @@ def python(code: str, folder: Path, hidden: Sequence[str] = EXTRAS) -> subproces
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     environment = {**os.environ, **port, **alone, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", HIDE.format(hidden=set(hidden)) + code]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )  # an op of DeepSpeed may be built first
+    # An op of DeepSpeed may have to be built first.
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_core_trains_saves_and_examines_without_any_extra(tmp_path: Path) -> None:
@@ -70,6 +69,7 @@ def test_the_core_trains_saves_and_examines_without_any_extra(tmp_path: Path) ->
     assert done.stdout.splitlines()[-1] == "trained"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("hidden", "arguments", "line"),
     [

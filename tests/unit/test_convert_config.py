@@ -68,12 +68,13 @@ PERIOD = {"period": 2, "sign_lr_ratio": 10}
         (
             THEIR_MUON,
             "LionMuon",
-            {"lr": 1e-3, "weight_decay": 0.1, **PERIOD, "aux": "adamw", "aux_lr": 3e-4, "aux_betas": [0.9, 0.95]},
+            {"lr": 1e-3, "weight_decay": 0.1, **PERIOD, "heads": AUTO}
+            | {"aux": "adamw", "aux_lr": 3e-4, "aux_betas": [0.9, 0.95]},
         ),
         (
             THEIR_MUON,
             "Muon",
-            {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+            {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "heads": AUTO}
             | {"aux": "adamw", "aux_lr": 3e-4, "aux_betas": [0.9, 0.95]},
         ),
         (config_of("Muon", lr=1e-3, scale="match_rms_adamw"), "Lion", {"lr": 1e-4, "weight_decay": 0.0}),
@@ -165,7 +166,10 @@ def test_a_config_that_runs_keeps_what_it_says() -> None:
     given |= {"zero_allow_untested_optimizer": True}
     done = convert(given, "lion_muon")
     assert done.config == given
-    assert params_of(given, "Muonlight")["matrix_exclude"] == ["embed"]
+    by_head = config_of("LionMuon", lr=1e-3, heads=AUTO, matrix_exclude=["embed"])
+    assert params_of(by_head, "Muonlight")["matrix_exclude"] == ["embed"]
+    assert params_of(by_head, "Muonlight")["heads"] == AUTO
+    assert "optimizer.params.heads" not in convert(by_head, "Muonlight").left
 
 
 @pytest.mark.parametrize(

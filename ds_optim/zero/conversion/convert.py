@@ -23,7 +23,7 @@ from ds_optim.zero.config import build_optimizer
 from ds_optim.zero.conversion.changes import Changes
 from ds_optim.zero.conversion.rates import RATIOS, UNKNOWN, Ratio
 from ds_optim.zero.conversion.sections import autos, mend, rounded, scale_schedule
-from ds_optim.zero.conversion.source import Source, read_source
+from ds_optim.zero.conversion.source import HEADS, Source, read_source
 from ds_optim.zero.support import check_config
 from ds_optim.zero.values import understood
 
@@ -60,7 +60,10 @@ def convert(
     source = read_source(changes.config.get("optimizer"), name, lr=lr, weight_decay=weight_decay)
     _put_optimizer(changes, source, name)
     _check(changes.config, name)
-    return Converted(changes.config, changes.lines, autos(changes.config))
+    left = [
+        path for path in autos(changes.config) if path != f"optimizer.params.{HEADS}"
+    ]  # which param_groups fills in
+    return Converted(changes.config, changes.lines, left)
 
 
 def _put_optimizer(changes: Changes, source: Source, name: str) -> None:

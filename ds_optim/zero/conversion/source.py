@@ -21,6 +21,7 @@ _LION_BETAS = ("Lion", "CLion", "CautiousLion", "StableLion", "LionMuon", "Spect
 _MUON_MOMENTUM = ("Muon", "Muonlight", "MuonH")
 _OPTIONS = {*CommonOptions.__annotations__, *MatrixOptions.__annotations__, *ROUTING_OPTIONS}
 _ONE_BIT = "of messages in one bit, which is not supported"
+HEADS = "heads"
 _KERNEL = "it chooses DeepSpeed's kernel"
 _DROPPED: Mapping[str, str] = {
     **dict.fromkeys(("freeze_step", "cuda_aware", "comm_backend_name", "var_freeze_step"), _ONE_BIT),
@@ -31,7 +32,7 @@ _DROPPED: Mapping[str, str] = {
     "amsgrad": "no average of squares is kept",
     "adam_w_mode": "decay is decoupled from the gradient, always",
     "max_grad_norm": "clipping is ZeRO's",
-    "per_head_muon": "views with heads say it here: see Options",
+    "per_head_muon": "this optimizer knows no heads",
     "ns_method": "the way to orthogonalize is chosen by shape",
 }
 """Parameters that people's JSONs have and that nothing here reads, and why they can go."""
@@ -157,6 +158,8 @@ def _sort(found: Source, params: Mapping[str, Any], plain: str, target: str) -> 
     }
     if "adam_lr" in params and "aux_lr" in takes:
         _keep_adam(found, params)
+    if params.get("per_head_muon") is True and HEADS in takes and OPTIMIZERS[target].has_aux:
+        found.kept[HEADS], found.moved[HEADS] = AUTO, "as per_head_muon, from the model's config"
     for key in params:
         if key not in found.kept and key not in ("lr", "weight_decay", "muon_lr", "adam_lr"):
             found.dropped[key] = _DROPPED.get(key, f"{plain}'s; {target} has its own")
