@@ -129,7 +129,9 @@ class MatrixView:
 
     def selected(self, fraction: float) -> MatrixView:
         """How so many rows of each matrix, one behind the other as they lie in the parameter, are seen as matrices."""
-        groups = [part.shape for part in self.row_groups(torch.empty(self.of_rows.numel, device="meta"))]
+        groups = [
+            part.shape for part in self.row_groups(torch.empty(self.of_rows.numel, dtype=torch.float32, device="meta"))
+        ]
         kept = [math.prod(many) * selected_rows(rows, fraction) for _, *many, rows in groups]
         shape = list(self.shape)
         shape[-1 if self.transpose else self.batch_dims] = sum(kept)
@@ -150,7 +152,9 @@ class MatrixView:
         length = self.rows if self.transpose else self.columns
         first, last = start // length, -(-(start + numel) // length)
         if self.transpose:  # a stored line has an element of each row of its matrix
-            lines = torch.arange(first, last, device=values.device).div_(self.columns, rounding_mode="floor")
+            lines = torch.arange(first, last, dtype=torch.int64, device=values.device).div_(
+                self.columns, rounding_mode="floor"
+            )
             by_line = values.view(-1, self.rows)[lines]
         else:
             by_line = values[first:last, None].expand(-1, length)

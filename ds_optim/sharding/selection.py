@@ -135,7 +135,7 @@ def add_row_sums(view: MatrixView, start: int, values: Tensor, out: Tensor) -> N
     for begin, end in _runs(view, start, len(values)):
         part, first = values[begin:end], start + begin
         if view.transpose:
-            rows = view.spread(torch.arange(len(out), device=out.device), first, len(part))
+            rows = view.spread(torch.arange(len(out), dtype=torch.int64, device=out.device), first, len(part))
             out.index_add_(0, rows, part.abs().double())
         elif len(part) < view.columns:
             out[first // view.columns] += part.double().abs().sum()

@@ -294,10 +294,14 @@ def test_bytes_sent_are_those_of_the_plan(name: str, place: str, world_size: int
     joined = joined_bytes(name) * tensors * STEPS
     by_rows = isinstance(update_of(case, 0), RowsUpdate)
     if by_rows:
-        cut = [spec for p, spec in enumerate(units[0].params) if len(units[0].holders(p)) > 1]
+        of_matrices = [unit for unit in units if unit.group == 0]
+        cut = [spec for unit in of_matrices for p, spec in enumerate(unit.params) if len(unit.holders(p)) > 1]
         joined = sum(8 * spec.shape[0] for spec in cut) * STEPS
         most = sum(-(-spec.shape[0] // 4) * math.prod(spec.shape[1:]) for spec in cut) * (there + back) * STEPS
-        assert 0 < sum(rank.handed for rank in seen[f"{name} {place}"]) <= most, "a quarter of the rows, there and back"
+        handed = sum(rank.handed for rank in seen[f"{name} {place}"])
+        assert handed <= most, "a quarter of the rows, there and back"
+        # Of the one matrix that a border of stages 1 and 2 cuts, all that are chosen may lie with its owner.
+        assert handed > 0 or not place.startswith("z3")
     for rank, beside in zip(seen[f"{name} {place}"], seen[f"AdamW {place}"], strict=True):
         planned = rank.planned[0] * there + rank.planned[1] * back + 4 * rank.rows
         assert by_rows or rank.handed == sending_steps(name) * planned

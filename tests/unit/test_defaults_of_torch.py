@@ -27,12 +27,12 @@ FACTORIES = {
     *("normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices"),
     *("triu_indices", "zeros"),
 }
-TWO_BUFFERS = ("Lamb", "StableAdamW")
+NOT_NARROW = ("Lamb", "StableAdamW", "Dion2")
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (name, {**hyper, "momentum_dtype": kind, "diagnostics": True})
     for name, hyper in CASES
     for kind in ("float32", "bfloat16", "int8")
-    if kind == "float32" or (name not in TWO_BUFFERS and "element" not in hyper.values())
+    if kind == "float32" or (name not in NOT_NARROW and "element" not in hyper.values())
 ]
 
 

@@ -190,6 +190,35 @@ def test_files_of_torchs_older_kind_are_still_read_and_their_payloads_refused(tm
     assert not (tmp_path / "it ran").exists()
 
 
+class Asked:
+    """Pickles as ``getattr(owner, name)``, as members of enumerations do in Python 3.11.0 to 3.11.2."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.asked = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+def test_a_stage_is_read_however_python_pickles_it_and_nothing_else_is_asked_for(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    stage = ZeroStageEnum.optimizer_states
+    path = tmp_path / "stage.pt"
+    for written in (stage, Asked(ZeroStageEnum, "optimizer_states")):
+        torch.save({"zero_stage": written}, path)
+        assert safe.load(path)["zero_stage"] is stage
+    for owner, name in (
+        (ZeroStageEnum, "__class__"),
+        (ZeroStageEnum, "mro"),
+        (torch.Tensor, "__init__"),
+        (dict, "get"),
+    ):
+        torch.save({"zero_stage": Asked(owner, name)}, path)
+        with pytest.raises(UserError, match="is refused, and nothing in it was run: Unsupported"):
+            safe.load(path)
+
+
 # ---- code of others
 
 
