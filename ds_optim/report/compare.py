@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -11,7 +11,7 @@ from ds_optim.report.plots import Bars, Curves, Plot
 from ds_optim.report.render import Report, render
 from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import Column, TableSpec
-from ds_optim.report.units import fixed, milliseconds, significant, size, span
+from ds_optim.report.units import MISSING, fixed, milliseconds, nats_more, significant, size, span
 
 
 def _by_node(row: Row, where: str) -> float | None:
@@ -23,13 +23,23 @@ def _by_node(row: Row, where: str) -> float | None:
 _COLUMNS = (
     Column(title="Optimizer", value=lambda row: row.label),
     Column(title="Stage", value=lambda row: row.stage),
-    Column(title="Val loss", value=lambda row: row.val_loss, text=lambda v: fixed(v, 3), compare=True),
+    # One seed tells nobody which is better.
+    Column(
+        title="Val loss",
+        value=lambda row: row.val_loss,
+        text=lambda v: fixed(v, 3),
+        compare=True,
+        lower_is_better=None,
+        change=nats_more,
+    ),
+    Column(title="lr, decay", value=lambda row: rates(row) or None),
     Column(
         title="Time/step",
         value=lambda row: row.ms_per_step,
         text=milliseconds,
         compare=True,
         detail=lambda row: span(row.ms_low, row.ms_high),
+        spread=lambda row: (row.ms_low, row.ms_high),
     ),
     Column(
         title="Tokens/s",
@@ -43,6 +53,9 @@ _COLUMNS = (
     Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
     Column(title="Sent/rank/step", value=lambda row: row.wire_bytes_per_step, text=size, compare=True),
 )
+_RATES = ("lr", "weight_decay")
+#: Of the table's columns, those of a sentence.
+_ANSWERS = {"Model states/rank": "model states", "Peak/rank": "peak", "Time/step": "time", "Val loss": "loss"}
 _NODE_COLUMNS = (
     Column(title="Inside a node/step", value=lambda row: _by_node(row, "inside"), text=size),
     Column(title="Between nodes/step", value=lambda row: _by_node(row, "between"), text=size, compare=True),
@@ -65,8 +78,59 @@ def table_spec(rows: Sequence[Row]) -> TableSpec:
 def render_compare(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     """Render a comparison: rows by stage, then in the order given; repeats of a cell become one row."""
     merged = merge_repeats(rows)
-    plots, summary = compare_plots(merged), compare_summary(merged)
+    plots, summary = compare_plots(merged), [*compare_answers(merged), *compare_summary(merged)]
     return render(merged, info, out_dir, table_spec(merged), plots=plots, summary=summary)
+
+
+def rates(row: Row) -> str:
+    """The learning rate and decay of a row, and whether they were tuned for its model; empty where it does not say."""
+    params = row.extra.get("optimizer_params")
+    if not isinstance(params, dict):
+        return ""
+    given = [f"{params[key]:g}" if isinstance(params.get(key), (int, float)) else MISSING for key in _RATES]
+    how = "tuned" if row.extra.get("tuned") else "given" if "lr" in params else "default"
+    return how if given == [MISSING] * len(given) else f"{', '.join(given)} ({how})"
+
+
+def compare_answers(rows: Sequence[Row]) -> list[str]:
+    """What each optimizer is to AdamW, a sentence a stage, and what these figures cannot tell."""
+    spec = table_spec(rows)
+    found = []
+    for stage, members in _by_group(rows, spec).items():
+        base = next((row for row in members if spec.is_baseline(row)), None)
+        if base is not None:
+            others = [f"{row.label}: {_against(row, base, spec)}" for row in members if row is not base]
+            found += [f"{stage} against AdamW: {'; '.join(others)}."] if others else []
+    if not found:
+        return []
+    steps = {f"{row.steps:,}" for row in rows if row.steps is not None}
+    seeds = len({row.seed for row in rows})
+    many = "one seed" if seeds == 1 else f"{seeds} seeds"
+    length = f", {' or '.join(sorted(steps))} steps" if steps else ""
+    found.append(f"Losses are of {many}{length}, each at its own learning rate: a smoke test, not a ranking.")
+    return found
+
+
+def _by_group(rows: Sequence[Row], spec: TableSpec) -> dict[str, list[Row]]:
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        if row.status == "ok":
+            groups.setdefault(spec.group(row), []).append(row)
+    return {_title(members[0].run, members[0].stage): members for members in groups.values()}
+
+
+def _against(row: Row, base: Row, spec: TableSpec) -> str:
+    """What was measured of both, in words."""
+    columns = {column.title: column for column in spec.columns}
+    found = []
+    for title, words in _ANSWERS.items():
+        column = columns[title]
+        value, reference = column.value(row), column.value(base)
+        if isinstance(value, (int, float)) and isinstance(reference, (int, float)):
+            noise = column.is_noise(row, base)
+            change = column.change(value, reference)
+            found.append(f"{words} {'about ' if noise else ''}{change}{', within the spread' if noise else ''}")
+    return ", ".join(found)
 
 
 def compare_summary(rows: Sequence[Row]) -> list[str]:

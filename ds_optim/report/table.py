@@ -28,6 +28,9 @@ class Column:
         compare: show the change in percent against the group's baseline row.
         lower_is_better: decides whether a change is marked better or worse; None marks neither.
         detail: a second, smaller line, such as a spread.
+        change: of the value against the baseline's, in words, where that is not in percent.
+        spread: the least and the most that were measured: where the baseline's meets it, the change is "about" so
+            much, and no better or worse.
     """
 
     title: str
@@ -36,6 +39,17 @@ class Column:
     compare: bool = False
     lower_is_better: bool | None = True
     detail: Callable[[Row], str] | None = None
+    change: Callable[[float, float], str] = percent_change
+    spread: Callable[[Row], tuple[float | None, float | None]] | None = None
+
+    def is_noise(self, row: Row, base: Row) -> bool:
+        """Whether the two spreads meet."""
+        if self.spread is None:
+            return False
+        (low, high), (base_low, base_high) = self.spread(row), self.spread(base)
+        if low is None or high is None or base_low is None or base_high is None:
+            return False
+        return low <= base_high and base_low <= high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +130,13 @@ def _cell(column: Column, row: Row, base: Row | None) -> Cell:
     text = column.text(value) if column.text else str(value)
     detail = column.detail(row) if column.detail else ""
     reference = column.value(base) if base is not None and column.compare else None
-    if not isinstance(reference, (int, float)):
+    if base is None or not isinstance(reference, (int, float)):
         return Cell(text=text, detail=detail)
-    change = percent_change(value, reference)
+    change = column.change(value, reference)
     verdict: Literal["better", "worse", ""] = ""
-    if column.lower_is_better is not None and change not in (MISSING, "0 %"):
+    if column.is_noise(row, base):
+        change = f"about {change}" if change != MISSING else change
+    elif column.lower_is_better is not None and change not in (MISSING, "0 %"):
         verdict = "better" if (value < reference) == column.lower_is_better else "worse"
     return Cell(text=text, change=change, verdict=verdict, detail=detail)
 

@@ -59,5 +59,10 @@ def percent_change(value: float, base: float) -> str:
     return "0 %" if float(text) == 0 else _minus(f"{text} %")
 
 
+def nats_more(value: float, base: float) -> str:
+    """How many nats more than ``base``, with its sign."""
+    return MISSING if not (math.isfinite(value) and math.isfinite(base)) else _minus(f"{value - base:+.3f}")
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "−") if "e" not in text else text

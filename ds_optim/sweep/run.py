@@ -16,6 +16,7 @@ from typing import Any
 
 from ds_optim.errors import UserError
 from ds_optim.job.exits import Preempted
+from ds_optim.job.presets import tuned_params
 from ds_optim.machine.files import write_atomic
 from ds_optim.machine.forked import check_ranks
 from ds_optim.machine.kept_results import holds, refuse
@@ -148,7 +149,11 @@ def _blank_row(cell: Cell, sweep: Sweep, outcome: CellOutcome) -> Row:
         repeat=cell.repeat,
         reason=outcome.reason,
         notes=list(cell.notes),
-        extra={"wall_s": round(outcome.wall_s, 2), "optimizer_params": cell.train.resolved_params()},
+        extra={
+            "wall_s": round(outcome.wall_s, 2),
+            "optimizer_params": cell.train.resolved_params(),
+            "tuned": cell.train.tuned and "lr" in tuned_params(cell.train.preset, cell.train.optimizer),
+        },
     )
 
 

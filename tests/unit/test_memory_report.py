@@ -173,7 +173,7 @@ def test_comparisons_of_two_runs_stay_apart(tmp_path: Path) -> None:
         ["a", "adamw", "1", "2.000"], ["a", "lion", "1", "1.000"],
         ["b", "adamw", "1", "6.000"], ["b", "lion", "1", "9.000"],
     ]  # fmt: skip
-    assert [line.cells[3].change for line in table.lines] == ["", "−50 %", "", "+50 %"]
+    assert [line.cells[3].change for line in table.lines] == ["", "−1.000", "", "+3.000"]
     page = (tmp_path / "both" / "report.html").read_text()
     assert page.count("<svg") == 2, "the losses of each run"
 

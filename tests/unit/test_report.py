@@ -22,7 +22,7 @@ from ds_optim.report import (
     units,
     write_rows,
 )
-from ds_optim.report.compare import compare_plots, merge_repeats, render_compare, table_spec
+from ds_optim.report.compare import compare_answers, compare_plots, merge_repeats, render_compare, table_spec
 from ds_optim.report.plots import colour_map, draw
 
 
@@ -106,10 +106,44 @@ def test_changes_are_against_adamw_of_the_same_stage() -> None:
     table = build_table(rows, table_spec(rows))
     loss = table.titles.index("Val loss")
     state = table.titles.index("State B/param")
-    assert [line.cells[loss].change for line in table.lines] == ["", "−5.0 %", "", "+25 %"]
-    assert [line.cells[loss].verdict for line in table.lines] == ["", "better", "", "worse"]
-    assert table.lines[1].cells[state].change == "−50 %"
+    # In nats; of one seed nothing is better or worse.
+    assert [line.cells[loss].change for line in table.lines] == ["", "−0.100", "", "+1.000"]
+    assert [line.cells[loss].verdict for line in table.lines] == ["", "", "", ""]
+    assert [line.cells[state].change for line in table.lines] == ["", "−50 %", "", "0 %"]
+    assert [line.cells[state].verdict for line in table.lines] == ["", "better", "", ""]
     assert [line.starts_group for line in table.lines] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "change", "verdict"),
+    [(80.0, 91.0, "about −10 %", ""), (80.0, 90.9, "−10 %", "better"), (None, None, "−10 %", "better")],
+)
+def test_a_change_within_the_spread_is_about_so_much(
+    low: float | None, high: float | None, change: str, verdict: str
+) -> None:
+    rows = [row("adamw", ms_low=91.0, ms_high=120.0), row("lion", ms_per_step=90.0, ms_low=low, ms_high=high)]
+    cell = build_table(rows, table_spec(rows)).lines[1].cells[3]
+    assert (cell.text, cell.change, cell.verdict) == ("90.0 ms", change, verdict)
+
+
+def test_the_answer_stands_first_a_sentence_a_stage(tmp_path: Path) -> None:
+    rows = [
+        row("adamw", 1, ms_low=90.0, ms_high=110.0, steps=40, extra={"optimizer_params": {"lr": 3e-3}, "tuned": True}),
+        row("lion", 1, ms_per_step=95.0, ms_low=80.0, ms_high=105.0, val_loss=2.125, model_state_bytes=2 << 20),
+        row("muon", 1, ms_per_step=150.0, ms_low=140.0, ms_high=160.0, val_loss=1.5),
+        row("adamw", 3),
+        failed("lion", 3, "no"),
+    ]
+    answers = compare_answers(rows)
+    assert answers == [
+        "ZeRO-1 against AdamW: lion: model states −33 %, time about −5.0 %, within the spread, loss +0.125; "
+        "muon: model states 0 %, time +50 %, loss −0.500.",
+        "Losses are of one seed, 40 steps, each at its own learning rate: a smoke test, not a ranking.",
+    ]
+    report = render_compare(rows, RunInfo(title="t"), tmp_path)
+    assert report.markdown.read_text().index("ZeRO-1 against AdamW") < report.markdown.read_text().index("Results")
+    assert "0.003, — (tuned)" in report.markdown.read_text()
+    assert compare_answers(rows[1:3]) == []
 
 
 def test_no_change_is_shown_where_the_baseline_failed() -> None:
