@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ds_optim.errors import UserError
+from ds_optim.job import run_log
 from ds_optim.job.exits import PREEMPTED, RANK_LOST
 from ds_optim.job.settings import make_settings
 from ds_optim.machine import ranks
@@ -158,7 +159,7 @@ def extended(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     os.chdir(folder)
     said: list[str] = []
     found: dict[str, Any] = {"said": said}
-    loop.RunLog.say = lambda self, line: said.append(line)  # type: ignore[method-assign]
+    run_log.RunLog.say = lambda self, line: said.append(line)  # type: ignore[method-assign]
     found["first"] = train(make_settings(**tiny(out="out", save_every=3, steps=20)))
     found["more"] = train(make_settings(**tiny(out="out", save_every=3, steps=40, resume=True)))
     # Neither its steps nor its warmup are those of the first start: they are known.
