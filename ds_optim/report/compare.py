@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -10,7 +11,7 @@ from ds_optim.report.cells import BASELINE, merge_cells, peak_kinds, run_column,
 from ds_optim.report.plots import Bars, Curves, Plot
 from ds_optim.report.render import Report, render
 from ds_optim.report.schema import Row, RunInfo
-from ds_optim.report.table import Column, TableSpec
+from ds_optim.report.table import Column, Table, TableSpec, build_table
 from ds_optim.report.units import MISSING, fixed, milliseconds, nats_more, significant, size, span
 
 
@@ -60,6 +61,19 @@ _NODE_COLUMNS = (
     Column(title="Inside a node/step", value=lambda row: _by_node(row, "inside"), text=size),
     Column(title="Between nodes/step", value=lambda row: _by_node(row, "between"), text=size, compare=True),
 )
+
+
+_IN_TERMINAL = ("Optimizer", "Stage", "Val loss", "Time/step", "Model states/rank", "Peak/rank")
+"""As much as 80 columns hold; the report has the others."""
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """What a terminal shows of a comparison."""
+    merged = merge_repeats(rows)
+    spec = table_spec(merged)
+    runs = [column for column in spec.columns[: spec.key_columns] if column.title not in _IN_TERMINAL]
+    kept = [column for column in spec.columns if column.title in _IN_TERMINAL]
+    return build_table(merged, replace(spec, columns=(*runs, *kept)))
 
 
 def table_spec(rows: Sequence[Row]) -> TableSpec:

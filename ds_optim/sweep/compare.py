@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 
-from ds_optim.report.compare import compare_answers, merge_repeats, render_compare
+from ds_optim.report.compare import compare_answers, merge_repeats, render_compare, terminal_table
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.schema import RESULTS, Row, RunInfo
 from ds_optim.report.table import failures, to_rich
@@ -134,7 +134,7 @@ def _report(rows: Sequence[Row], info: RunInfo, out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for line in compare_answers(merge_repeats(rows)):
         console.print(line, markup=False, highlight=False)
-    console.print(to_rich(report.table, info.title))
+    console.print(to_rich(terminal_table(rows), info.title))
     for line in failures(report.table):
         console.print(f"failed: {line}", markup=False, soft_wrap=True)
     for name, path in (("results", out / RESULTS), ("report", report.markdown), ("report", report.html)):

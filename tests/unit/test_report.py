@@ -22,7 +22,14 @@ from ds_optim.report import (
     units,
     write_rows,
 )
-from ds_optim.report.compare import compare_answers, compare_plots, merge_repeats, render_compare, table_spec
+from ds_optim.report.compare import (
+    compare_answers,
+    compare_plots,
+    merge_repeats,
+    render_compare,
+    table_spec,
+    terminal_table,
+)
 from ds_optim.report.plots import colour_map, draw
 
 
@@ -144,6 +151,19 @@ def test_the_answer_stands_first_a_sentence_a_stage(tmp_path: Path) -> None:
     assert report.markdown.read_text().index("ZeRO-1 against AdamW") < report.markdown.read_text().index("Results")
     assert "0.003, — (tuned)" in report.markdown.read_text()
     assert compare_answers(rows[1:3]) == []
+
+
+def test_a_terminal_of_80_columns_cuts_no_number() -> None:
+    from rich.console import Console
+
+    times = {"ms_per_step": 1234.5, "ms_low": 1200.0, "ms_high": 1300.0, "tokens_per_s": 12_345.0}
+    rows = [row(name, peak_bytes=43 << 20, wire_bytes_per_step=3e6, **times) for name in ("adamw", "lion_muon")]
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(to_rich(terminal_table(rows)))
+    for text in ("lion_muon", "1,230 ms", "1,200 to 1,300", "3.00 MiB", "43.0 MiB", "2.000"):
+        assert shown.get().count(text) >= (1 if text == "lion_muon" else 2), text
+    assert "…" not in shown.get()
 
 
 def test_no_change_is_shown_where_the_baseline_failed() -> None:
