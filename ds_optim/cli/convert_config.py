@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ds_optim.errors import UserError
+from ds_optim.machine.kept_results import write_one
 
 
 def convert_config(
@@ -33,7 +33,7 @@ def convert_config(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        _write(out, text, force=force)
+        write_one(out, text, "config", force=force)
     # The JSON alone is what stdout is read for.
     for line in done.changes:
         typer.echo(line, err=out is None)
@@ -42,12 +42,3 @@ def convert_config(
             f'"auto", which a trainer fills in (without one write values): {", ".join(done.left)}', err=out is None
         )
     return 0
-
-
-def _write(out: Path, text: str, *, force: bool) -> None:
-    try:
-        if not force and out.exists() and out.read_text(encoding="utf-8", errors="replace") != text:
-            raise UserError(f"{out} says something else already: add --force to replace it, or give another --out")
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the config {str(out)!r}: {error.strerror}") from None

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ds_optim.errors import UserError
+from ds_optim.machine.kept_results import write_one
 
 
 def hostfile(
@@ -41,12 +42,7 @@ def hostfile(
     if out is None:
         typer.echo(text, nl=False)
         return 0
-    try:
-        if not force and out.exists() and out.read_text(encoding="utf-8", errors="replace") != text:
-            raise UserError(f"{out} says something else already: add --force to replace it, or give another --out")
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the hostfile {str(out)!r}: {error.strerror}") from None
+    write_one(out, text, "hostfile", force=force)
     total = sum(host.slots for host in hosts)
     typer.echo(f"{out}: {len(hosts)} nodes, {total} ranks")
     return 0

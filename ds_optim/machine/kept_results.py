@@ -44,3 +44,17 @@ def _numbered(folder: Path) -> Iterator[Path]:
     yield folder
     for number in count(2):
         yield folder.with_name(f"{folder.name}-{number}")
+
+
+def write_one(out: Path, text: str, what: str, *, force: bool) -> None:
+    """Write a file that a command was asked for, but over another text only with ``force``.
+
+    Raises:
+        UserError: another text stands there, or it cannot be written; ``what`` it is to hold.
+    """
+    try:
+        if not force and out.exists() and out.read_text(encoding="utf-8", errors="replace") != text:
+            raise UserError(f"{out} says something else already: add --force to replace it, or give another --out")
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the {what} {str(out)!r}: {error.strerror}") from None

@@ -78,25 +78,18 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise UserError(f"param_groups got a {type(model).__name__}: pass the model itself")
     aliases = _aliases(model)
-    kept = None if parameters is None else {id(p) for p in parameters}
-    if kept is not None and not kept <= {id(p) for _, p in aliases}:
+    kept = {id(p) for _, p in aliases} if parameters is None else {id(p) for p in parameters}
+    if not kept <= {id(p) for _, p in aliases}:
         raise UserError("some of the parameters given are not the model's: pass only parameters of the model")
     check_bool("matrix_exclude_defaults", matrix_exclude_defaults)
     kinds = Kinds(model)
-    derived = DerivedViews(model, kinds, heads=heads) if check_bool("views_defaults", views_defaults) else None
-    if derived is None and heads:
-        raise UserError('"heads": "auto" is one of the views_defaults: leave "views_defaults": false out')
-    router = _Router(
-        kinds,
-        derived,
-        () if matrix_exclude is None else matrix_exclude,
-        views,
-        defaults=matrix_exclude_defaults,
-    )
+    derived = _derived(model, kinds, heads, defaults=check_bool("views_defaults", views_defaults))
+    excluded = () if matrix_exclude is None else matrix_exclude
+    router = _Router(kinds, derived, excluded, views, defaults=matrix_exclude_defaults)
     by_role: dict[str, list[Member]] = {role: [] for role in ROLES}
     said = _routed.setdefault(model, {})
     for names, parameter in aliases:
-        if is_optimized(parameter) and (kept is None or id(parameter) in kept):
+        if is_optimized(parameter) and id(parameter) in kept:
             role, member = router.route(names, parameter)
             by_role[role].append(member)
             said[id(parameter)] = member.spec, member.view, member.reason, member.derived
@@ -108,6 +101,13 @@ def param_groups(
         for role, members in by_role.items()
         if members
     ]
+
+
+def _derived(model: nn.Module, kinds: Kinds, heads: str | bool | None, *, defaults: bool) -> DerivedViews | None:
+    """What the model itself says of views; None where nobody is to ask it."""
+    if not defaults and heads:
+        raise UserError('"heads": "auto" is one of the views_defaults: leave "views_defaults": false out')
+    return DerivedViews(model, kinds, heads=heads) if defaults else None
 
 
 class _Router:

@@ -191,7 +191,7 @@ def test_files_of_torchs_older_kind_are_still_read_and_their_payloads_refused(tm
 
 
 class Asked:
-    """Pickles as ``getattr(owner, name)``, as members of enumerations do in Python 3.11.0 to 3.11.2."""
+    """Pickles as ``getattr(owner, name)``, as members of enumerations do in Python 3.11.2."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.asked = owner, name

@@ -43,7 +43,7 @@ def allowed_classes() -> tuple[Any, ...]:
 
 
 def _stage_of(owner: Any, name: Any) -> Any:
-    """In place of ``getattr``, by which Python 3.11.0 to 3.11.2 (Debian 12's) pickle a member of an enumeration."""
+    """In place of ``getattr``, by which early Python 3.11 (Debian 12's 3.11.2) pickles a member of an enumeration."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     if owner is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
