@@ -38,7 +38,11 @@ class Model(_Part):
 
 
 class Entry(_Part):
-    """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry."""
+    """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry.
+
+    ``axes`` are tried one after the other, each at the best of those before it. An axis ``lr`` holds factors of the
+    rate found so far: the best rate is looked for again where another axis has moved it.
+    """
 
     type: str
     params: dict[str, Any] = Field(default_factory=dict)
@@ -127,27 +131,27 @@ class Study(_Part):
         if entry.like is not None:
             values = self.best(block, entry.like, done)
             return None if values is None else {**values, "lr": values["lr"] * entry.lr_times}
+        if len(entry.lr) == 1:  # as somebody published it
+            return {"lr": entry.lr[0]}
         cells, value = self.rates(block, name, done)
         if value is None or any(cell.key not in done for cell in cells):
             return None
-        chosen: dict[str, Any] = {"lr": value}
-        for axis, options in entry.axes.items():
-            tried = {option: done.get(self.cell(block, name, {**chosen, axis: option}, 0).key) for option in options}
-            losses = {option: loss for option, loss in tried.items() if loss is not None}
-            asis = done.get(self.cell(block, name, chosen, 0).key, math.inf)
-            if losses and min(losses.values()) < asis:
-                chosen[axis] = min(losses, key=losses.__getitem__)
-        return chosen
+        return self._axes(block, name, {"lr": value}, done)[1]
+
+    def _moved(self, axis: str, option: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The values with one changed."""
+        value = float(f"{chosen['lr'] * option:.3g}") if axis == "lr" else option
+        return {**chosen, axis: value}
 
     def rates(self, block: Block, name: str, done: Done) -> tuple[list[Cell], float | None]:
         """The cells of an entry's learning rates, grown where the best is at an edge, and the best so far."""
         rates = sorted(self.entries[name].lr)
-        ratio = rates[1] / rates[0] if len(rates) > 1 else 2.0
+        ratio = rates[1] / rates[0] if len(rates) > 1 else 1.0
         for _ in range(self.grow + 1):
             cells = {rate: self.cell(block, name, {"lr": rate}, 0) for rate in rates}
             losses = {rate: done[cell.key] for rate, cell in cells.items() if cell.key in done}
             best = min(losses, key=losses.__getitem__) if losses else None
-            if len(losses) < len(rates) or best is None or best not in (rates[0], rates[-1]):
+            if len(losses) < len(rates) or best is None or len(rates) == 1 or best not in (rates[0], rates[-1]):
                 break
             grown = best / ratio if best == rates[0] else best * ratio
             rates = sorted([*rates, float(f"{grown:.3g}")])
@@ -155,27 +159,29 @@ class Study(_Part):
 
     def _wanted(self, block: Block, done: Done) -> Iterator[Cell]:
         for name in block.entries:
-            if block.kind == "rates":
-                yield from self.rates(block, name, done)[0]
-                continue
+            cells, value = self.rates(block, name, done)
             values = self.best(block, name, done)
-            if values is None:
-                continue
-            if block.kind == "seeds":
-                yield from (self.cell(block, name, values, seed) for seed in block.seeds)
-            else:
-                yield from self._axes(block, name, {"lr": values["lr"]}, done)
+            if block.kind == "rates":
+                yield from cells
+            elif block.kind == "seeds":
+                yield from (self.cell(block, name, values, seed) for seed in block.seeds if values is not None)
+            elif value is not None and values is not None:
+                yield from self._axes(block, name, {"lr": value}, done)[0]
 
-    def _axes(self, block: Block, name: str, chosen: dict[str, Any], done: Done) -> Iterator[Cell]:
-        """The cells of one axis after another, each from the best of those before it."""
+    def _axes(self, block: Block, name: str, chosen: dict[str, Any], done: Done) -> tuple[list[Cell], dict[str, Any]]:
+        """The cells of one axis after another, each from the best of those before it, and the best of all."""
+        known: list[Cell] = []
         for axis, options in self.entries[name].axes.items():
-            cells = {option: self.cell(block, name, {**chosen, axis: option}, 0) for option in options}
-            yield from cells.values()
-            if any(cell.key not in done for cell in cells.values()):
-                return
-            best = min(options, key=lambda option: done[cells[option].key])
-            if done[cells[best].key] < done.get(self.cell(block, name, chosen, 0).key, math.inf):
-                chosen = {**chosen, axis: best}
+            tried = [self._moved(axis, option, chosen) for option in options]
+            cells = [self.cell(block, name, values, 0) for values in tried]
+            known += cells
+            if any(cell.key not in done for cell in cells):
+                break
+            asis = self.cell(block, name, chosen, 0).key
+            best = min(range(len(cells)), key=lambda index: done[cells[index].key])
+            if done[cells[best].key] < done.get(asis, math.inf):
+                chosen = tried[best]
+        return known, chosen
 
 
 def load_study(path: Path) -> Study:

@@ -14,6 +14,7 @@ from benchmarks.convergence.report import interval, sign_flip_p, tokens_to, writ
 from benchmarks.convergence.study import Cell, Study, load_study
 from benchmarks.convergence.text import Text, dictionary_entries, plain_html
 from ds_optim.errors import UserError
+from ds_optim.job.models import build_model
 from tests.tiers import cells
 
 SHAPE = {
@@ -144,7 +145,7 @@ def test_text_is_cut_into_documents_and_cleaned() -> None:
 @pytest.mark.parametrize("name", ["study.yaml", "quick.yaml"])
 def test_the_study_files_hold_and_every_optimizer_in_them_is_made(name: str) -> None:
     study = load_study(run.HERE / name)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = build_model(loop.model_config(next(iter(study.models.values())), 64), 0)
     for key, entry in study.entries.items():
         tuned = study.entries[entry.like] if entry.like else entry
         one = {axis: options[0] for axis, options in tuned.axes.items()}
@@ -152,6 +153,33 @@ def test_the_study_files_hold_and_every_optimizer_in_them_is_made(name: str) -> 
                     params={"lr": tuned.lr[0], **one, **entry.params})  # fmt: skip
         loop.make_optimizer(model, made)
     assert study.due({})
+
+
+def test_what_was_published_runs_as_it_stands() -> None:
+    published = {"pair": {"type": "LionMuon", "params": {"period": 5}, "lr": [1e-3]}}
+    data = STUDY.model_dump() | {"entries": published, "blocks": [
+        {"name": kind, "kind": kind, "model": "m", "data": "d", "horizon": 2, "seeds": seeds, "entries": ["pair"]}
+        for kind, seeds in (("rates", [0]), ("seeds", [3, 4]))
+    ]}  # fmt: skip
+    study = Study.model_validate(data)
+    assert [(cell.seed, cell.params) for cell in study.due({})] == [(s, {"lr": 1e-3, "period": 5}) for s in (0, 3, 4)]
+    assert study.due({cell.key: 1.0 for cell in study.due({})}) == []
+
+
+def test_a_rate_is_looked_for_again_where_an_axis_has_moved_it() -> None:
+    data = STUDY.model_dump()
+    data["entries"]["adamw"]["axes"] = {"weight_decay": (0.3,), "lr": (0.5, 2.0)}
+    study = Study.model_validate(data)
+    done: dict[str, float] = {}
+    order: list[Cell] = []
+    while due := study.due(done):
+        order.append(due[0])
+        decayed = "weight_decay" in due[0].params
+        away = abs(math.log2(due[0].params["lr"] / (1e-3 if decayed else 2e-3)))
+        done[due[0].key] = away if decayed else 3 + away
+    tried = [cell.params for cell in order if cell.entry == "adamw" and not cell.seed]
+    assert tried[3:] == [{"lr": rate, "weight_decay": 0.3} for rate in (2e-3, 1e-3, 4e-3)]
+    assert [c.params for c in order if c.entry == "adamw" and c.seed] == [{"lr": 1e-3, "weight_decay": 0.3}] * 2
 
 
 def test_the_large_model_is_the_same_study_as_commands(tmp_path: Path) -> None:
