@@ -27,6 +27,12 @@ _BF16 = {"bf16": {"enabled": True}}
 _SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 _OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 _MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+
+
+def _autocast(dtype: str) -> Mapping[str, Any]:
+    return {"torch_autocast": {"enabled": True, "dtype": dtype}}
+
+
 SHOWN: Sequence[tuple[str, tuple[int, ...], Mapping[str, Any]]] = (
     ("fp32", STAGES, {}),
     ("bf16", STAGES, _BF16),
@@ -35,6 +41,8 @@ SHOWN: Sequence[tuple[str, tuple[int, ...], Mapping[str, Any]]] = (
     ("fp16 with `loss_scale` 1", STAGES, {"fp16": {"enabled": True, "loss_scale": 1}}),
     ("bf16 master weights, with `bf16_optimizer_states`", STAGES, _MASTERS),
     ("bf16 master weights with optimizer offload", STAGES, {**_MASTERS, **_OFFLOAD}),
+    ("`torch_autocast` in bf16, over fp32 weights", STAGES, _autocast("bfloat16")),
+    ("`torch_autocast` in fp16, which scales losses", STAGES, _autocast("float16")),
     ("`gradient_clipping`", STAGES, {"gradient_clipping": 1.0}),
     ("`gradient_accumulation_steps` above 1", STAGES, {"gradient_accumulation_steps": 4}),
     ("`offload_optimizer` to the CPU", (1, 2, 3), _OFFLOAD),

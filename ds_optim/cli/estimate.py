@@ -66,7 +66,8 @@ def estimate(
 
     loaded = _read(config)
     shape = load_shape(model, params, seq_len)
-    zero = ZeroSettings(stage=0, ranks=1, dtype=dtype, accumulation=accumulation, **_zero_keys(loaded, shape))
+    given = {"dtype": dtype, **_zero_keys(loaded, shape)}  # under autocast weights are fp32 whatever the flag says
+    zero = ZeroSettings(stage=0, ranks=1, accumulation=accumulation, **given)
     request = EstimateRequest(
         model=shape,
         optimizers=tuple(dict.fromkeys(_parts("--optimizers", optimizers))),

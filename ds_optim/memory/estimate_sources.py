@@ -14,7 +14,7 @@ from ds_optim.job.presets import PRESETS
 from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
 from ds_optim.zero.auto import AUTO, at, sizes_by_width
 from ds_optim.zero.reading import read_json
-from ds_optim.zero.support import uses_bf16_masters
+from ds_optim.zero.support import is_true, uses_autocast, uses_bf16_masters
 
 #: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
 _ZERO_KEYS = {
@@ -77,6 +77,10 @@ def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any
         found["offload"] = True
     if uses_bf16_masters(config):
         found["bf16_masters"] = True
+    if uses_autocast(config):
+        found["autocast"] = True
+        if not any(is_true(at(config, f"{section}.enabled")) for section in ("bf16", "bfloat16", "fp16")):
+            found["dtype"] = "fp32"
     accumulated = at(config, "data_types.grad_accum_dtype")
     if accumulated is not None:
         found["grad_accum_dtype"] = accumulated

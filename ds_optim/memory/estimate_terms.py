@@ -33,6 +33,7 @@ class ZeroSettings:
         offload: ``offload_optimizer`` to the CPU.
         overlap_comm: None for DeepSpeed's default, which is true at stage 3.
         bf16_masters: ``bf16_master_weights_and_grads`` with ``bf16_optimizer_states``.
+        autocast: ``torch_autocast`` over fp32 weights, of which linear layers' gradients travel in its dtype.
         device: where matrices are worked on, "cuda" or "cpu".
     """
 
@@ -54,6 +55,7 @@ class ZeroSettings:
     param_alignment: int = 1
     round_robin: bool = False
     bf16_masters: bool = False
+    autocast: bool = False
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -174,7 +176,8 @@ def buckets(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> tuple[int, 
     """Bytes of DeepSpeed's communication buckets: (on the accelerator, on the host).
 
     Made anew by each backward at stages 1 and 2, kept for good at stage 3; as large as ``reduce_bucket_size`` says
-    whatever the model's size. Two under ``overlap_comm`` at stages 1 and 2.
+    whatever the model's size. Two under ``overlap_comm`` at stages 1 and 2. Under autocast as many for each dtype on
+    the wire.
     """
     whole = sum(spec.numel for unit in units for spec in unit.params)
     partitions = sum(unit.partition_numel for unit in units)
@@ -184,10 +187,11 @@ def buckets(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> tuple[int, 
         return filled * zero.itemsize, 0
     bucket = zero.reduce_bucket_size * zero.itemsize
     if zero.stage == 3:  # beside the bucket, what a reduce-scatter copies from it, padded by rank
+        bucket += zero.reduce_bucket_size * WEIGHT_BYTES["bf16"] * zero.autocast
         return (bucket if zero.contiguous_gradients else 0) + filled * zero.itemsize, 0
     if not zero.contiguous_gradients and not zero.offload:
         return filled * zero.itemsize, 0
-    on_device = bucket * (2 if zero.overlaps else 1)
+    on_device = bucket * (2 if zero.overlaps else 1) * (2 if zero.autocast else 1)
     if zero.offload:  # a staging copy of the largest gradient on either side, and the 16-bit partitions on the host
         return on_device + largest * zero.itemsize, (partitions + largest) * zero.itemsize
     if zero.accumulation > 1 and zero.stage == 2 and zero.grad_itemsize == zero.itemsize:

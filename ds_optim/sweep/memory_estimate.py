@@ -62,14 +62,8 @@ def _planned(cell: Cell, ranks: int, vocab_size: int, device: str) -> tuple[Opti
     model = _shape(train.preset, vocab_size, train.seq_len)
     params = train.resolved_params()
     dtype = str(params.pop("momentum_dtype", "float32"))
-    zero = ZeroSettings(
-        stage=train.stage,
-        ranks=ranks,
-        dtype=train.dtype,
-        accumulation=train.accumulation,
-        device=device,
-        **zero_settings(deepspeed_config(train, ranks), model),
-    )
+    given = {"dtype": train.dtype, **zero_settings(deepspeed_config(train, ranks), model)}
+    zero = ZeroSettings(stage=train.stage, ranks=ranks, accumulation=train.accumulation, device=device, **given)
     weights = TORCH_DTYPES[train.dtype]
     plan = plan_optimizer(model, train.optimizer, params, momentum_dtype=dtype, weights=weights, device=device)
     return plan, zero, model

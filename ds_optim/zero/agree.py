@@ -20,7 +20,7 @@ from ds_optim.zero.caller import find_caller
 _LOCAL = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "steps_per_print", "wall_clock_breakdown")
 _OF_GRADIENTS = (
     *("gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"),
-    *("prescale_gradients", "gradient_predivide_factor", "fp16", "bf16"),
+    *("prescale_gradients", "gradient_predivide_factor", "fp16", "bf16", "torch_autocast"),
 )
 
 

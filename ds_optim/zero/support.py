@@ -21,6 +21,11 @@ _MASTERS_ALONE = (
     f"without {_STATES} DeepSpeed takes its own CPU Adam alone; set {_STATES} to true too, or set it to false"
 )
 _BF16 = ("bf16", "bfloat16")
+_FP16 = ("fp16", "float16", "half")
+_AUTOCAST_FP16 = (
+    "DeepSpeed 0.19 never lowers its loss scale after an overflow, and clips gradients before they are unscaled; set "
+    'torch_autocast.dtype to "bfloat16", or zero_optimization.stage to 0'
+)
 _STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 
 Test = Callable[[Any], bool]
@@ -81,7 +86,6 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"bfloat16.{_MASTERS}", is_true, _MASTERS_ALONE),
     (f"bf16.{_STATES}", is_true, _STATES_ALONE),
     (f"bfloat16.{_STATES}", is_true, _STATES_ALONE),
-    ("torch_autocast.enabled", is_true, 'use "bf16": {"enabled": true}'),
     ("fp8.enabled", is_true, 'use "bf16": {"enabled": true}'),
     ("compile.deepcompile", is_true, "its graph passes own the optimizer's memory; set it to false"),
     ("tensor_parallel.autotp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 0"),
@@ -115,7 +119,7 @@ REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("sequence_parallel_size", _above(1), "sequence parallelism is not supported"),
     ("model_parallel_group", _is_given, "tensor parallelism is not supported: a shard is no whole matrix"),
     ("has_moe_layers", is_true, "DeepSpeed's MoE groups are not supported"),
-    ("torch_autocast_gradscaler", _is_given, 'use "bf16": {"enabled": true} instead of torch_autocast'),
+    ("torch_autocast_gradscaler", _is_given, _AUTOCAST_FP16),
     ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
     ("elastic_checkpoint", is_true, f"set {_ZERO}.elastic_checkpoint to false"),
 )
@@ -142,6 +146,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if isinstance(stage, str) and stage.isdecimal():
         stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
+    _check_autocast(config, stage)
     if stage in (None, "auto", 0) and is_true(at(config, "fp16.enabled")) and at(config, "fp16.loss_scale") != 1:
         raise UserError(
             "fp16 at ZeRO stage 0 is not supported with a loss scale: DeepSpeed 0.19 unscales gradients there whose "
@@ -178,6 +183,28 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     for refused, remedy in problems:
         if refused:
             raise UserError(f"{section}.{_MASTERS} = true is not supported with these settings: {remedy}")
+
+
+def uses_autocast(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config asks for torch's autocast over fp32 weights, supported or not."""
+    return is_true(at(config, "torch_autocast.enabled"))
+
+
+def _check_autocast(config: Mapping[str, Any], stage: Any) -> None:
+    """Refuse autocast in fp16 where DeepSpeed's gradient scaler cannot be right, and where nobody says a dtype."""
+    if not uses_autocast(config):
+        return
+    dtype = at(config, "torch_autocast.dtype")
+    if dtype is None:
+        raise UserError(
+            "torch_autocast.enabled = True without a dtype is not supported with ds_optim's optimizers: torch takes "
+            'fp16 on GPUs then, and DeepSpeed scales no loss for it; set torch_autocast.dtype to "bfloat16"'
+        )
+    if str(dtype).removeprefix("torch.") in _FP16 and stage not in (None, "auto", 0):
+        raise UserError(
+            f"torch_autocast.dtype = {dtype!r} is not supported at ZeRO stages 1 to 3 with ds_optim's optimizers: "
+            f"{_AUTOCAST_FP16}"
+        )
 
 
 def check_engine(engine: Any) -> None:

@@ -38,7 +38,7 @@ SWITCHES = (
 #: Numbers that DeepSpeed does not type.
 NUMBERS = ("gradient_clipping", "gradient_predivide_factor", "steps_per_print")
 #: Dtypes that DeepSpeed looks at only when it builds the engine.
-DTYPES = ("data_types.grad_accum_dtype", "data_types.param_dtype", "data_types.buffer_dtype")
+DTYPES = ("data_types.grad_accum_dtype", "data_types.param_dtype", "data_types.buffer_dtype", "torch_autocast.dtype")
 #: Sections that this package reads, or hands on, by their typed values.
 _TYPED = ("zero_optimization", "bf16", "bfloat16", "fp16")
 #: Packages that DeepSpeed's monitors write with, on rank 0.

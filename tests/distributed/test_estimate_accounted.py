@@ -77,6 +77,11 @@ OPTIMIZERS = {
 FP32_GRADIENTS = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, "settings": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "settings": {"offload": True}}
 ROUND_ROBIN = {"zero": {"round_robin_gradients": True}, "settings": {"round_robin": True}}
+AUTOCAST = {
+    "config": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "settings": {"autocast": True},
+    "params": {"polar": {"dtype": "bfloat16", "steps": 1}},
+}
 SUB_GROUPS = {"zero": {"sub_group_size": 9_000}, "settings": {"sub_group_size": 9_000}}
 
 CASES = {
@@ -100,6 +105,10 @@ OTHERS = {
     },
     "sub-groups": Case(model=MODELS[1], optimizer="lion", stage=3, momentum_dtype="int8", **SUB_GROUPS),
     **{f"accumulation z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, accumulation=2) for s in (1, 2, 3)},
+    **{
+        f"autocast z{s}": Case(model=MODELS[1], optimizer="lion_muon", stage=s, dtype="fp32", **AUTOCAST)
+        for s in (0, 1, 2, 3)
+    },
 }
 
 
@@ -214,6 +223,12 @@ def test_other_settings_to_the_byte(name: str) -> None:
         assert rank.gradients == pytest.approx(held.gradients, abs=512)
         between = seen.between.gradients
         assert rank.gradients + rank.accumulating == pytest.approx(max(between, held.gradients), abs=512)
+
+
+def test_autocast_has_a_bucket_for_each_dtype_on_the_wire() -> None:
+    plain, autocast = (counted(2)[f"{name} z3"][0].before_step.buckets for name in ("fp32", "autocast"))
+    guessed = [estimated(OTHERS[f"{name} z3"], 2).ranks[0].buckets for name in ("fp32", "autocast")]
+    assert autocast - plain == guessed[1] - guessed[0] == BUCKET * 2
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

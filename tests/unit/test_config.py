@@ -69,7 +69,6 @@ VALUES: Mapping[str, tuple[list[Any], list[Any]]] = {
     "bfloat16.bf16_master_weights_and_grads": ([True], [False]),
     "bf16.bf16_optimizer_states": ([True], [False]),
     "bfloat16.bf16_optimizer_states": ([True], [False]),
-    "torch_autocast.enabled": ([True], [False]),
     "fp8.enabled": ([True], [False]),
     "compile.deepcompile": ([True, "true"], [False]),
     "tensor_parallel.autotp_size": ([2], [0, 1]),
@@ -174,6 +173,24 @@ def test_fp16_at_stage_0_is_refused_with_a_loss_scale() -> None:
         ds_optim.from_config(Small(), config(fp16={"enabled": True}))
     ds_optim.from_config(Small(), config(fp16={"enabled": True, "loss_scale": 1}))
     ds_optim.from_config(Small(), config(fp16={"enabled": True}, zero_optimization={"stage": 1}))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float16", "fp16", "torch.float16", "half"])
+def test_autocast_in_fp16_is_refused_where_deepspeed_scales_by_itself(stage: int, dtype: str) -> None:
+    given = {"torch_autocast": {"enabled": True, "dtype": dtype}}
+    with pytest.raises(UserError, match=r"torch_autocast\.dtype = .*stages 1 to 3.*\"bfloat16\""):
+        ds_optim.from_config(Small(), config(**given, zero_optimization={"stage": stage}))
+    check_config({**given, "zero_optimization": {"stage": 0}})
+    check_config({"torch_autocast": {"enabled": False, "dtype": dtype}, "zero_optimization": {"stage": stage}})
+    check_config({"torch_autocast": {"enabled": True, "dtype": "bf16"}, "zero_optimization": {"stage": stage}})
+
+
+def test_autocast_asks_for_a_dtype_that_deepspeed_knows() -> None:
+    with pytest.raises(UserError, match=r"without a dtype.*bfloat16"):
+        ds_optim.from_config(Small(), config(torch_autocast={"enabled": True}))
+    with pytest.raises(UserError, match=r"torch_autocast\.dtype is 'fp17': write"):
+        ds_optim.from_config(Small(), config(torch_autocast={"enabled": True, "dtype": "fp17"}))
 
 
 ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
