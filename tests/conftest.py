@@ -65,6 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         gone = set(left)
         items[:] = [item for item in items if item not in gone]
+    for item in items:  # for xdist: what forks ranks has two cores to itself but for the tests of one process
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if "unit" in item.path.parts else "ranks"))
     if config.getoption("--gpus"):
         return
     skip = pytest.mark.skip(reason="needs CUDA: run with --gpus N")

@@ -4,7 +4,8 @@
 #   bash tests/run.sh [--full] [--gpus N] [options of pytest]
 #
 # Without --full a few minutes of tests, with it all of them (tests/README.md). --gpus N runs
-# the ranks on N GPUs over NCCL. Fails if any check or test fails.
+# the ranks on N GPUs over NCCL. On two cores or more, tests without ranks run beside those with
+# them (-n 0: one after the other). Fails if any check or test fails.
 set -euo pipefail
 
 # shellcheck source=launch/setup_env.sh
@@ -35,9 +36,11 @@ for ((i = 1; i <= $#; i++)); do
         --gpus) ((i < $#)) && { next=$((i + 1)) && gpus="${!next}"; } ;;
     esac
 done
+beside=()
 if [[ $gpus == 0 ]]; then
     build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
+    (($(nproc) > 1)) && beside=(-n 2 --dist loadgroup)
 fi
 
-say "pytest $*"
-exec python -m pytest "$@"
+say "pytest ${beside[*]} $*"
+exec python -m pytest "${beside[@]}" "$@"
