@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,13 @@ from docs.markdown import markdown_table, shown
 from ds_optim.cli.app import app
 from ds_optim.errors import UserError
 from ds_optim.zero.support import REFUSED_SETTINGS, check_config
+from tests.settings import SETTINGS, Setting
 
 PACKAGE = Path(__file__).parents[1] / "ds_optim"
 STAGES = (0, 1, 2, 3)
 
 #: Values that a refused setting is shown with: the first that it is refused for.
 _EXAMPLES = (True, 0.5, "nvme", False, 2)
-
-#: Settings that are held against the reference at every stage where they mean something: (name, stages, config).
-_BF16 = {"bf16": {"enabled": True}}
-_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
-_OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
-
-
-def _autocast(dtype: str) -> Mapping[str, Any]:
-    return {"torch_autocast": {"enabled": True, "dtype": dtype}}
-
-
-SHOWN: Sequence[tuple[str, tuple[int, ...], Mapping[str, Any]]] = (
-    ("fp32", STAGES, {}),
-    ("bf16", STAGES, _BF16),
-    ("bf16, gradients accumulated in fp32 (`data_types.grad_accum_dtype`)", (1,), {**_BF16, **_SUMS}),
-    ("fp16 with a loss scale", STAGES, {"fp16": {"enabled": True}}),
-    ("fp16 with `loss_scale` 1", STAGES, {"fp16": {"enabled": True, "loss_scale": 1}}),
-    ("bf16 master weights, with `bf16_optimizer_states`", STAGES, _MASTERS),
-    ("bf16 master weights with optimizer offload", STAGES, {**_MASTERS, **_OFFLOAD}),
-    ("`torch_autocast` in bf16, over fp32 weights", STAGES, _autocast("bfloat16")),
-    ("`torch_autocast` in fp16, which scales losses", STAGES, _autocast("float16")),
-    ("`gradient_clipping`", STAGES, {"gradient_clipping": 1.0}),
-    ("`gradient_accumulation_steps` above 1", STAGES, {"gradient_accumulation_steps": 4}),
-    ("`offload_optimizer` to the CPU", (1, 2, 3), _OFFLOAD),
-    ("`reduce_scatter`, on and off", (1, 2, 3), {"zero_optimization": {"reduce_scatter": False}}),
-    ("`overlap_comm`, on and off", (1, 2, 3), {"zero_optimization": {"overlap_comm": True}}),
-    ("`contiguous_gradients`, on and off", (1, 2, 3), {"zero_optimization": {"contiguous_gradients": False}}),
-    ("`round_robin_gradients`", (1, 2), {"zero_optimization": {"round_robin_gradients": True}}),
-    ("`sub_group_size`", (3,), {"zero_optimization": {"sub_group_size": 1000}}),
-    ("`stage3_param_persistence_threshold`", (3,), {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
-    ("`deepspeed.zero.Init`", (3,), {}),
-)
 
 
 def commands() -> str:
@@ -84,22 +52,41 @@ def _section(path: str, command: Any) -> str:
 
 
 def works() -> str:
-    """Settings by stage: what a config of each is answered."""
-    rows = [
-        (name, *(_answer(config, stage) if stage in stages else "–" for stage in STAGES))
-        for name, stages, config in SHOWN
-    ]
-    return markdown_table(("setting", *(f"stage {stage}" for stage in STAGES)), rows)
+    """Settings by stage: what a config of each is answered, on how many ranks the tests train it, and why not."""
+    rows = []
+    for setting in SETTINGS:
+        answers = {stage: complaint(setting, stage) for stage in setting.stages}
+        cells = (_answer(setting, stage, answers[stage]) if stage in answers else "–" for stage in STAGES)
+        rows.append((setting.name, *cells, _reasons(answers)))
+    return markdown_table(("setting", *(f"stage {stage}" for stage in STAGES), "refused, why"), rows)
 
 
-def _answer(config: Mapping[str, Any], stage: int) -> str:
-    return "works" if _complaint(config, stage) is None else "refused"
+def _answer(setting: Setting, stage: int, found: str | None) -> str:
+    if found is not None:
+        return "refused"
+    ranks = setting.ranks_at(stage)
+    return f"works ({', '.join(map(str, ranks))})" if ranks else "accepted, not run"
 
 
-def _complaint(config: Mapping[str, Any], stage: int) -> str | None:
-    zero = {**config.get("zero_optimization", {}), "stage": stage}
+def _reasons(answers: Mapping[int, str | None]) -> str:
+    """What complaints say behind the setting's name, each once, with its stages."""
+    stages: dict[str, list[int]] = {}
+    for stage, found in answers.items():
+        if found is not None:
+            stages.setdefault(re.sub(r"^.*? is not supported\b[^:]*: ", "", found), []).append(stage)
+    if len(stages) == 1 and len(answers) == sum(map(len, stages.values())):
+        return next(iter(stages))
+    return " / ".join(f"stage {', '.join(map(str, at))}: {why}" for why, at in stages.items())
+
+
+def complaint(setting: Setting, stage: int) -> str | None:
+    """Why a setting is refused at a stage; None where it works."""
+    return setting.refused.get(stage) or _complaint(setting.config_at(stage))
+
+
+def _complaint(config: Mapping[str, Any]) -> str | None:
     try:
-        check_config({**config, "zero_optimization": zero})
+        check_config(config)
     except UserError as error:
         return str(error)
     return None
@@ -115,7 +102,8 @@ def refused() -> str:
         config: Any = value
         for key in reversed(path.split(".")):
             config = {key: config}
-        found = [stage for stage in STAGES if _complaint(config, stage) is not None]
+        zero = config.get("zero_optimization", {})
+        found = [s for s in STAGES if _complaint({**config, "zero_optimization": {**zero, "stage": s}}) is not None]
         stages = "all" if len(found) == len(STAGES) else ", ".join(map(str, found))
         rows.append((f"`{path}`", f"`{json.dumps(value)}`", stages, remedy))
     return markdown_table(("setting", "such as", "stages", "why, or what to write"), rows)

@@ -31,6 +31,7 @@ STEPS = 4
 """Counted, after a first one that is not: even, so that LionMuon's period of 2 fits."""
 SUB_GROUPS = {"sub_group_size": 300}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+ROUND_ROBIN = {"round_robin_gradients": True}
 
 
 def _bf16(case: Case) -> dict[str, Any]:
@@ -48,6 +49,8 @@ for _type, _dtype in (("Muon", "bfloat16"), ("Lion", "int8"), ("LionMuon", "int8
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z1": ({"stage": 1}, (2, 3, 4)),
     "z2": ({"stage": 2}, (3,)),
+    "z1-round_robin": ({"stage": 1, "zero": ROUND_ROBIN}, (2, 4)),
+    "z2-round_robin": ({"stage": 2, "zero": ROUND_ROBIN}, (3,)),
     "z3": ({"stage": 3}, (2, 3, 4)),
     "z3-sub_groups": ({"stage": 3, "zero": SUB_GROUPS}, (3,)),
     "z2-offload": ({"stage": 2, "zero": OFFLOAD}, (2,)),
