@@ -8,15 +8,30 @@ from typing import Annotated, Any
 
 import typer
 
+from ds_optim.cli.dry_run import print_plan
 from ds_optim.cli.failing import fail
 from ds_optim.cli.flags import with_flags
+from ds_optim.errors import UserError
+from ds_optim.job.recipes import Recipe, load_recipe
 from ds_optim.job.settings import WITHOUT_FLAG, TrainSettings, make_settings, parse_object
+from ds_optim.machine import ranks
+from ds_optim.machine.meeting import launched
 from ds_optim.survival.preemption import Preemption
+
+_Recipe = Annotated[
+    str | None, typer.Option(help="A published run: a name in configs/recipes, or a path; flags win over it.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print tokens, memory and hours of the run, and end.")]
+_Rate = Annotated[float | None, typer.Option(help="With --dry-run: tokens a second of all ranks, for the hours.")]
 
 
 @with_flags(TrainSettings, without=WITHOUT_FLAG)
 def train(
-    config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON; flags win over it.")] = None, **flags: Any
+    config: Annotated[Path | None, typer.Option(help="A DeepSpeed JSON; flags win over it.")] = None,
+    recipe: _Recipe = None,
+    dry_run: _DryRun = False,
+    tokens_per_s: _Rate = None,
+    **flags: Any,
 ) -> int:
     """Pretrain a causal language model under DeepSpeed ZeRO.
 
@@ -28,18 +43,31 @@ def train(
     69 a rank died or hung: the same; 74 the last checkpoint could not be written; 65 no finite numbers (--max-skips).
     """
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    published = None if recipe is None else load_recipe(recipe)
+    if dry_run:
+        count = ranks.expected() if launched() or published is None else published.ranks
+        return print_plan(train_settings(given, config, published, count), count, published, tokens_per_s)
+    if tokens_per_s is not None:
+        raise UserError("--tokens-per-s is for --dry-run: add it, or leave the rate out")
     with Preemption(given.get("out"), last=True) as preemption:
-        return run_train(train_settings(given, config), preemption)
+        return run_train(train_settings(given, config, published, ranks.expected()), preemption)
 
 
-def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
-    """Validated settings of the flags that were given and of a DeepSpeed JSON under them."""
+def train_settings(
+    flags: dict[str, Any], config: Path | None, recipe: Recipe | None = None, count: int = 1
+) -> TrainSettings:
+    """Validated settings of the flags that were given, and of a DeepSpeed JSON or a recipe on ``count`` ranks under
+    them."""
     from ds_optim.job.deepspeed_json import settings_from_json
     from ds_optim.zero.reading import load_config
 
     given = dict(flags)
     if "optimizer_params" in given:
         given["optimizer_params"] = parse_object(given["optimizer_params"], "--optimizer-params")
+    if config is not None and recipe is not None:
+        raise UserError("give --recipe or --config, one of the two: both say how to train")
+    if recipe is not None:
+        given = recipe.settings_for(given, count)
     if config is not None:
         given = settings_from_json(load_config(config), given)
     return make_settings(**given)
@@ -48,7 +76,6 @@ def train_settings(flags: dict[str, Any], config: Path | None) -> TrainSettings:
 def run_train(settings: TrainSettings, preemption: Preemption | None = None) -> int:
     """Train, print the outcome on rank 0, and return the status to exit with."""
     from ds_optim.job import exits
-    from ds_optim.machine import ranks
     from ds_optim.survival.watchdog import end_process
     from ds_optim.train.loop import train as train_model
 

@@ -30,7 +30,7 @@ def test_each_setting_is_a_flag_with_its_words() -> None:
     words = {flag.name: getattr(flag, "help", None) for flag in flags}
     fields = {name: field.description for name, field in TrainSettings.model_fields.items()}
     assert all(fields.values())
-    assert words.pop("config")
+    assert all([words.pop(name) for name in ("config", "recipe", "dry_run", "tokens_per_s")])
     assert words == {name: text for name, text in fields.items() if name not in WITHOUT_FLAG}
 
 
@@ -69,6 +69,10 @@ def failing_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--optimizer-params {lr", "--optimizer-params is not JSON"),
         ("--optimizer-params 3", "takes a JSON object"),
         ('--lr 1 --optimizer-params {"lr":2}', "keep one"),
+        ("--recipe lasm", "there is no recipe 'lasm' (did you mean 'lasm-134m'?)"),
+        ("--recipe lasm-134m --config x.json", "give --recipe or --config, one of the two"),
+        ("--dry-run --tokens-per-s 0", "--tokens-per-s is 0.0: write the tokens a second"),
+        ("--tokens-per-s 5", "--tokens-per-s is for --dry-run"),
         ("--config nowhere.json", "cannot read the config 'nowhere.json'"),
         ("--optimiser lion", "--optimi"),
     ],
