@@ -92,7 +92,8 @@ def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -
     from rich.console import Console
 
     from ds_optim.memory.side_by_side import estimate_rows
-    from ds_optim.report.estimate import draw_curves, notes, to_table
+    from ds_optim.report.estimate import draw_curves, notes, title_of
+    from ds_optim.report.estimate_table import to_tables
 
     rows = estimate_rows(request)
     drawn: list[Path] = []
@@ -104,8 +105,10 @@ def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -
     if as_json:
         typer.echo(json.dumps([row.record() for row in rows], indent=2))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(to_table(rows))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(title_of(request), markup=False, highlight=False)
+    for table in to_tables(rows, console.width):
+        console.print(table)
     for line in (*notes(request), *(f"curves: {path}" for path in drawn)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

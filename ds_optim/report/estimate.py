@@ -1,54 +1,28 @@
-"""The table and the curves of ``ds-optim estimate``."""
+"""What the figures of ``ds-optim estimate`` are, and its curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_optim.memory.estimate import ACTIVATIONS, RankMemory, estimate
 from ds_optim.memory.estimate_fit import RANKS, USABLE
-from ds_optim.memory.side_by_side import BASELINE, EstimateRequest, EstimateRow
+from ds_optim.memory.side_by_side import BASELINE, EstimateRequest
 from ds_optim.report.memory_plots import SavingOverRanks, alike, over_ranks
 from ds_optim.report.plots import PAPER_INK, colour_map, new_figure
-from ds_optim.report.units import MISSING, fixed, size
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ds_optim.report.units import size
 
 _GIB = 2**30
-
-
-def to_table(rows: Sequence[EstimateRow]) -> Table:
-    """GiB of the rank that needs most, by term, and the saving against AdamW."""
-    from rich.table import Table
-
-    request = rows[0].request
-    table = Table(title=_title(request), title_justify="left", header_style="bold")
-    for title in ("Ranks", "Stage", "Optimizer", "Momentum"):
-        table.add_column(title, no_wrap=True)
-    numbers = ["Weights", "Gradients", "Master", "State", "Model states", "Buckets", "Gathered", "Step", "Peak"]
-    if request.zero.offload:
-        numbers.append("On host")
-    for title in (*numbers, "Saves of state", "of model states", "of peak", *_fit_titles(request)):
-        table.add_column(title, justify="right")
-    previous: object = None
-    for row in rows:
-        settings = row.estimate.zero
-        if previous not in (None, (settings.ranks, settings.stage)):
-            table.add_section()
-        previous = settings.ranks, settings.stage
-        table.add_row(*_cells(row))
-    return table
 
 
 def notes(request: EstimateRequest) -> list[str]:
     """What the figures of the table are, one line each."""
     lines = [
-        "GiB of the rank that needs most. Gradients: "
-        + ("at their most between micro-batches. " if request.zero.accumulation > 1 else "before the step. ")
-        + "Step: its gradients, exchanged matrices and scratch of an update.",
-        "Peak: model states with the larger of backward (buckets, gathered layers, activations) and step.",
+        "GiB of the rank that needs most. Peak: model states with the larger of backward (buckets, gathered layers, "
+        "activations) and step (its scratch). "
+        f"Gradients: {'at their most between micro-batches' if request.zero.accumulation > 1 else 'before the step'}. "
+        "Scratch of the step: its gradients, exchanged matrices and what an update works with.",
     ]
     if request.model.counted:
         lines.insert(0, f"Counted: {request.model.counted}.")
@@ -94,40 +68,9 @@ Held = dict[tuple[str, int], list[RankMemory]]
 """By optimizer and stage, the rank that needs most at each number of ranks; AdamW comes first."""
 
 
-def _title(request: EstimateRequest) -> str:
+def title_of(request: EstimateRequest) -> str:
     offload = ", optimizer offloaded" if request.zero.offload else ""
     return f"{request.model.name}: {request.model.numel:,} parameters, {request.zero.dtype}{offload}"
-
-
-def _fit_titles(request: EstimateRequest) -> list[str]:
-    if request.gpu_bytes is None:
-        return []
-    return [*(["Largest batch"] if request.sequence_bytes else []), "Fewest GPUs"]
-
-
-def _cells(row: EstimateRow) -> list[str]:
-    memory, settings = row.estimate.largest, row.estimate.zero
-    step = memory.step_gradients + memory.exchange + memory.chunks
-    sizes = [
-        *(memory.weights, memory.gradients + memory.accumulating, memory.master, memory.optimizer_state),
-        *(memory.most_model_states, memory.buckets, memory.gathered, step, row.peak),
-    ]
-    if row.request.zero.offload:
-        sizes.append(memory.host + memory.host_buckets)
-    cells = [str(settings.ranks), str(settings.stage), row.estimate.optimizer.name]
-    cells += [row.estimate.optimizer.momentum_dtype, *(_gib(value) for value in sizes)]
-    is_base = row.estimate is row.baseline
-    cells += ["" if is_base else f"{fixed(value, 1)} %" for value in row.saving.values()]
-    if row.request.gpu_bytes is not None:
-        if row.request.sequence_bytes:
-            cells.append(str(row.largest_batch))
-        cells.append(MISSING if row.fewest is None else str(row.fewest))
-    return cells
-
-
-def _gib(value: int) -> str:
-    scaled = value / _GIB
-    return "0" if value == 0 else fixed(scaled, 2) if scaled >= 0.1 else f"{scaled:.2g}"
 
 
 def _held(request: EstimateRequest, ranks: Sequence[int]) -> Held:
@@ -159,7 +102,7 @@ def _states(request: EstimateRequest, ranks: Sequence[int], held: Held, colours:
         axes.set_yscale("log")
     panels[0].set_ylabel("model states of a rank, GiB")
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(_title(request), fontsize=10)
+    figure.suptitle(title_of(request), fontsize=10)
     return figure
 
 
@@ -176,7 +119,7 @@ def _saving(request: EstimateRequest, ranks: Sequence[int], held: Held, colours:
             if stage == sharded[0]:
                 points = [(n, (base.optimizer_state - own.optimizer_state) / numel) for n, own, base in pairs]
                 saved[label] = round(points[0][1], 2), points
-    title = f"{_title(request)}: optimizer state against AdamW"
+    title = f"{title_of(request)}: optimizer state against AdamW"
     plot = SavingOverRanks(name="saving", title=title, saved=saved, shares=shares, measured={}, how="estimated")
     figure = plot.figure(colours, PAPER_INK)
     figure.suptitle(title, fontsize=10)

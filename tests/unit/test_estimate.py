@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ds_optim.cli.app import main
 from ds_optim.errors import UserError
@@ -23,8 +25,10 @@ from ds_optim.memory.estimate_model import ModelShape, Parameter, Transformer, s
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.estimate_terms import ZeroSettings
+from ds_optim.memory.side_by_side import EstimateRequest, estimate_rows
 from ds_optim.memory.tracker import TensorTracker
 from ds_optim.optimizers import LionMuon, param_groups
+from ds_optim.report.estimate_table import to_tables
 
 GIB = 2**30
 STATE_BYTES = {("adamw", "float32"): 8, ("lion", "float32"): 4, ("lion_muon", "bfloat16"): 2}
@@ -266,6 +270,28 @@ def test_command_prints_a_table_and_draws_curves(capsys: pytest.CaptureFixture[s
     for name in ("model_states", "saving"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize("width", [44, 80, 100, 120])
+def test_every_number_stands_in_lines_of_any_width(width: int) -> None:
+    names = ("adamw", "lion", "lion_muon", "stable_lion", "spectral_lion", "muon")
+    request = EstimateRequest(
+        model=load_shape("qwen3-tiny", None), optimizers=names, momentum_dtypes=("float32", "int8"), stages=(0, 3)
+    )
+    rows = estimate_rows(request)
+    console = Console(width=width, file=io.StringIO(), record=True)
+    tables = list(to_tables(rows, width))
+    for shown in tables:
+        console.print(shown)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    per_row = [line for line in text.splitlines() if line.startswith("│ peak")]
+    assert sum(line.count("│") - 2 for line in per_row) == len(rows)
+    assert max(line.count("│") - 2 for line in per_row) >= (width - 26) // 16
+    saved = [line for line in text.splitlines() if line.startswith("│ saved of peak")]
+    assert sum(line.count("%") + line.count("—") for line in saved) == len(rows)
+    assert tables[0].title == "ZeRO-0, 8 ranks"
 
 
 @pytest.mark.parametrize(
