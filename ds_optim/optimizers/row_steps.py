@@ -21,31 +21,33 @@ def step_rows(local: Local, exchange: Exchange, update: RowsUpdate) -> None:
     """Carry out ``update`` on every matrix of a unit."""
     views, unit, rank = exchange.plan.views, local.unit, local.comm.rank
     chosen = choose_rows(exchange, _moved(local, exchange, update), local.tensors[0].device)
-    of_rows = chosen_of(exchange, chosen)
+    smaller = chosen_of(exchange, chosen)
 
     def walk(run: Slice) -> Iterator[tuple[Piece, Tensor, slice]]:
-        """The slice that a run of chosen rows is in, part by part: its elements of such rows, and their place there."""
+        """The slice that a run of chosen rows is in, part by part: which of its elements are of such rows, by number, and
+        their place there. How many they are is known, so that nobody waits for the device to count them."""
         held = unit.slice_of(run.param, rank)
         assert held is not None
         rows = chosen[run.param]
         for part in local.chunks(held):
             first, last = rows.run(part)
-            yield local.piece(part), rows.mask(part), slice(first - run.start, last - run.start)
+            of_rows = rows.mask(part).nonzero_static(size=last - first).squeeze(1)
+            yield local.piece(part), of_rows, slice(first - run.start, last - run.start)
 
     def fill(run: Slice, messages: Sequence[Tensor]) -> None:
-        for piece, mask, place in walk(run):
-            messages[0][place].copy_(piece.wide_m[mask])
+        for piece, elements, place in walk(run):
+            messages[0][place].copy_(piece.wide_m.index_select(0, elements))
 
     def apply(run: Slice, results: Sequence[Tensor]) -> None:
         scale = scale_of(views[run.param], update.scale)
-        for piece, mask, place in walk(run):
+        for piece, elements, place in walk(run):
             with local.scratch.lend(piece.wide_m, 1) as (change,):
-                change.zero_()[mask] = results[0][place].to(change)
+                change.zero_().index_copy_(0, elements, results[0][place].to(change))
                 with local.decaying(piece, update.lr):
                     apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
-                piece.wide_m.mul_(change.fill_(1.0).masked_fill_(mask, update.kept))
+                piece.wide_m.mul_(change.fill_(1.0).index_fill_(0, elements, update.kept))
 
-    of_rows.run(fill, shaped(of_rows.plan, update.scale), apply, local.absent)
+    smaller.run(fill, shaped(smaller.plan, update.scale), apply, local.absent)
 
 
 def _moved(local: Local, exchange: Exchange, update: RowsUpdate) -> dict[int, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -36,8 +37,12 @@ def carry_out(local: Local, rule: Rule, exchange: Exchange | None, update: Updat
 
 
 def finite(groups: Sequence[Group]) -> bool:
-    """Whether every gradient is: the ranks hold the same bits here, so they agree without asking."""
+    """Whether every gradient is: the ranks hold the same bits here, so they agree without asking.
+
+    The host waits for the device once a dtype of gradients.
+    """
     gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
-    # A NaN is both of the extremes, an infinity one of them: a pass over memory, where isfinite().all() is three.
-    extremes = [torch.stack(torch.aminmax(g.detach())) for g in gradients]
-    return all(bool(torch.isfinite(pair).all()) for pair in extremes)
+    extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+    for g in gradients:  # a NaN is both of the extremes, an infinity one of them: a pass over memory, not three
+        extremes[g.device, g.dtype] += torch.aminmax(g.detach())
+    return all(bool(torch.isfinite(torch.stack(found)).all()) for found in extremes.values())
