@@ -14,6 +14,7 @@ from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.row_steps import step_rows
 from ds_optim.optimizers.rules import Group, Rule
 from ds_optim.optimizers.updates import MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate, Update
+from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 
 
@@ -35,9 +36,16 @@ def carry_out(local: Local, rule: Rule, exchange: Exchange | None, update: Updat
     return {}
 
 
-def finite(groups: Sequence[Group]) -> bool:
-    """Whether every gradient is: the ranks hold the same bits here, so they agree without asking."""
+def finite(groups: Sequence[Group], tensor: Comm | None = None) -> bool:
+    """Whether every gradient is: the ranks hold the same bits here, so they agree without asking.
+
+    Under tensor parallelism each has shards of its own, and they ask.
+    """
     gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
     # A NaN is both of the extremes, an infinity one of them: a pass over memory, where isfinite().all() is three.
     extremes = [torch.stack(torch.aminmax(g.detach())) for g in gradients]
-    return all(bool(torch.isfinite(pair).all()) for pair in extremes)
+    own = all(bool(torch.isfinite(pair).all()) for pair in extremes)
+    if tensor is None:
+        return own
+    flag = torch.tensor([float(own)], dtype=torch.float32, device=tensor.device(torch.device("cpu")))
+    return bool(tensor.all_reduce(flag, "min") > 0)
