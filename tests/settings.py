@@ -80,5 +80,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="`stage3_param_persistence_threshold`", stages=(3,), config=_zero(stage3_param_persistence_threshold=0)
     ),
+    Setting(
+        name="AutoTP (`tensor_parallel.autotp_size`)",
+        config={"tensor_parallel": {"autotp_size": 2}},
+        ranks={0: (2,), 1: (2, 4), 2: (4,), 3: (2, 4)},
+        losses="tests.distributed.tensor_models:losses_of_autotp",
+    ),
+    Setting(
+        name="tensor parallelism by hand, with an `mpu`",
+        ranks={0: (2,), 1: (4,), 2: (2,), 3: (4,)},
+        losses="tests.distributed.tensor_models:losses_by_hand",
+    ),
     Setting(name="`deepspeed.zero.Init`", stages=(3,), losses="tests.distributed.losses:under_zero_init"),
 )

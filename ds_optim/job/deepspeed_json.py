@@ -9,6 +9,7 @@ from ds_optim.errors import UserError
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
 from ds_optim.zero.auto import AUTO, at, batch_sizes, is_open
+from ds_optim.zero.support import tensor_parallel_size
 from ds_optim.zero.values import understood
 
 # Keys of the JSON that a setting takes over: (path in the JSON, setting).
@@ -79,6 +80,11 @@ def _dtype(config: dict[str, Any]) -> dict[str, str]:
 def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config of a run: the user's JSON with the settings written over it."""
     config = copy.deepcopy(settings.deepspeed)
+    if tensor_parallel_size(config) > 1:
+        raise UserError(
+            "tensor_parallel.autotp_size: ds-optim train gives every rank a batch of its own, and AutoTP's ranks need "
+            "one together: train in a loop of your own with ds_optim.initialize, or set it to 0"
+        )
     config["train_micro_batch_size_per_gpu"] = settings.micro_batch
     config["gradient_accumulation_steps"] = settings.accumulation
     batch_sizes(config, world_size)

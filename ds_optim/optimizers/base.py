@@ -18,7 +18,16 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import DTYPES, NARROW
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
-from ds_optim.optimizers.alike import NOTHING, Alike, join_load, numbers_of, options_of, parameters_of, steps_of
+from ds_optim.optimizers.alike import (
+    NOTHING,
+    Alike,
+    check_alike,
+    join_load,
+    numbers_of,
+    options_of,
+    parameters_of,
+    steps_of,
+)
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics
 from ds_optim.optimizers.grouped import GroupedOptimizer
@@ -165,6 +174,7 @@ class ZeroOptimizer(GroupedOptimizer):
             names=self._names,
             rules=self._rules,
             parameters=tuple(specs),
+            tensor_parallel=max((len(s.shard.pieces) for own in specs for s in own if s.shard), default=1),
         )
 
     def _settle_groups(self) -> bool:
@@ -214,7 +224,7 @@ class ZeroOptimizer(GroupedOptimizer):
         if not binding.sharded:
             check_gradients(binding)
             warn_if_idle(self, binding.tensors)
-            if not finite(self.param_groups):
+            if not finite(self.param_groups, binding.tensor):
                 self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
                 return loss
         self.settle_rates()
@@ -250,33 +260,40 @@ class ZeroOptimizer(GroupedOptimizer):
             )
         binding = bind(self, self._members, self._all_groups)
         self._alike.begin(binding.peers, self._meant(binding))
+        if binding.tensor is not None:
+            check_alike(binding.tensor.gather_objects(self._meant(binding, shards=False)))
         if self._cautious and any(t.dtype in NARROW for tensors in binding.tensors for t in tensors):
             raise UserError(BF16_AND_CAUTIOUS)
         self._binding, self._planned, self._waits_for_engine = binding, False, False
         init_states(binding, self._all_groups, self.state, self._momentum_dtype, carried=self._universal)
         return binding
 
-    def _meant(self, binding: Binding) -> dict[str, str]:
-        """All that the ranks must have alike, by names that a user knows."""
+    def _meant(self, binding: Binding, *, shards: bool = True) -> dict[str, str]:
+        """All that the ranks must have alike, by names that a user knows; shards: what lies on each of them, too."""
         options = {
             "optimizer": type(self).__name__,
             "momentum_dtype": self._momentum_dtype,
             "diagnostics": self._diagnostics is not None,
             "cautious_decay": self._cautious,
         }
-        return {
-            **options_of(options, self._polar, self._exchange),
-            **parameters_of(self._all_groups, self._members),
-            **numbers_of(self._all_groups),
-            "layout of the parameters": binding.layout.digest(),
-        }
+        alike = {**options_of(options, self._polar, self._exchange), **numbers_of(self._all_groups)}
+        if not shards:
+            return alike
+        held = parameters_of(self._all_groups, self._members)
+        return {**alike, **held, "layout of the parameters": binding.layout.digest()}
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> int:
         """What one flat partition (or, unsharded, one group of parameters) is due; the unit's number."""
         number = binding.unit_of(group["params"][0])
         assert number is not None
         local = Local(
-            binding.layout.units[number], binding.comm, group["params"], self.state, scratch, group.get("seed", 0)
+            binding.layout.units[number],
+            binding.comm,
+            group["params"],
+            self.state,
+            scratch,
+            group.get("seed", 0),
+            tensor=binding.tensor,
         )
         if len(local.absent) == len(local.tensors):
             if self._diagnostics is not None:

@@ -24,8 +24,8 @@ def cautious_lion(group: Group, step: int) -> ParameterUpdate:
     blend = lion_blend(group["betas"])
 
     def decide(spec: ParamSpec, counts: Sequence[float], _: float) -> Decision:
-        boost = spec.numel / max(counts[0], spec.numel / MOST_BOOST)
-        return Decision(lr=group["lr"], value=boost, shown={"agreeing gradients": counts[0] / spec.numel})
+        boost = spec.whole_numel / max(counts[0], spec.whole_numel / MOST_BOOST)
+        return Decision(lr=group["lr"], value=boost, shown={"agreeing gradients": counts[0] / spec.whole_numel})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         cautious_step(

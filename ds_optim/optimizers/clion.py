@@ -40,7 +40,7 @@ def clion_coordinate(group: Group, step: int) -> ParameterUpdate:
     blend, decay, nu = lion_blend(group["betas"]), group["weight_decay"], group["nu"]
 
     def decide(spec: ParamSpec, counts: Sequence[float], _: float) -> Decision:
-        return Decision(lr=group["lr"], shown={"open gates": counts[0] / spec.numel} if counts else {})
+        return Decision(lr=group["lr"], shown={"open gates": counts[0] / spec.whole_numel} if counts else {})
 
     def apply(piece: Piece, chosen: Decision) -> None:
         gated_step(piece.p, piece.m, piece.g, blend=blend, lr=chosen.lr, decay=decay, nu=nu, scratch=piece.scratch)

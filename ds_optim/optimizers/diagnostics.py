@@ -50,6 +50,8 @@ class Diagnostics:
         counts = torch.zeros(4, dtype=torch.float64, device="cpu")
         decay = update.decay
         for held in local.slices():
+            if local.is_counted_elsewhere(held.param):
+                continue
             was, now = (run(values[held.tensor], held) for values in (old, local.p))
             # Weights that are rounded without bias do not say what decay alone had made of them: they moved or not.
             rates = [0.0] if was.dtype in NARROW else _decay_rates(update, own.get(held.param))
@@ -64,6 +66,8 @@ class Diagnostics:
             counts[:3] += sums.cpu()
             counts[3] += held.numel
         counts = local.comm.all_reduce(counts.to(local.comm.device(counts.device)))
+        if local.tensor is not None:
+            counts = local.tensor.all_reduce(counts)
         self._counts[unit] = group, counts.tolist()
         self._step = local.step
         self._shown[unit] = [value.shown for value in own.values() if isinstance(value, Decision)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def members(self) -> list[list[Member]]:
         """For each parameter group the parameters that the optimizer was built with."""
         return self._members
+
+    def hold(self, members: Sequence[Sequence[Member]]) -> None:
+        """Take the parameters as they lie on this rank, once an engine has cut them over tensor-parallel ranks."""
+        self._members = [list(group) for group in members]
 
     @property
     def lr_ratios(self) -> list[float | None]:

@@ -40,7 +40,7 @@ def lasm(group: Group, step: int) -> ParameterUpdate:
     b1, b2 = group["betas"]
 
     def decide(spec: ParamSpec, sums: Sequence[float], v: float) -> Decision:
-        v = b2 * v + (1 - b2) * sums[0] / spec.numel
+        v = b2 * v + (1 - b2) * sums[0] / spec.whole_numel
         sigma = 1 / (1 + math.sqrt(v))
         return Decision(lr=group["lr"], value=sigma, scalar=v, shown={"min sigma": sigma})
 

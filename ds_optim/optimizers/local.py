@@ -37,6 +37,7 @@ class Local:
         scratch: of this call.
         seed: of the noise in rounding momentum and weights.
         cautious_decay: what the rule was told nothing of, to be done around its steps.
+        tensor: the ranks that hold the other shards of what tensor parallelism cut.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Local:
         scratch: Scratch,
         seed: int,
         cautious_decay: float = 0.0,
+        tensor: Comm | None = None,
     ) -> None:
         self.unit = unit
         self.comm = comm
@@ -56,6 +58,7 @@ class Local:
         self.scratch = scratch
         self.seed = seed
         self.cautious_decay = cautious_decay
+        self.tensor = tensor
         self.absent = frozenset(number for number, tensor in enumerate(tensors) if tensor.grad is None)
         """Tensors without a gradient: to be left alone. None under ZeRO."""
 
@@ -137,7 +140,7 @@ class Local:
         return Bfloat16(rounding=self._rounding(held, self.step), values=values) if values.dtype in NARROW else values
 
     def _rounding(self, held: Slice, step: int) -> NoiseKey:
-        name = self.unit.params[held.param].name
+        name = self.unit.params[held.param].noise_name
         return NoiseKey(seed=self.seed, stream=stream_of(name), step=step, start=held.start)
 
     @cached_property
@@ -167,6 +170,10 @@ class Local:
         """The unit's parameters that take part: unsharded, those with a gradient."""
         absent = self.absent if self.unit.cut == "none" else ()
         return [param for param in range(len(self.unit.params)) if param not in absent]
+
+    def is_counted_elsewhere(self, param: int) -> bool:
+        """Whether each tensor-parallel rank holds all of a parameter, and another one counts it."""
+        return self.tensor is not None and self.tensor.rank > 0 and self.unit.params[param].shard is None
 
     def rows(self, held: Slice, rule: Rule) -> Tensor:
         """The values that a rule keeps of the rows that begin in a slice."""

@@ -36,11 +36,17 @@ def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisi
 
 
 def measured(local: Local, measure: Measure) -> list[list[float]]:
-    """The numbers of each parameter of the unit, joined over its slices on all ranks and rounded once."""
+    """The numbers of each parameter of the unit, joined over its slices on all ranks and rounded once.
+
+    What tensor parallelism cut is joined over its shards; what each of its ranks holds whole is counted once.
+    """
 
     def partial(held: Slice) -> Sequence[Tensor]:
         return () if held.tensor in local.absent else measure.partial(local.piece(held))
 
     device = local.comm.device(local.tensors[0].device)
     totals = reduce_parameters(local.unit, local.comm, partial, columns=measure.columns, op=measure.op, device=device)
+    cut = [param for param, spec in enumerate(local.unit.params) if spec.shard is not None]
+    if local.tensor is not None and cut:
+        totals[cut] = local.tensor.all_reduce(totals[cut], measure.op)
     return [[rounded_once(value) for value in row] for row in totals.tolist()]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.alike import check_alike
@@ -36,15 +37,18 @@ def plan_exchanges(
     plans = _unresolved(binding, groups, polar, exchange)
     choice = _guarded(binding, plans, exchange["costs"] == "measured", saved) if binding.peers.rank == 0 else None
     choice = binding.peers.gather_objects(choice)[0]
+    if binding.tensor is not None:  # the first of all groups of data-parallel ranks chooses
+        choice = binding.tensor.gather_objects(choice)[0]
     if isinstance(choice, str):
         raise RuntimeError(f"rank 0 could not plan the exchange of matrices: {choice}")
     exchanges = {}
     for number, plan in plans.items():
         plan = replace(plan, polar=choice.polars[number], timed=choice.timed[number])
-        exchanges[number] = Exchange(plan, binding.comm, binding.device)
+        exchanges[number] = Exchange(plan, binding.comm, binding.device, binding.tensor)
     digests = repr([(number, exchange.plan.digest()) for number, exchange in sorted(exchanges.items())])
     digest = hashlib.sha256(digests.encode()).hexdigest()[:12]
-    check_alike(binding.peers.gather_objects({"plan of the exchange of matrices": digest}))
+    for comm in (binding.peers, *([] if binding.tensor is None else [binding.tensor])):
+        check_alike(comm.gather_objects({"plan of the exchange of matrices": digest}))
     return exchanges, choice.table
 
 
@@ -86,7 +90,7 @@ def _unresolved(
     return {
         number: ExchangePlan(
             unit=binding.layout.units[number],
-            views=_views_of(binding.members[number]),
+            views=_views_of(binding.members[number], groups[number]),
             shape=shape,
             polar=polar,
             bucket_mb=exchange["bucket_mb"],
@@ -98,10 +102,26 @@ def _unresolved(
     }
 
 
-def _views_of(members: Sequence[Member]) -> dict[int, MatrixView]:
-    """How each of a unit's parameters is seen as matrices, by its number."""
+def _views_of(members: Sequence[Member], group: Group) -> dict[int, MatrixView]:
+    """How each of a unit's parameters is seen as matrices, by its number.
+
+    Raises:
+        UserError: tensor parallelism cut one in a way that the rule cannot be right with.
+    """
     views = {}
     for number, member in enumerate(members):
         assert member.view is not None, f"{member.spec.name} takes a matrix rule and has no view"
+        sizes = () if member.spec.shard is None else member.spec.shard.sizes
+        if sizes and FRACTION in group:
+            raise UserError(
+                f"{member.spec.name} is cut over tensor-parallel ranks, and {group['rule']} chooses among the rows of "
+                "whole matrices: take another optimizer, or tensor parallel size 1"
+            )
+        if len(set(sizes)) > 1:
+            raise UserError(
+                f"{member.spec.name} is cut into unequal parts {list(sizes)} over tensor-parallel ranks, whose ZeRO "
+                "partitions then have other borders: take a tensor parallel size that divides it (its heads, for "
+                "queries, keys and values), or let the aux rule have it by matrix_exclude"
+            )
         views[number] = member.view
     return views

@@ -103,6 +103,8 @@ class QKClip:
 
     def _asked(self, binding: Binding) -> dict[str, tuple[Tensor, Tensor]]:
         """What each head's queries and keys are multiplied with, by layer; 1 where nobody has seen a logit."""
+        if binding.tensor is not None:
+            raise UserError("QKClip is not supported under tensor parallelism, whose ranks have heads of their own")
         device = binding.peers.device(binding.device)
         none = torch.zeros(self._heads, dtype=torch.float32, device=device)
         largest = torch.stack([self._seen.get(layer, none).to(device) for layer in self._layers])

@@ -28,6 +28,8 @@ SAVED = "saved"
 PARAMETERS = "parameters"
 COSTS = "costs"
 """The key, in the description, of what the owners of matrices were chosen by (see ``optimizers.costs``)."""
+TENSOR_PARALLEL = "tensor_parallel"
+"""The key, in the description, of how many ranks hold shards of parameters; not there for one."""
 FORMAT = 2
 UNIVERSAL_BUFFERS = (MOMENTUM, SECOND_MOMENT)
 """What ``ds_to_universal`` asks of every flat partition."""
@@ -38,13 +40,15 @@ SHARE = "lr_scale"
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """What a checkpoint must be of to be loaded: the class, its momentum's dtype ("float32"), and of each group the
-    name, the rule and the parameters that DeepSpeed steps."""
+    name, the rule and the parameters that DeepSpeed steps, as this rank holds them where so many have shards of
+    them."""
 
     optimizer: str
     momentum_dtype: str
     names: tuple[str, ...]
     rules: tuple[str, ...]
     parameters: tuple[tuple[ParamSpec, ...], ...]
+    tensor_parallel: int = 1
 
 
 def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
@@ -56,6 +60,7 @@ def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
         "optimizer": identity.optimizer,
         "momentum_dtype": identity.momentum_dtype,
         "groups": [{**own, PARAMETERS: specs} for own, specs in zip(hyper, listed, strict=True)],
+        **({} if identity.tensor_parallel == 1 else {TENSOR_PARALLEL: identity.tensor_parallel}),
     }
 
 
@@ -186,6 +191,13 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
         )
     if description is None:
         return
+    there = description.get(TENSOR_PARALLEL, 1)
+    if there != own.tensor_parallel:
+        raise UserError(
+            f"the checkpoint was saved at tensor parallel size {there} and this run has {own.tensor_parallel}: shards "
+            f"are not cut anew; start with tensor parallel size {there}, or save the model's weights and begin the "
+            "optimizer anew"
+        )
     saved = described_parameters(description)
     if saved != own.parameters:
         raise UserError(

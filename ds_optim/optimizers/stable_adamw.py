@@ -27,7 +27,7 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
         return [stable_measure(piece.wide_m, piece.v, piece.g, moments, piece.scratch)]
 
     def decide(spec: ParamSpec, sums: Sequence[float], _: float) -> Decision:
-        rms = math.sqrt(sums[0] / spec.numel)
+        rms = math.sqrt(sums[0] / spec.whole_numel)
         return Decision(lr=group["lr"] / max(1.0, rms), shown={"slowed parameters": float(rms > 1), "mean rms": rms})
 
     def apply(piece: Piece, chosen: Decision) -> None:

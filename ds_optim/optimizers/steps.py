@@ -15,6 +15,7 @@ from ds_optim.optimizers.parameters import step_parameters
 from ds_optim.optimizers.row_steps import step_rows
 from ds_optim.optimizers.rules import Group, Rule
 from ds_optim.optimizers.updates import MatrixSignUpdate, MatrixUpdate, ParameterUpdate, RowsUpdate, Update
+from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 
 
@@ -36,13 +37,17 @@ def carry_out(local: Local, rule: Rule, exchange: Exchange | None, update: Updat
     return {}
 
 
-def finite(groups: Sequence[Group]) -> bool:
+def finite(groups: Sequence[Group], tensor: Comm | None = None) -> bool:
     """Whether every gradient is: the ranks hold the same bits here, so they agree without asking.
 
-    The host waits for the device once a dtype of gradients.
+    Under tensor parallelism each has shards of its own, and they ask. The host waits for the device once a dtype.
     """
     gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
     extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
     for g in gradients:  # a NaN is both of the extremes, an infinity one of them: a pass over memory, not three
         extremes[g.device, g.dtype] += torch.aminmax(g.detach())
-    return all(bool(torch.isfinite(torch.stack(found)).all()) for found in extremes.values())
+    own = all(bool(torch.isfinite(torch.stack(found)).all()) for found in extremes.values())
+    if tensor is None:
+        return own
+    flag = torch.tensor([float(own)], dtype=torch.float32, device=tensor.device(torch.device("cpu")))
+    return bool(tensor.all_reduce(flag, "min") > 0)

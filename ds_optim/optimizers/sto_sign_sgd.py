@@ -54,7 +54,7 @@ def _common(group: Group, step: int, piece: Piece, chosen: Decision) -> dict[str
     return {
         "lr": chosen.lr,
         "decay": group["weight_decay"],
-        "noise": NoiseKey(seed=group["seed"], stream=stream_of(piece.spec.name), step=step, start=piece.start),
+        "noise": NoiseKey(seed=group["seed"], stream=stream_of(piece.spec.noise_name), step=step, start=piece.start),
         "scratch": piece.scratch,
     }
 

@@ -43,7 +43,7 @@ class Binding:
     ``tensors[u]`` are the tensors of unit u: one flat partition under ZeRO, the parameters themselves where
     nothing is sharded. ``members[u]`` are its parameters in the order of ``layout.units[u].params``.
     ``device`` is where matrices are worked on. ``replicas`` are the ranks that hold all of the model each, where
-    nothing is sharded.
+    nothing is sharded. ``tensor`` are the ranks that hold the other shards of what tensor parallelism cut.
     """
 
     layout: Layout
@@ -52,6 +52,7 @@ class Binding:
     tensors: list[list[Tensor]]
     members: list[list[Member]]
     replicas: Comm | None = None
+    tensor: Comm | None = None
     unit_by_tensor: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm, Pending
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import Bucket, ExchangePlan
+from ds_optim.sharding.shards import ShardView, Solve, solve_whole
 
 SEND, SOLVE, APPLY = "ds_optim: send", "ds_optim: solve", "ds_optim: apply"
 """Slices leave for their owners; matrices are worked on; results are applied where they belong."""
@@ -30,9 +31,6 @@ SEND, SOLVE, APPLY = "ds_optim: send", "ds_optim: solve", "ds_optim: apply"
 Values = Callable[[Slice, Sequence[Tensor]], None]
 """Called with a slice and 1-D values of it, one tensor for each part that travels: to write them into messages to the
 owner, or to take them as results from it."""
-Solve = Callable[[MatrixView, Sequence[Tensor]], Sequence[Tensor]]
-"""Stacks (B, values) of equal parameters, one for each part that came -> of the results, one for each part that goes
-back."""
 
 _Place = tuple[Slice, list[slice], list[slice]]
 """A slice, and where its values of each part stand: in the messages, and in a row of the stacks."""
@@ -69,12 +67,15 @@ class Exchange:
 
     Args:
         device: where messages and matrices live (the accelerator, also when the partitions are offloaded).
+        tensor: the ranks that hold the other shards of matrices that tensor parallelism cut.
     """
 
-    def __init__(self, plan: ExchangePlan, comm: Comm, device: torch.device) -> None:
+    def __init__(self, plan: ExchangePlan, comm: Comm, device: torch.device, tensor: Comm | None = None) -> None:
         self.plan = plan
         self.comm = comm
         self.device = device
+        self.tensor = tensor
+        self._turn = 0
         self._routes = [(self._route(bucket, plan.there), self._route(bucket, plan.back)) for bucket in plan.buckets]
         self._whole = [self._slices(batch, comm.rank) for batch in plan.whole[comm.rank]]
 
@@ -119,6 +120,7 @@ class Exchange:
         """
         if absent and self.plan.buckets:
             raise ValueError("only parameters that no other rank shares can be left out of an exchange")
+        self._turn = 0
         buckets = [self._bucket(there, back, fill, solve, apply) for there, back in self._routes]
         for first in buckets[:1]:
             next(first)
@@ -141,7 +143,7 @@ class Exchange:
         for row, held in enumerate(batch):
             fill(held, [stack[row] for stack in stacks])
         with record_function(SOLVE):
-            results = solve(self.plan.views[batch[0].param], stacks)
+            results = self._solved(solve, self.plan.views[batch[0].param], stacks)
         for row, held in enumerate(batch):
             apply(held, [result[row] for result in results])
 
@@ -158,7 +160,7 @@ class Exchange:
         _copy(_in_messages(there.incoming, arrived), there.in_stacks(there.incoming, stacks))
         with record_function(SOLVE):
             views = [self.plan.views[run[0]] for run in there.runs]
-            results = [solve(view, of_run) for view, of_run in zip(views, stacks, strict=True)]
+            results = [self._solved(solve, view, of_run) for view, of_run in zip(views, stacks, strict=True)]
         # What came is worked into the results: its messages go back in place of others where they can.
         messages = arrived if self.plan.there == self.plan.back else []
         del arrived, stacks
@@ -171,6 +173,13 @@ class Exchange:
         _wait(pending)
         with record_function(APPLY):
             _call(apply, _in_messages(back.outgoing, returned))
+
+    def _solved(self, solve: Solve, view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Results of a stack; what tensor parallelism cut comes together first, on its ranks by turns."""
+        if not isinstance(view, ShardView) or self.tensor is None:
+            return solve(view, stacks)
+        first, self._turn = self._turn, self._turn + len(stacks[0])
+        return solve_whole(self.tensor, first, view, (self.plan.there, self.plan.back), stacks, solve)
 
     def _messages(self, parts: Sequence[Part], counts: Sequence[list[int]]) -> list[Tensor]:
         sizes = [sum(by_rank) for by_rank in counts]

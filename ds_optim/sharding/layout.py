@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -23,15 +23,49 @@ MOST_RANKS = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shard:
+    """How tensor parallelism cut a parameter, before ZeRO cut what each of its ranks holds.
+
+    whole: the shape before. dim: the dimension that was cut. pieces: for each rank of the tensor-parallel group,
+    (first, size) of the runs along it that lie one behind the other in the rank's shard. rank: whose shard this is;
+    all else the ranks have alike.
+    """
+
+    whole: tuple[int, ...]
+    dim: int
+    pieces: tuple[tuple[tuple[int, int], ...], ...]
+    rank: int = field(default=0, compare=False, repr=False)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What each rank of the tensor-parallel group holds along the dimension."""
+        return tuple(sum(size for _, size in own) for own in self.pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """A parameter as the layout knows it: its ``name`` in the model and its full ``shape``."""
+    """A parameter as the layout knows it: its ``name`` in the model and its full ``shape``.
+
+    shard: under tensor parallelism, what part of a whole parameter ``shape`` is; None for one that is not cut.
+    """
 
     name: str
     shape: tuple[int, ...]
+    shard: Shard | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def noise_name(self) -> str:
+        """By what random numbers for its elements are drawn: each shard has its own."""
+        return f"{self.name}/{self.shard.rank}" if self.shard is not None and self.shard.rank else self.name
+
+    @property
+    def whole_numel(self) -> int:
+        """Elements of the parameter on all tensor-parallel ranks."""
+        return self.numel if self.shard is None else math.prod(self.shard.whole)
 
 
 @dataclass(frozen=True)

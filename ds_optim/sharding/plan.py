@@ -18,6 +18,7 @@ from ds_optim.matrix.shapes import ELEMENTS, Part, Shape
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.layout import Unit
 from ds_optim.sharding.owners import assign_owners, in_runs, makespan_ratio
+from ds_optim.sharding.shards import ShardView
 
 _MIB = 1 << 20
 #: Elements that a rank sends and receives for each that it owns in a bucket. "each": it receives its own matrices and
@@ -219,11 +220,16 @@ class ExchangePlan:
         moved = _MOVED[self.unit.cut]
         arriving = (moved + 1) * there
         temporaries = max(self.shape.scratch(m, n, self.polar) / (m * n) for _, m, n in view.matrices())
+        if isinstance(view, ShardView):  # its owner holds all of it
+            temporaries *= view.times
         working = back + (temporaries + self._copied(view) / view.numel)
         return arriving + working + (arriving + moved * back if self.overlap and moved else 0)
 
     def _copied(self, view: MatrixView) -> int:
         """Bytes of the copies that take a parameter's matrices out of it and put results back into one."""
+        if isinstance(view, ShardView):  # messages, the whole, its result and that of the shard
+            here, whole = (_bytes_of([seen], (*self.there, *self.back)) for seen in (view, view.whole))
+            return 2 * here + 2 * whole + self._copied(view.whole)
         if not view.is_cut_up:
             return 0
         return _bytes_of([view], self.there) + (_bytes_of([view], self.back) if self.shape.result is not None else 0)

@@ -14,7 +14,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.alike import check_alike
 from ds_optim.sharding.binding import full_shape
 from ds_optim.sharding.comm import Comm
-from ds_optim.zero.caller import find_caller
+from ds_optim.zero.caller import find_caller, tensor_ranks
 
 # Where a rank writes its own logs is its own business.
 _LOCAL = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "steps_per_print", "wall_clock_breakdown")
@@ -54,7 +54,8 @@ def load_peers(optimizer: torch.optim.Optimizer) -> Comm | None:
     engine = caller.engine if caller is not None else None
     if engine is None or engine._config.zero_config.pipeline_loading_checkpoint:
         return None
-    return Comm.of_group(engine.seq_data_parallel_group)
+    # Under tensor parallelism all ranks load, each group of data-parallel ranks its own files.
+    return Comm.of_group(dist.group.WORLD if tensor_ranks(engine) else engine.seq_data_parallel_group)
 
 
 def agree_on_start(problem: UserError | None, model: nn.Module | None, config: Mapping[str, Any] | None) -> None:

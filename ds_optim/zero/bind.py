@@ -19,10 +19,11 @@ from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsh
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
-from ds_optim.zero.caller import Caller, find_caller
+from ds_optim.zero.caller import Caller, find_caller, tensor_ranks
 from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, attribute, bind_stage3, bind_stages_1_2, same
 from ds_optim.zero.schedulers import prepare_scheduler
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
+from ds_optim.zero.tensor import agree_on_shards, everyone, with_shards
 
 _FOREIGN = (
     "the parameter groups hold tensors that DeepSpeed's ZeRO did not make: ds_optim cannot tell where their matrices "
@@ -43,27 +44,62 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     caller = find_caller(optimizer)
     if caller is not None and caller.method == "initialize_optimizer_states":
         raise NotYet
+    engine = None if caller is None else caller.engine
+    tensor, members, fault = _shards_of(optimizer, members, engine)
     trained = taken(members, groups) if len(groups) == len(members) else [list(group) for group in members]
     stage = _stage_of(trained, groups, caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
-    problem = _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
-    raise_everywhere(problem or (_left_out(members, trained) if stage else None), comm)
-    if caller is not None and caller.engine is not None:
-        agree_on_engine(caller.engine, comm)
+    problem = fault or _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
+    raise_everywhere(problem or (_left_out(members, trained) if stage else None), everyone(tensor, comm))
+    if engine is not None:
+        agree_on_engine(engine, comm)
     peaks = _scheduler_prepared(optimizer, groups, caller, comm)
     if first is None:
-        raise_everywhere(_copies_problem(trained, groups), comm)
-        announce_routes(optimizer, groups, peaks)
-        return replace(bind_unsharded(members, groups), replicas=comm)
-    if stage == 3:
-        binding = bind_stage3(trained, comm)
+        raise_everywhere(_copies_problem(trained, groups), everyone(tensor, comm))
+        binding = replace(bind_unsharded(members, groups), replicas=comm)
     else:
-        binding = bind_stages_1_2(trained, comm, groups, stage, None if caller is None else caller.wrapper)
-    unknown = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
-    raise_everywhere(RuntimeError(_FOREIGN) if unknown else None, comm)
+        binding = _bind_partitions(trained, comm, groups, stage, caller, tensor)
+        unknown = any(binding.unit_of(t) is None for group in optimizer.param_groups for t in group["params"])
+        raise_everywhere(RuntimeError(_FOREIGN) if unknown else None, comm)
+    if tensor is not None:
+        agree_on_shards(tensor, comm, binding.members, None)
     announce_routes(optimizer, groups, peaks)
-    return binding
+    return replace(binding, tensor=tensor)
+
+
+def _bind_partitions(
+    trained: Sequence[Sequence[Member]],
+    comm: Comm,
+    groups: Groups,
+    stage: int,
+    caller: Caller | None,
+    tensor: Comm | None,
+) -> Binding:
+    """Bind to what ZeRO made; what one group of data-parallel ranks finds wrong, those that wait for it hear too."""
+    try:
+        if stage == 3:
+            return bind_stage3(trained, comm)
+        return bind_stages_1_2(trained, comm, groups, stage, None if caller is None else caller.wrapper)
+    except (UserError, RuntimeError) as problem:
+        if tensor is not None:
+            agree_on_shards(tensor, comm, trained, problem)
+        raise
+
+
+def _shards_of(
+    optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], engine: Any
+) -> tuple[Comm | None, Sequence[Sequence[Member]], UserError | None]:
+    """The ranks that hold other shards, the members as they lie here, and what speaks against them."""
+    tensor = None
+    try:
+        tensor = tensor_ranks(engine)
+        members = with_shards(members, tensor, engine)
+    except UserError as problem:
+        return tensor, members, problem
+    if tensor is not None and isinstance(optimizer, ZeroOptimizer):
+        optimizer.hold(members)
+    return tensor, members, None
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -87,7 +123,8 @@ def recognize_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequenc
     if caller is None or not caller.building:
         return False
     comm = Comm.of_group(getattr(caller.engine, "seq_data_parallel_group", None))
-    raise_everywhere(_settings_problem(caller, taken(members, groups)), comm)
+    tensor, members, fault = _shards_of(optimizer, members, caller.engine)
+    raise_everywhere(fault or _settings_problem(caller, taken(members, groups)), everyone(tensor, comm))
     agree_on_engine(caller.engine, comm)
     announce_routes(optimizer, groups, _scheduler_prepared(optimizer, groups, caller, comm))
     return True

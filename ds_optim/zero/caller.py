@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from ds_optim.errors import UserError
+from ds_optim.sharding.comm import Comm
+
 _DEPTH = 24  # hooks of torch and of schedulers stand between the engine, the wrapper and the optimizer
 
 
@@ -83,3 +86,20 @@ def _holds(owner: object, held: object) -> bool:
 
 def _is_engine(owner: object) -> bool:
     return any(cls.__name__ == "DeepSpeedEngine" for cls in type(owner).__mro__)
+
+
+def tensor_ranks(engine: Any) -> Comm | None:
+    """The tensor-parallel group of an engine; None without one, or where it is of one rank.
+
+    Raises:
+        UserError: its ``mpu`` has pipeline parallelism too.
+    """
+    mpu = getattr(engine, "mpu", None)
+    if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):
+        return None
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_group
+
+    if bwc_pipeline_parallel_world_size(mpu) > 1:
+        raise UserError("the mpu has pipeline parallelism, which is not supported: use tensor parallelism alone")
+    comm = Comm.of_group(bwc_tensor_model_parallel_group(mpu))
+    return comm if comm.world_size > 1 else None

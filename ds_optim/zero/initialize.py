@@ -21,7 +21,7 @@ from ds_optim.zero.complaints import as_user_errors
 from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
-from ds_optim.zero.support import check_config, check_model
+from ds_optim.zero.support import check_config, check_model, tensor_parallel_size
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
@@ -57,8 +57,7 @@ def initialize(
 
     _init_distributed(deepspeed, dist_init_required, distributed_port)
     configs = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
-    parallel = mpu is not None or mesh_param is not None
-    loaded, built = _read(model, optimizer, model_parameters, configs, parallel=parallel)
+    loaded, built = _read(model, optimizer, model_parameters, configs, mpu=mpu is not None, mesh=mesh_param is not None)
     rendezvous.settle()  # the ranks have spoken to each other
     _announce(loaded, built, lr_scheduler)
     if isinstance(built, ZeroOptimizer):
@@ -107,11 +106,17 @@ def _announce(loaded: Config, built: Any, lr_scheduler: Any) -> None:
 
 
 def _read(
-    model: nn.Module | None, optimizer: Any, parameters: Iterable[Any] | None, configs: Sequence[Any], *, parallel: bool
+    model: nn.Module | None,
+    optimizer: Any,
+    parameters: Iterable[Any] | None,
+    configs: Sequence[Any],
+    *,
+    mpu: bool,
+    mesh: bool,
 ) -> tuple[Config, Any]:
     """The config as a dict of our own, and the optimizer; a mistake on one rank is raised on all.
 
-    parallel: the call brings model or sequence parallelism along.
+    mpu, mesh: the call brings tensor, or sequence parallelism along.
     """
     problem: UserError | None = None
     loaded: Config = {}
@@ -122,16 +127,16 @@ def _read(
             raise UserError("ds_optim.initialize needs a model")
         loaded = load_config(_one(configs))
         ours = isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded)
-        if ours and parallel:
-            raise UserError("model and sequence parallelism are not supported: pass neither mpu nor mesh_param")
+        if ours and mesh:
+            raise UserError("sequence parallelism by mesh_param is not supported: pass none")
         if ours:
             check_config(loaded)
         loaded = understood(loaded)
         fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))
         comm = world()
-        # Other parallelism, which is DeepSpeed's own optimizers', has fewer data-parallel ranks.
-        if ours or not (parallel or "sequence_parallel_size" in loaded):
-            batch_sizes(loaded, comm.world_size)
+        # Other parallelism has fewer data-parallel ranks, and DeepSpeed knows how many.
+        if not mpu and (ours or not (mesh or "sequence_parallel_size" in loaded)):
+            batch_sizes(loaded, comm.world_size // tensor_parallel_size(loaded))
         if comm.rank == 0:
             check_monitors(loaded)
         built = _choose_optimizer(model, optimizer, loaded, parameters)

@@ -88,9 +88,8 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"bfloat16.{_STATES}", is_true, _STATES_ALONE),
     ("fp8.enabled", is_true, 'use "bf16": {"enabled": true}'),
     ("compile.deepcompile", is_true, "its graph passes own the optimizer's memory; set it to false"),
-    ("tensor_parallel.autotp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 0"),
-    ("tensor_parallel.tp.tp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
-    ("tensor_parallel.tensor_parallel.tp_size", _above(1), "a tensor-parallel shard is no whole matrix; set it to 1"),
+    ("tensor_parallel.tp.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
+    ("tensor_parallel.tensor_parallel.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
     ("expert_parallel.enabled", is_true, "experts in groups of their own are not supported; set it to false"),
     ("sequence_parallel_size", _above(1), "sequence parallelism is not supported; set it to 1"),
     ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
@@ -98,11 +97,17 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     ("pipeline.stages", _above(1), "the pipeline engine is not supported; leave it out"),
 )
 
-# Settings of the list above that are supported beside each other.
-TOGETHER = {
-    f"{section}.{one}": f"{section}.{other}"
-    for section in _BF16
-    for one, other in ((_MASTERS, _STATES), (_STATES, _MASTERS))
+# Settings of the list above that are supported beside each other, with what the other has to be.
+TOGETHER: Mapping[str, tuple[str, Test]] = {
+    **{
+        f"{section}.{one}": (f"{section}.{other}", is_true)
+        for section in _BF16
+        for one, other in ((_MASTERS, _STATES), (_STATES, _MASTERS))
+    },
+    **{
+        f"tensor_parallel.{name}.tp_size": ("tensor_parallel.autotp_size", _above(1))
+        for name in ("tp", "tensor_parallel")
+    },
 }
 _OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{_MASTERS} and bf16.{_STATES} and without offload"
 
@@ -117,7 +122,6 @@ REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("zero_quantized_nontrainable_weights", is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
     ("all2all_process_group", _is_given, f"set {_ZERO}.zero_quantized_gradients to false"),
     ("sequence_parallel_size", _above(1), "sequence parallelism is not supported"),
-    ("model_parallel_group", _is_given, "tensor parallelism is not supported: a shard is no whole matrix"),
     ("has_moe_layers", is_true, "DeepSpeed's MoE groups are not supported"),
     ("torch_autocast_gradscaler", _is_given, _AUTOCAST_FP16),
     ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
@@ -140,13 +144,18 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UserError(f'{_ZERO} is {config[_ZERO]!r}: write {{"stage": 1}}')
     for path, refused, remedy in REFUSED_SETTINGS:
         value = at(config, path)
-        if refused(value) and not (path in TOGETHER and is_true(at(config, TOGETHER[path]))):
+        if refused(value) and not is_beside(config, path):
             raise UserError(f"{path} = {value!r} is not supported with ds_optim's optimizers: {remedy}")
     stage = at(config, f"{_ZERO}.stage")
     if isinstance(stage, str) and stage.isdecimal():
         stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
     _check_autocast(config, stage)
+    if tensor_parallel_size(config) > 1 and is_true(at(config, "checkpoint.load_universal")):
+        raise UserError(
+            "checkpoint.load_universal is not supported under tensor parallelism with ds_optim's optimizers: set it to "
+            "false, and load a checkpoint that was saved at the same tensor parallel size"
+        )
     if stage in (None, "auto", 0) and is_true(at(config, "fp16.enabled")) and at(config, "fp16.loss_scale") != 1:
         raise UserError(
             "fp16 at ZeRO stage 0 is not supported with a loss scale: DeepSpeed 0.19 unscales gradients there whose "
@@ -154,9 +163,21 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
 
 
+def is_beside(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the setting stands beside the one that it is supported with."""
+    other, fits = TOGETHER.get(path, ("", None))
+    return fits is not None and fits(at(config, other))
+
+
 def uses_bf16_masters(config: Mapping[str, Any]) -> bool:
     """Whether a DeepSpeed config asks for bf16 master weights, supported or not."""
     return _masters_section(config) is not None
+
+
+def tensor_parallel_size(config: Mapping[str, Any]) -> int:
+    """Over how many ranks AutoTP is to cut the model; 1 without it."""
+    size = at(config, "tensor_parallel.autotp_size")
+    return max(1, int(size)) if _above(1)(size) else 1
 
 
 def _masters_section(config: Mapping[str, Any]) -> str | None:
@@ -262,8 +283,6 @@ def check_parameters(named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
             )
         if getattr(parameter, "allreduce", True) is False:
             raise UserError(f"{name} is a DeepSpeed MoE expert: MoE groups are not supported")
-        if getattr(parameter, "tensor_model_parallel", False):
-            raise UserError(f"{name} is a tensor-parallel shard and no whole matrix: use tensor parallel size 1")
 
 
 def check_model(model: torch.nn.Module) -> None:

@@ -76,7 +76,7 @@ MISTAKES: dict[Callable[[Any], None], tuple[str, str, bool]] = {
     use_muon: ("UserError", "tall.weight.use_muon is set", False),
     overridden_step: ("RuntimeError", "overrides step()", False),
     changed_weight: ("RuntimeError", "refresh_fp32_params()", True),
-    tensor_shard: ("UserError", "is a tensor-parallel shard", True),
+    tensor_shard: ("UserError", "is marked as a tensor-parallel shard", True),
 }
 MISTAKE_CELLS = [
     Cell(stage=0),

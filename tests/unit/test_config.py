@@ -71,7 +71,6 @@ VALUES: Mapping[str, tuple[list[Any], list[Any]]] = {
     "bfloat16.bf16_optimizer_states": ([True], [False]),
     "fp8.enabled": ([True], [False]),
     "compile.deepcompile": ([True, "true"], [False]),
-    "tensor_parallel.autotp_size": ([2], [0, 1]),
     "tensor_parallel.tp.tp_size": ([2], [1]),
     "tensor_parallel.tensor_parallel.tp_size": ([2], [1]),
     "expert_parallel.enabled": ([True], [False]),
@@ -203,7 +202,6 @@ ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
     "zero_quantized_nontrainable_weights": (True, False),
     "all2all_process_group": (object(), None),
     "sequence_parallel_size": (2, 1),
-    "model_parallel_group": (object(), None),
     "has_moe_layers": (True, False),
     "torch_autocast_gradscaler": (object(), None),
     "low_precision_master_weights_and_grads": (True, False),
@@ -337,7 +335,6 @@ def test_parameters_and_models_that_are_treated_apart() -> None:
     for attribute, value, part in (
         ("use_muon", True, "use_muon is set"),
         ("allreduce", False, "MoE"),
-        ("tensor_model_parallel", True, "tensor-parallel shard"),
     ):
         model = Small()
         setattr(model.body.weight, attribute, value)

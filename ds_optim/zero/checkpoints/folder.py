@@ -115,6 +115,19 @@ def find_files(folder: Path) -> Files:
     )
 
 
+def shape_of(folder: Path) -> tuple[int, int, int]:
+    """(tensor-parallel ranks, data-parallel ranks, a stage of ZeRO) that a checkpoint's files are named by.
+
+    Stages 1 and 2 name them alike, which are the same borders: 2 for both. Stage 0 has no data-parallel ranks.
+    """
+    names = [entry.name for entry in folder.iterdir()]
+    optim = [match for match in map(_OPTIM.fullmatch, names) if match]
+    model = [match for match in map(_MODEL.fullmatch, names) if match]
+    tensor = {int(found[1]) for found in (re.search(r"mp_rank_(\d+)_", name) for name in names) if found}
+    data = {int(match[2]) for match in optim}
+    return max(tensor, default=0) + 1, max(data, default=-1) + 1, 3 if model else 2 if optim else 0
+
+
 def _check_inside(entry: Path, folder: Path) -> None:
     try:
         outside = entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve())

@@ -7,9 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ds_optim.errors import UserError
 from ds_optim.machine import ranks
 from ds_optim.machine.files import drop_link
-from ds_optim.zero.checkpoints.folder import find_folder
+from ds_optim.zero.caller import tensor_ranks
+from ds_optim.zero.checkpoints.folder import find_folder, shape_of
 from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.reader import open_checkpoint
 from ds_optim.zero.checkpoints.reshard import reshard
@@ -25,7 +27,7 @@ def load_checkpoint(
 
     Where its shape is the engine's, that is all. Otherwise rank 0 first cuts it anew as ``ds-optim reshard`` does,
     verified, with one rank's state in memory at a time; all ranks load that, and it is taken away. The checkpoint stays
-    as it is. All ranks must make this call, and see the same folders.
+    as it is. All ranks must make this call, and see the same folders. Under tensor parallelism nothing is cut anew.
 
     Args:
         engine: made with the optimizer that wrote the checkpoint; ``ds-optim reshard --optimizer`` changes it.
@@ -39,6 +41,9 @@ def load_checkpoint(
     Raises:
         UserError: on every rank: it is damaged, or cannot have this shape; what is cut cannot be written.
     """
+    tensor = tensor_ranks(engine)
+    if tensor is not None:
+        return _load_plainly(engine, tensor.world_size, Path(folder), tag, options)
     place = Path(folder)
     source: Path = ranks.from_first(lambda: find_folder(place if tag is None else place / tag))
     made = Path(place if scratch is None else scratch) / _CUT.format(tag=source.name)
@@ -49,6 +54,28 @@ def load_checkpoint(
     finally:
         if cut:
             ranks.from_first(lambda: take_away(made))
+    if path is None:
+        raise RuntimeError(f"DeepSpeed loaded nothing of {source}: see what it says above")
+    return str(source), state
+
+
+def _load_plainly(engine: Any, tensor: int, folder: Path, tag: str | None, options: dict[str, Any]) -> tuple[str, Any]:
+    """Under tensor parallelism of so many ranks, whose shards are not cut anew."""
+
+    def find() -> Path:
+        source = find_folder(folder if tag is None else folder / tag)
+        data, stage = int(engine.dp_world_size), int(engine._config.zero_config.stage)
+        saved = shape_of(source)
+        if saved != (tensor, data if stage else 0, 2 if stage == 1 else stage):
+            there = "0" if saved[2] == 0 else f"{'3' if saved[2] == 3 else '1 or 2'} on {saved[1]} data-parallel ranks"
+            raise UserError(
+                f"{source} was saved by {saved[0]} tensor-parallel ranks at ZeRO stage {there}, and this run has "
+                f"{tensor} at stage {stage} on {data}: shards are not cut anew; start as the run was that saved it"
+            )
+        return source
+
+    source: Path = ranks.from_first(find)
+    path, state = engine.load_checkpoint(str(source.parent), tag=source.name, **options)
     if path is None:
         raise RuntimeError(f"DeepSpeed loaded nothing of {source}: see what it says above")
     return str(source), state

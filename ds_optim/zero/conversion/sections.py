@@ -7,7 +7,7 @@ from typing import Any
 from ds_optim.zero.auto import at, is_open
 from ds_optim.zero.conversion.changes import Changes
 from ds_optim.zero.schedulers import RATES
-from ds_optim.zero.support import REFUSED_SETTINGS, TOGETHER, is_true
+from ds_optim.zero.support import REFUSED_SETTINGS, is_beside, is_true
 
 _ZERO = "zero_optimization"
 GONE = (
@@ -48,7 +48,7 @@ def mend(changes: Changes, *, from_muon: bool) -> None:
                 changes.set("bf16", {"enabled": True}, "in place of amp")
     for path, refused, remedy in REFUSED_SETTINGS:
         value = at(config, path)
-        if not refused(value) or (path in TOGETHER and is_true(at(config, TOGETHER[path]))):
+        if not refused(value) or is_beside(config, path):
             continue
         if path.endswith(".device"):
             changes.set(path, "cpu", remedy)
