@@ -129,6 +129,9 @@ class _Answers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.copy_:
             return self._dry.copied(*args[:2])
+        if func in (Tensor.__float__, Tensor.__int__) and args[0].device.type == CUDA.type:
+            self._dry.counts.syncs[_line()] += 1
+            return 1.0 if func is Tensor.__float__ else 1
         if func is Tensor.__getitem__ and args[0].device.type == CUDA.type:
             return _taken(*args)
         if func is Tensor.__setitem__ and args[0].device.type == CUDA.type and isinstance(args[2], Tensor):
@@ -217,7 +220,7 @@ def dry_cuda() -> Iterator[DryCuda]:
     with (
         mock.patch.object(FakeTensor, "tolist", listed),
         mock.patch.object(launch, "_launch", launched),
-        mock.patch.object(launch, "_is_aligned", lambda data, head: True),
+        mock.patch.object(launch, "_is_aligned", return_value=True),
         dry,
         _Answers(dry),
     ):

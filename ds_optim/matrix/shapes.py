@@ -77,7 +77,8 @@ def _polar_scratch(m: int, n: int, spec: PolarSpec) -> int:
 def _weight_basis(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
     c, w = parts
     if c.device.type != "cpu":
-        return [normalized_in_weight_basis(c, w).sign_().to(torch.int8)]
+        signs = normalized_in_weight_basis(c, w).sign_()
+        return [signs.to(torch.int8, memory_format=torch.contiguous_format)]  # a wide matrix is worked on turned
     # As in polar: each matrix alone, so that its bits do not depend on its neighbours in the stack.
     out = torch.empty(c.shape, dtype=torch.int8, device=c.device)
     for result, direction, weights in zip(out, c, w, strict=True):

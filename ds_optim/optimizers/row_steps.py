@@ -24,8 +24,8 @@ def step_rows(local: Local, exchange: Exchange, update: RowsUpdate) -> None:
     smaller = chosen_of(exchange, chosen)
 
     def walk(run: Slice) -> Iterator[tuple[Piece, Tensor, slice]]:
-        """The slice that a run of chosen rows is in, part by part: which of its elements are of such rows, by number, and
-        their place there. How many they are is known, so that nobody waits for the device to count them."""
+        """The slice that a run of chosen rows is in, part by part: the numbers of its elements of such rows, and their
+        place there. How many they are is known, so that nobody waits for the device to count them."""
         held = unit.slice_of(run.param, rank)
         assert held is not None
         rows = chosen[run.param]

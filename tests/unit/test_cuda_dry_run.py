@@ -1,0 +1,94 @@
+"""Steps on a pretended CUDA (``tests/fake_cuda.py``): waits of the host, crossings, messages, fp64 and launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ds_optim.elementwise.native import library
+from ds_optim.optimizers import steps
+from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate
+from tests.cases import CASES, NARROW, Case, update_of
+from tests.fake_cuda import Counts, dry_steps, small
+from tests.tiers import cells
+
+GROUPS = 3
+"""Of the model: matrices, embeddings and head, vectors. ZeRO steps them one by one."""
+#: Rules whose hot steps are Triton kernels, slice by slice at most.
+IN_KERNELS = ("Lion", "Signum", "SignSGD")
+#: Where a step may wait for the device, and how often: the numbers of a unit's parameters, decided on by the host ...
+WAITS = {"optimizers/parameters.py:measured": GROUPS}
+#: ... and at stage 0 whether all gradients are finite.
+WAITS_UNSHARDED = {"optimizers/steps.py:<genexpr>": 1}
+#: Copies to the host within a step: Dion2's chosen rows, which decide what travels.
+CROSSINGS = {"Dion2": {"cuda -> cpu sharding/selection.py:choose_rows": 1}}
+
+
+@pytest.fixture(autouse=True)
+def no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels take addresses of memory, which these tensors have not."""
+    monkeypatch.setattr(library, "library", lambda: None)
+
+
+def second_step(case: Case, stage: int, **more: Any) -> Counts:
+    params = {**case.params, **more.pop("params", {})}
+    if case.has_matrices:
+        params["exchange"] = {"costs": "modelled"}
+    return dry_steps(case.type, small(), stage=stage, **more, **params)[1]
+
+
+def is_measured(case: Case) -> bool:
+    update = update_of(case, 1)
+    return isinstance(update, ParameterUpdate) and update.measure is not None
+
+
+@pytest.mark.parametrize("stage", cells([3], [0, 1]))
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: int) -> None:
+    case = CASES[name]
+    counts = second_step(case, stage)
+    update = update_of(case, 1)
+    gated = isinstance(update, MatrixUpdate) and update.gate is not None
+    allowed = dict(WAITS_UNSHARDED) if stage == 0 else {}
+    if is_measured(case) or gated:
+        allowed |= WAITS
+    assert {line for line in counts.syncs if counts.syncs[line] > allowed.get(line, 0)} == set(), counts.syncs
+    assert dict(counts.crossings) == CROSSINGS.get(case.type, {})
+    assert all(kind.split()[1:] in (["cuda"], ["cuda", "cuda"]) for kind in counts.messages)
+
+
+@pytest.mark.parametrize("name", IN_KERNELS)
+@pytest.mark.parametrize("layers", [2, 20])
+def test_one_pass_is_one_launch_for_a_partition_of_fp32(name: str, layers: int) -> None:
+    _, counts = dry_steps(name, small(layers), stage=3)
+    assert counts.kernels["triton::sign_step"] == GROUPS
+    assert counts.launches <= 5 * GROUPS
+    assert not counts.doubles
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", cells(["Lion", "Muon"], NARROW))
+def test_narrow_momentum_waits_no_more(name: str, dtype: str) -> None:
+    counts = second_step(CASES[name], 3, params={"momentum_dtype": dtype})
+    wide = second_step(CASES[name], 3)
+    assert counts.syncs == wide.syncs
+    assert counts.crossings == wide.crossings
+
+
+def test_the_dry_run_sees_what_it_is_there_for() -> None:
+    """A wait, a crossing and fp64 that are put into a rule's step are counted."""
+    with pytest.MonkeyPatch.context() as patch:
+        plain = steps.step_elements
+
+        def slow(local: Any, update: Any) -> None:
+            plain(local, update)
+            weights = local.p[0]
+            float(weights.double().sum())
+            weights.cpu()
+
+        patch.setattr(steps, "step_elements", slow)
+        _, counts = dry_steps("Lion", small(), stage=3)
+    assert sum(counts.syncs.values()) == GROUPS
+    assert sum(counts.doubles.values()) == 2 * GROUPS
+    assert {line.split()[0:3:2] == ["cuda", "cpu"] for line in counts.crossings} == {True}
