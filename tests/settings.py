@@ -49,6 +49,7 @@ _BF16 = {"bf16": {"enabled": True}}
 _SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 _OFFLOAD = _zero(offload_optimizer={"device": "cpu"})
 _MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+_PIPELINE = "DeepSpeed's pipeline engine trains at stages 0 and 1"
 
 
 def _autocast(dtype: str) -> dict[str, Any]:
@@ -92,4 +93,20 @@ SETTINGS: tuple[Setting, ...] = (
         losses="tests.distributed.tensor_models:losses_by_hand",
     ),
     Setting(name="`deepspeed.zero.Init`", stages=(3,), losses="tests.distributed.losses:under_zero_init"),
+    Setting(
+        name="pipeline engine (`PipelineModule`), fp32",
+        ranks=(2, 4),
+        losses="tests.distributed.pipelines:losses",
+        refused=dict.fromkeys((2, 3), _PIPELINE),
+    ),
+    Setting(
+        name="pipeline engine, bf16",
+        config=_BF16,
+        ranks=(4,),
+        losses="tests.distributed.pipelines:losses",
+        refused={
+            0: "DeepSpeed saves the optimizer's state of the first rank of a stage alone",
+            **dict.fromkeys((2, 3), _PIPELINE),
+        },
+    ),
 )

@@ -36,11 +36,13 @@ class Patterns:
                 found = number if found is None else found
         return found
 
+    def unmatched(self) -> list[str]:
+        """The patterns that have found nothing."""
+        return [pattern.pattern for pattern, matched in zip(self.patterns, self.matched, strict=True) if not matched]
+
     def check_all_matched(self) -> None:
         """Refuse patterns that have found nothing."""
-        for pattern, matched in zip(self.patterns, self.matched, strict=True):
-            if not matched:
-                raise UserError(
-                    f"{self.option}: the pattern {pattern.pattern!r} matches no parameter of the model: "
-                    "correct it or leave it out"
-                )
+        for pattern in self.unmatched():
+            raise UserError(
+                f"{self.option}: the pattern {pattern!r} matches no parameter of the model: correct it or leave it out"
+            )

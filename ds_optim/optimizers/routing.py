@@ -37,6 +37,9 @@ _routed: WeakKeyDictionary[nn.Module, dict[int, tuple[ParamSpec, MatrixView | No
 """What ``param_groups`` last said of a model's parameters, by identity: users split and rewrite its groups. Parameters
 themselves get no weak references, which torch's swapping of tensors refuses."""
 
+_unmatched: WeakKeyDictionary[nn.Module, list[tuple[str, str]]] = WeakKeyDictionary()
+"""Of a pipeline's model, which is one stage's: (option, pattern) that found nothing in it, and may in another."""
+
 
 def param_groups(
     model: nn.Module,
@@ -95,7 +98,10 @@ def param_groups(
             said[id(parameter)] = member.spec, member.view, member.reason, member.derived
         else:
             router.pass_by(names, parameter)
-    router.check_all_matched()
+    if in_stages(model):
+        _unmatched[model] = router.unmatched()
+    else:
+        router.check_all_matched()
     return [
         {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
         for role, members in by_role.items()
@@ -166,10 +172,24 @@ class _Router:
         self._exclude.first(names)
         _first_view(self._viewed, names, parameter)
 
+    def unmatched(self) -> list[tuple[str, str]]:
+        """The user's patterns that have matched nothing, with their options."""
+        return [(own.option, pattern) for own in (self._viewed, self._exclude) for pattern in own.unmatched()]
+
     def check_all_matched(self) -> None:
         """Refuse the user's patterns that have matched nothing."""
         self._viewed.check_all_matched()
         self._exclude.check_all_matched()
+
+
+def in_stages(model: object) -> bool:
+    """Whether a model is DeepSpeed's ``PipelineModule``, whose parameters are those of one stage."""
+    return any(cls.__name__ == "PipelineModule" for cls in type(model).__mro__)
+
+
+def unmatched_in(model: nn.Module) -> list[tuple[str, str]]:
+    """(option, pattern) of what ``param_groups`` was told of a pipeline's model and found no parameter by."""
+    return _unmatched.get(model, [])
 
 
 def _first_view(viewed: Patterns, names: Sequence[str], parameter: nn.Parameter) -> int | None:

@@ -15,6 +15,7 @@ from ds_optim.optimizers.alike import check_alike
 from ds_optim.sharding.binding import full_shape
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.caller import find_caller, tensor_ranks
+from ds_optim.zero.pipeline import first_other, in_stages, stage_of
 
 # Where a rank writes its own logs is its own business.
 _LOCAL = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "steps_per_print", "wall_clock_breakdown")
@@ -54,8 +55,9 @@ def load_peers(optimizer: torch.optim.Optimizer) -> Comm | None:
     engine = caller.engine if caller is not None else None
     if engine is None or engine._config.zero_config.pipeline_loading_checkpoint:
         return None
-    # Under tensor parallelism all ranks load, each group of data-parallel ranks its own files.
-    return Comm.of_group(dist.group.WORLD if tensor_ranks(engine) else engine.seq_data_parallel_group)
+    # Under tensor and pipeline parallelism all ranks load, each group of data-parallel ranks its own files.
+    parallel = tensor_ranks(engine) is not None or in_stages(engine.module)
+    return Comm.of_group(dist.group.WORLD if parallel else engine.seq_data_parallel_group)
 
 
 def agree_on_start(problem: UserError | None, model: nn.Module | None, config: Mapping[str, Any] | None) -> None:
@@ -72,10 +74,13 @@ def agree_on_start(problem: UserError | None, model: nn.Module | None, config: M
         ("model", described, "build the same parameters, in the same order, on every rank"),
         ("config", _shared(config), "read the same config on every rank"),
     ):
-        digests = comm.gather_objects(hashlib.sha256(repr(value).encode()).hexdigest())
-        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if different:
-            raise UserError(f"rank {different[0]} has another {what} than rank 0: {remedy}")
+        # Each stage of a pipeline has a model of its own.
+        stage = stage_of(model) if what == "model" else None
+        digests = comm.gather_objects((stage, hashlib.sha256(repr(value).encode()).hexdigest()))
+        different = first_other(digests)
+        if different is not None:
+            rank, other = different
+            raise UserError(f"rank {rank} has another {what} than rank {other}: {remedy}")
 
 
 def agree_on_engine(engine: Any, comm: Comm) -> None:

@@ -21,6 +21,7 @@ from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller, tensor_ranks
 from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, attribute, bind_stage3, bind_stages_1_2, same
+from ds_optim.zero.pipeline import agree_across_stages, all_ranks, check_patterns, tied_problem
 from ds_optim.zero.schedulers import prepare_scheduler
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 from ds_optim.zero.tensor import agree_on_shards, everyone, with_shards
@@ -50,10 +51,12 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
     stage = _stage_of(trained, groups, caller)
     first = _first(trained) if stage else None
     comm = _comm(stage, first, caller)
+    all_of_it = all_ranks(engine) or everyone(tensor, comm)
     problem = fault or _settings_problem(caller, trained) or _groups_problem(stage, trained, groups)
-    raise_everywhere(problem or (_left_out(members, trained) if stage else None), everyone(tensor, comm))
+    raise_everywhere(problem or (_left_out(members, trained) if stage else None), all_of_it)
     if engine is not None:
-        agree_on_engine(engine, comm)
+        agree_on_engine(engine, all_of_it)
+        _agree_on_stages(optimizer, trained, groups, engine, comm)
     peaks = _scheduler_prepared(optimizer, groups, caller, comm)
     if first is None:
         raise_everywhere(_copies_problem(trained, groups), everyone(tensor, comm))
@@ -124,10 +127,25 @@ def recognize_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequenc
         return False
     comm = Comm.of_group(getattr(caller.engine, "seq_data_parallel_group", None))
     tensor, members, fault = _shards_of(optimizer, members, caller.engine)
-    raise_everywhere(fault or _settings_problem(caller, taken(members, groups)), everyone(tensor, comm))
-    agree_on_engine(caller.engine, comm)
+    all_of_it = all_ranks(caller.engine) or everyone(tensor, comm)
+    trained = taken(members, groups)
+    raise_everywhere(fault or _settings_problem(caller, trained), all_of_it)
+    agree_on_engine(caller.engine, all_of_it)
+    _agree_on_stages(optimizer, trained, groups, caller.engine, comm)
     announce_routes(optimizer, groups, _scheduler_prepared(optimizer, groups, caller, comm))
     return True
+
+
+def _agree_on_stages(
+    optimizer: torch.optim.Optimizer, trained: Sequence[Sequence[Member]], groups: Groups, engine: Any, comm: Comm
+) -> None:
+    """What the stages of a pipeline must have alike; collective over all of them."""
+    everyone = all_ranks(engine)
+    if everyone is None or not isinstance(optimizer, ZeroOptimizer):
+        return
+    check_patterns(engine.module, everyone)
+    agree_across_stages(optimizer, trained, groups, everyone)
+    raise_everywhere(tied_problem(trained, optimizer.identity().momentum_dtype, comm), everyone)
 
 
 def _scheduler_prepared(

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.routing import in_stages
 from ds_optim.sharding.comm import Comm
 
 _DEPTH = 24  # hooks of torch and of schedulers stand between the engine, the wrapper and the optimizer
@@ -95,7 +96,7 @@ def tensor_ranks(engine: Any) -> Comm | None:
         UserError: its ``mpu`` has pipeline parallelism too.
     """
     mpu = getattr(engine, "mpu", None)
-    if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):
+    if mpu is None or hasattr(mpu, "initialize_sequence_parallel") or in_stages(getattr(engine, "module", None)):
         return None
     from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_group
 

@@ -19,6 +19,7 @@ from ds_optim.zero.announce import announce_choice, announce_routes
 from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
 from ds_optim.zero.complaints import as_user_errors
 from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
+from ds_optim.zero.pipeline import check_pipeline, stages_of
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.support import check_config, check_model, tensor_parallel_size
@@ -131,12 +132,13 @@ def _read(
             raise UserError("sequence parallelism by mesh_param is not supported: pass none")
         if ours:
             check_config(loaded)
+            check_pipeline(model, loaded)
         loaded = understood(loaded)
         fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))
         comm = world()
         # Other parallelism has fewer data-parallel ranks, and DeepSpeed knows how many.
         if not mpu and (ours or not (mesh or "sequence_parallel_size" in loaded)):
-            batch_sizes(loaded, comm.world_size // tensor_parallel_size(loaded))
+            batch_sizes(loaded, comm.world_size // tensor_parallel_size(loaded) // stages_of(model))
         if comm.rank == 0:
             check_monitors(loaded)
         built = _choose_optimizer(model, optimizer, loaded, parameters)

@@ -13,6 +13,7 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.zero.auto import at, check_filled
+from ds_optim.zero.pipeline import check_pipeline
 
 _ZERO = "zero_optimization"
 _OFFLOAD = f"{_ZERO}.offload_optimizer"
@@ -94,7 +95,7 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     ("sequence_parallel_size", _above(1), "sequence parallelism is not supported; set it to 1"),
     ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
     ("data_efficiency.data_routing.random_ltd.enabled", is_true, "it is not supported; set it to false"),
-    ("pipeline.stages", _above(1), "the pipeline engine is not supported; leave it out"),
+    ("pipeline.stages", _above(1), "DeepSpeed reads it nowhere; give num_stages to PipelineModule, and leave it out"),
 )
 
 # Settings of the list above that are supported beside each other, with what the other has to be.
@@ -131,7 +132,6 @@ _REFUSED_WRAPPERS = {
     "SuperOffloadOptimizer_Stage3": f"set {_OFFLOAD}.super_offload to false",
     "ZenFlowZeroOptimizer": f"leave {_ZERO}.zenflow out",
 }
-_PIPELINE = "the pipeline engine is not supported: pass the model as a plain module"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -230,13 +230,12 @@ def _check_autocast(config: Mapping[str, Any], stage: Any) -> None:
 
 def check_engine(engine: Any) -> None:
     """Refuse the same in the engine that steps a client optimizer."""
-    if any(cls.__name__ == "PipelineEngine" for cls in type(engine).__mro__):
-        raise UserError(_PIPELINE)
     config = engine.config
     if not isinstance(config, Mapping):
         return
     check_config(config)
     check_filled(config)
+    check_pipeline(getattr(engine, "module", None), config)
     section = config.get("optimizer")
     if isinstance(section, Mapping) and section.get("type") is not None:
         raise UserError(
@@ -287,8 +286,7 @@ def check_parameters(named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
 
 def check_model(model: torch.nn.Module) -> None:
     """Refuse models that bring their own parallelism along."""
-    if any(cls.__name__ == "PipelineModule" for cls in type(model).__mro__):
-        raise UserError(_PIPELINE)
+    check_pipeline(model, {})
     for name, module in model.named_modules():
         if any(cls.__name__ == "MoE" and cls.__module__.startswith("deepspeed.") for cls in type(module).__mro__):
             raise UserError(f"{name or 'the model'} is a DeepSpeed MoE layer: MoE groups are not supported")

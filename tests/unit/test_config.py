@@ -344,9 +344,10 @@ def test_parameters_and_models_that_are_treated_apart() -> None:
             check_parameters(list(model.named_parameters()))
 
     class PipelineModule(nn.Module):
-        pass
+        def topology(self) -> Any:
+            return types.SimpleNamespace(get_axis_names=lambda: ["pipe", "data", "model"], get_dim=lambda axis: 2)
 
-    with pytest.raises(UserError, match="pipeline engine is not supported"):
+    with pytest.raises(UserError, match="tensor parallelism within a pipeline"):
         check_model(PipelineModule())
     moe = type("MoE", (nn.Module,), {"__module__": "deepspeed.moe.layer"})
     with pytest.raises(UserError, match="0 is a DeepSpeed MoE layer"):
@@ -363,6 +364,6 @@ def test_an_engine_is_checked_like_its_config() -> None:
         check_engine(types.SimpleNamespace(config={"bf16": {"enabled": "auto"}}))  # DeepSpeed trains in fp32 then
     with pytest.raises(UserError, match=r"given in code and in the config \('AdamW'\)"):
         check_engine(types.SimpleNamespace(config={"optimizer": {"type": "AdamW"}}))
-    pipeline = type("PipelineEngine", (), {"config": {}})
-    with pytest.raises(UserError, match="pipeline engine is not supported"):
-        check_engine(type("DualPipeVEngine", (pipeline,), {})())
+    module = type("DualPipeModule", (type("PipelineModule", (), {}),), {})()
+    with pytest.raises(UserError, match="stage is 2 and the model a PipelineModule"):
+        check_engine(types.SimpleNamespace(config={"zero_optimization": {"stage": 2}}, module=module))

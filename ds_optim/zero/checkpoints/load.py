@@ -10,12 +10,14 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.machine import ranks
 from ds_optim.machine.files import drop_link
+from ds_optim.optimizers.routing import in_stages
 from ds_optim.zero.caller import tensor_ranks
 from ds_optim.zero.checkpoints.folder import find_folder, shape_of
 from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.reader import open_checkpoint
 from ds_optim.zero.checkpoints.reshard import reshard
 from ds_optim.zero.checkpoints.target import SETTINGS, Target, choose_target
+from ds_optim.zero.pipeline import check_folder
 
 _CUT = "{tag}.recut"
 
@@ -27,7 +29,8 @@ def load_checkpoint(
 
     Where its shape is the engine's, that is all. Otherwise rank 0 first cuts it anew as ``ds-optim reshard`` does,
     verified, with one rank's state in memory at a time; all ranks load that, and it is taken away. The checkpoint stays
-    as it is. All ranks must make this call, and see the same folders. Under tensor parallelism nothing is cut anew.
+    as it is. All ranks must make this call, and see the same folders. Under tensor parallelism nothing is cut anew, and
+    of a pipeline neither.
 
     Args:
         engine: made with the optimizer that wrote the checkpoint; ``ds-optim reshard --optimizer`` changes it.
@@ -83,6 +86,9 @@ def _load_plainly(engine: Any, tensor: int, folder: Path, tag: str | None, optio
 
 def _cut(source: Path, made: Path, engine: Any) -> bool:
     """Cut it where its shape is another one; whether it was."""
+    if in_stages(engine.module):
+        check_folder(engine.module, source)
+        return False
     found = open_checkpoint(source, state=False)
     target = _target(found, engine)
     if target == choose_target(found, None, None):
