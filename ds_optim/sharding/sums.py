@@ -39,11 +39,13 @@ def reduce_parameters(
         (parameters, columns) in fp64 on ``device``: 8 bytes a column and parameter on the wire.
     """
     device = device or torch.device("cpu")
-    rows = torch.full((len(unit.params), columns), _IDENTITY[op], dtype=torch.float64, device=device)
-    for held in unit.slices(comm.rank):
-        values = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in partial(held)]
-        if values:
-            rows[held.param] = torch.stack(values)
+    found = {held.param: values for held in unit.slices(comm.rank) if len(values := partial(held))}
+    home = next((v.device for values in found.values() for v in values if isinstance(v, Tensor)), device)
+    none = [torch.tensor(_IDENTITY[op], dtype=torch.float64, device=home)] * columns
+    # Joined where the slices lie: one copy to where the collective runs, whatever the number of parameters.
+    numbers = [v for param in range(len(unit.params)) for v in found.get(param, none)]
+    joined = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=home) for v in numbers])
+    rows = joined.view(len(unit.params), columns).to(device)
     return comm.all_reduce(rows, op)
 
 
