@@ -68,13 +68,23 @@ class Exchange:
     Args:
         device: where messages and matrices live (the accelerator, also when the partitions are offloaded).
         tensor: the ranks that hold the other shards of matrices that tensor parallelism cut.
+        home: where the slices lie, if elsewhere. They cross in pinned memory, all of a message or stack at once.
     """
 
-    def __init__(self, plan: ExchangePlan, comm: Comm, device: torch.device, tensor: Comm | None = None) -> None:
+    def __init__(
+        self,
+        plan: ExchangePlan,
+        comm: Comm,
+        device: torch.device,
+        tensor: Comm | None = None,
+        home: torch.device | None = None,
+    ) -> None:
         self.plan = plan
         self.comm = comm
         self.device = device
         self.tensor = tensor
+        self.home = device if home is None else home
+        self.crosses = self.home != device
         self._turn = 0
         self._routes = [(self._route(bucket, plan.there), self._route(bucket, plan.back)) for bucket in plan.buckets]
         self._whole = [self._slices(batch, comm.rank) for batch in plan.whole[comm.rank]]
@@ -139,22 +149,29 @@ class Exchange:
         """Matrices of one view that lie whole on this rank."""
         if not batch:
             return
-        stacks = self._stacks([held.param for held in batch])
+        stacks = self._stacks([held.param for held in batch], self.home)
         for row, held in enumerate(batch):
             fill(held, [stack[row] for stack in stacks])
+        stacks = _moved(stacks, self.device)
         with record_function(SOLVE):
             results = self._solved(solve, self.plan.views[batch[0].param], stacks)
+        results = _moved(results, self.home)
         for row, held in enumerate(batch):
             apply(held, [result[row] for result in results])
 
     def _bucket(self, there: _Route, back: _Route, fill: Values, solve: Solve, apply: Values) -> Iterator[None]:
         """The way of a bucket in three stages, that others' stages run between: there, work, back."""
         with record_function(SEND):
-            messages = self._messages(self.plan.there, there.sent)
-            _call(fill, _in_messages(there.outgoing, messages))
+            messages = self._filled(fill, there.outgoing, self.plan.there)
             arrived, pending = self._post(messages, there.sent, there.received)
-            stacks = [self._stacks(run) for run in there.runs]
-            _call(fill, there.in_stacks(there.kept, stacks))
+            stacks = [self._stacks(run, self.device) for run in there.runs]
+            if self.crosses:
+                _copy(
+                    _in_messages(there.kept, self._filled(fill, there.kept, self.plan.there)),
+                    there.in_stacks(there.kept, stacks),
+                )
+            else:
+                _call(fill, there.in_stacks(there.kept, stacks))
         yield
         _wait(pending)
         _copy(_in_messages(there.incoming, arrived), there.in_stacks(there.incoming, stacks))
@@ -164,15 +181,20 @@ class Exchange:
         # What came is worked into the results: its messages go back in place of others where they can.
         messages = arrived if self.plan.there == self.plan.back else []
         del arrived, stacks
-        messages = messages or self._messages(self.plan.back, back.received)
+        messages = messages or self._messages(back.incoming, self.plan.back, self.device)
         _copy(back.in_stacks(back.incoming, results), _in_messages(back.incoming, messages))
         returned, pending = self._post(messages, back.received, back.sent)
-        _call(apply, back.in_stacks(back.kept, results))
+        if self.crosses:
+            kept = self._messages(back.kept, self.plan.back, self.device)
+            _copy(back.in_stacks(back.kept, results), _in_messages(back.kept, kept))
+            _call(apply, _in_messages(back.kept, _moved(kept, self.home)))
+        else:
+            _call(apply, back.in_stacks(back.kept, results))
         del results
         yield
         _wait(pending)
         with record_function(APPLY):
-            _call(apply, _in_messages(back.outgoing, returned))
+            _call(apply, _in_messages(back.outgoing, _moved(returned, self.home)))
 
     def _solved(self, solve: Solve, view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results of a stack; what tensor parallelism cut comes together first, on its ranks by turns."""
@@ -181,15 +203,26 @@ class Exchange:
         first, self._turn = self._turn, self._turn + len(stacks[0])
         return solve_whole(self.tensor, first, view, (self.plan.there, self.plan.back), stacks, solve)
 
-    def _messages(self, parts: Sequence[Part], counts: Sequence[list[int]]) -> list[Tensor]:
-        sizes = [sum(by_rank) for by_rank in counts]
-        return [torch.empty(n, dtype=part.dtype, device=self.device) for n, part in zip(sizes, parts, strict=True)]
+    def _filled(self, fill: Values, places: Sequence[_Place], parts: Sequence[Part]) -> list[Tensor]:
+        """Messages with slices of this rank in them."""
+        messages = self._messages(places, parts, self.home)
+        _call(fill, _in_messages(places, messages))
+        return _moved(messages, self.device)
 
-    def _stacks(self, run: Sequence[int]) -> list[Tensor]:
+    def _messages(self, places: Sequence[_Place], parts: Sequence[Part], device: torch.device) -> list[Tensor]:
+        """Room for slices one behind the other, for each part."""
+        sizes = [span.stop for span in places[-1][1]] if places else [0] * len(parts)
+        return [self._room((size,), part.dtype, device) for size, part in zip(sizes, parts, strict=True)]
+
+    def _stacks(self, run: Sequence[int], device: torch.device) -> list[Tensor]:
         """Room for equal parameters, for each part that travels to their owner."""
         view = self.plan.views[run[0]]
         sizes = [(part.place(view, 0, view.numel)[1], part.dtype) for part in self.plan.there]
-        return [torch.empty(len(run), size, dtype=dtype, device=self.device) for size, dtype in sizes]
+        return [self._room((len(run), size), dtype, device) for size, dtype in sizes]
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        pinned = self.device.type == "cuda" and device.type == "cpu"
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
 
     def _post(
         self, messages: Sequence[Tensor], counts: Sequence[list[int]], out_counts: Sequence[list[int]]
@@ -198,6 +231,11 @@ class Exchange:
         arrived = [m.new_empty(sum(n)) for m, n in zip(messages, out_counts, strict=True)]
         each = zip(arrived, out_counts, messages, counts, strict=True)
         return arrived, [self.comm.all_to_all(*one) for one in each]
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The same on another device. To the accelerator the host does not wait; from there it does."""
+    return [tensor.to(device, non_blocking=device.type != "cpu") for tensor in tensors]
 
 
 def _in_messages(places: Sequence[_Place], messages: Sequence[Tensor]) -> _Pieces:

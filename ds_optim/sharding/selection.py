@@ -93,7 +93,7 @@ def chosen_of(exchange: Exchange, chosen: Mapping[int, Chosen]) -> Exchange:
     unit = _ChosenUnit(**{**shared, "params": specs}, whole=plan.unit, chosen=chosen)
     shared = {field.name: getattr(plan, field.name) for field in fields(ExchangePlan)}
     smaller = _ChosenPlan(**{**shared, "unit": unit, "views": views, "fraction": 1.0}, of=plan)
-    return Exchange(smaller, exchange.comm, exchange.device)
+    return Exchange(smaller, exchange.comm, exchange.device, home=exchange.home)
 
 
 def choose_rows(exchange: Exchange, sums: Mapping[int, Tensor], device: torch.device) -> dict[int, Chosen]:
@@ -106,18 +106,19 @@ def choose_rows(exchange: Exchange, sums: Mapping[int, Tensor], device: torch.de
     plan, wire = exchange.plan, exchange.comm.device(device)
     here = [param for batch in plan.whole[exchange.comm.rank] for param in batch]
     sizes = {param: plan.views[param].of_rows.numel for param in (*plan.cut, *here)}
-    none = {param: torch.zeros(size, dtype=torch.float64, device=wire) for param, size in sizes.items()}
-    parts = {param: sums[param].to(wire) if param in sums else none[param] for param in sizes}
-    if plan.cut:
-        joined = exchange.comm.all_reduce(torch.cat([parts[param] for param in plan.cut]))
-        parts.update(zip(plan.cut, joined.split([sizes[param] for param in plan.cut]), strict=True))
-    flags = {param: _largest(plan.views[param], parts[param].float(), plan.fraction) for param in sizes}
-    if not flags:
+    if not sizes:
         return {}
-    together = torch.cat(list(flags.values())).cpu().split(list(sizes.values()))  # one copy to the host
+    none = {param: torch.zeros(size, dtype=torch.float64, device=device) for param, size in sizes.items()}
+    # All parameters at once: what lies on the host crosses in one copy there and one back.
+    joined = torch.cat([sums.get(param, none[param]) for param in sizes]).to(wire)
+    if plan.cut:
+        exchange.comm.all_reduce(joined[: sum(sizes[param] for param in plan.cut)])
+    parts = joined.float().split(list(sizes.values()))
+    flags = torch.cat([_largest(plan.views[p], part, plan.fraction) for p, part in zip(sizes, parts, strict=True)])
+    own, there = (flags.to(place).split(list(sizes.values())) for place in (device, torch.device("cpu")))
     return {
-        param: Chosen(plan.views[param], flags[param].to(device), torch.nn.functional.pad(there.cumsum(0), (1, 0)))
-        for param, there in zip(flags, together, strict=True)
+        param: Chosen(plan.views[param], rows, torch.nn.functional.pad(counted.cumsum(0), (1, 0)))
+        for param, rows, counted in zip(sizes, own, there, strict=True)
     }
 
 

@@ -58,6 +58,25 @@ def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: i
     assert all(kind.split()[1:] in (["cuda"], ["cuda", "cuda"]) for kind in counts.messages)
 
 
+OFFLOADED = cells(
+    [name for name in ("Lion", "StableLion", "Muon", "NorMuon", "Dion2")], [name for name in CASES if name != "MuonH"]
+)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize("stage", cells([3], [1]))
+def test_offloaded_slices_cross_all_of_a_message_at_once(name: str, stage: int) -> None:
+    """Whatever the number of parameters, here 103; a unit's numbers cross to be joined, once."""
+    case = CASES[name]
+    exchange: dict[str, Any] = {"exchange": {"costs": "modelled"}} if case.has_matrices else {}
+    counts = dry_steps(case.type, small(20), stage=stage, offload=True, **case.params, **exchange)[1]
+    # For two parts of a message at most: three views that lie whole, a message, and what the owner itself holds.
+    assert sum(counts.crossings.values()) <= 2 * 2 * (3 + 2) + GROUPS
+    assert {line.split()[-1].split(":")[0] for line in counts.crossings} <= {
+        "sharding/exchange.py", "sharding/sums.py", "sharding/selection.py",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", IN_KERNELS)
 @pytest.mark.parametrize("layers", [2, 20])
 def test_one_pass_is_one_launch_for_a_partition_of_fp32(name: str, layers: int) -> None:

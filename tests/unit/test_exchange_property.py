@@ -134,8 +134,9 @@ def on_every_rank(ranks: int, room: Mailroom, body: Callable[[int], None]) -> No
 
 
 @settings(max_examples=80, deadline=None)
-@given(drawn())
-def test_every_slice_comes_back_to_its_place(case: Drawn) -> None:
+@given(drawn(), st.booleans())
+def test_every_slice_comes_back_to_its_place(case: Drawn, crosses: bool) -> None:
+    """crosses: as where the slices lie on the host."""
     ranks = case.layout.world_size
     for number, unit in enumerate(case.layout.units):
         room = Mailroom(ranks)
@@ -155,6 +156,7 @@ def test_every_slice_comes_back_to_its_place(case: Drawn) -> None:
             digests[rank] = plan.digest()
             comm = ThreadComm(rank, ranks, room=room)
             exchange = Exchange(plan, comm, torch.device("cpu"))
+            exchange.crosses = crosses
             flat = torch.full((plan.unit.partition_numel,), -1.0)
             for held in plan.unit.slices(rank):
                 flat[held.offset : held.offset + held.numel] = wholes[held.param][held.start :][: held.numel]
