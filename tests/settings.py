@@ -109,4 +109,27 @@ SETTINGS: tuple[Setting, ...] = (
             **dict.fromkeys((2, 3), _PIPELINE),
         },
     ),
+    Setting(
+        name="`sequence_parallel_size` above 1, with ALST's `mpu`",
+        config={"sequence_parallel_size": 2},
+        ranks={0: (2,), 1: (2, 4), 2: (2,), 3: (2, 4)},
+        losses="tests.distributed.sequences:losses",
+    ),
+    Setting(
+        name="the same in bf16",
+        config={"sequence_parallel_size": 2, **_BF16},
+        losses="tests.distributed.sequences:losses",
+    ),
+    Setting(
+        name="the same in bf16, gradients accumulated in fp32",
+        stages=(1,),
+        config={"sequence_parallel_size": 2, **_BF16, **_SUMS},
+    ),
+    Setting(
+        name="the same without `reduce_scatter`",
+        stages=SHARDED,
+        config={"sequence_parallel_size": 2, **_zero(reduce_scatter=False)},
+        ranks={1: (2,), 2: (2,)},
+        losses="tests.distributed.sequences:losses",
+    ),
 )

@@ -63,6 +63,7 @@ def estimate(
     from ds_optim.memory.estimate_sources import load_shape
     from ds_optim.memory.estimate_terms import ZeroSettings
     from ds_optim.memory.side_by_side import EstimateRequest
+    from ds_optim.zero.support import sequences_cut_in
 
     loaded = _read(config)
     shape = load_shape(model, params, seq_len)
@@ -78,7 +79,7 @@ def estimate(
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
         micro_batch=micro_batch,
-        seq_len=seq_len,
+        seq_len=max(1, seq_len // (sequences_cut_in(loaded) or 1)),  # a rank's part of a sequence
         checkpointing=checkpointing,
     )
     return run_estimate(request, as_json=as_json, out=out)

@@ -9,7 +9,7 @@ from ds_optim.errors import UserError
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
 from ds_optim.zero.auto import AUTO, at, batch_sizes, is_open
-from ds_optim.zero.support import tensor_parallel_size
+from ds_optim.zero.support import SEQUENCE, sequences_cut_in, tensor_parallel_size
 from ds_optim.zero.values import understood
 
 # Keys of the JSON that a setting takes over: (path in the JSON, setting).
@@ -56,6 +56,11 @@ def settings_from_json(config: dict[str, Any], flags: dict[str, Any]) -> dict[st
         found["tuned"] = False  # a JSON that names its optimizer means what it says, and that alone
     if "scheduler" in config:
         raise UserError('"scheduler" in --config: train has its own warmup and cosine; take it out and set --warmup')
+    if (sequences_cut_in(config) or 1) > 1:
+        raise UserError(
+            f"{SEQUENCE} in --config: train cuts no sequences; take it out, or train in a loop of your own "
+            "(docs/deepspeed-loop.md, Sequence parallelism)"
+        )
     return {**found, **flags, "deepspeed": config}
 
 

@@ -7,7 +7,7 @@ ranks compare notes before anyone proceeds: whatever one rank finds wrong is rai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ds_optim.zero.caller import Caller, find_caller, tensor_ranks
 from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, attribute, bind_stage3, bind_stages_1_2, same
 from ds_optim.zero.pipeline import agree_across_stages, all_ranks, check_patterns, tied_problem
 from ds_optim.zero.schedulers import prepare_scheduler
+from ds_optim.zero.sequence import check_sequence
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
 from ds_optim.zero.tensor import agree_on_shards, everyone, with_shards
 
@@ -210,9 +211,15 @@ def _settings_problem(caller: Caller | None, trained: Sequence[Sequence[Member]]
             check_wrapper(caller.wrapper)
             if caller.engine is not None:
                 check_engine(caller.engine)
+                _check_parallel(caller.engine)
     except UserError as error:
         return error
     return None
+
+
+def _check_parallel(engine: Any) -> None:
+    if isinstance(engine.config, Mapping):
+        check_sequence(engine.config, engine.mpu, engine.mesh_device)
 
 
 def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:

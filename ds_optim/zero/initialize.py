@@ -22,7 +22,8 @@ from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_o
 from ds_optim.zero.pipeline import check_pipeline, stages_of
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
-from ds_optim.zero.support import check_config, check_model, tensor_parallel_size
+from ds_optim.zero.sequence import check_sequence, is_of_sequences
+from ds_optim.zero.support import SEQUENCE, check_config, check_model, tensor_parallel_size
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
@@ -58,7 +59,7 @@ def initialize(
 
     _init_distributed(deepspeed, dist_init_required, distributed_port)
     configs = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
-    loaded, built = _read(model, optimizer, model_parameters, configs, mpu=mpu is not None, mesh=mesh_param is not None)
+    loaded, built = _read(model, optimizer, model_parameters, configs, mpu, mesh_param)
     rendezvous.settle()  # the ranks have spoken to each other
     _announce(loaded, built, lr_scheduler)
     if isinstance(built, ZeroOptimizer):
@@ -111,13 +112,12 @@ def _read(
     optimizer: Any,
     parameters: Iterable[Any] | None,
     configs: Sequence[Any],
-    *,
-    mpu: bool,
-    mesh: bool,
+    mpu: Any,
+    mesh: Any,
 ) -> tuple[Config, Any]:
     """The config as a dict of our own, and the optimizer; a mistake on one rank is raised on all.
 
-    mpu, mesh: the call brings tensor, or sequence parallelism along.
+    mpu, mesh: of the call, which bring tensor, or sequence parallelism along.
     """
     problem: UserError | None = None
     loaded: Config = {}
@@ -128,17 +128,17 @@ def _read(
             raise UserError("ds_optim.initialize needs a model")
         loaded = load_config(_one(configs))
         ours = isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded)
-        if ours and mesh:
-            raise UserError("sequence parallelism by mesh_param is not supported: pass none")
+        sharing = 1
         if ours:
+            sharing = check_sequence(loaded, mpu, mesh)
             check_config(loaded)
             check_pipeline(model, loaded)
         loaded = understood(loaded)
         fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))
         comm = world()
         # Other parallelism has fewer data-parallel ranks, and DeepSpeed knows how many.
-        if not mpu and (ours or not (mesh or "sequence_parallel_size" in loaded)):
-            batch_sizes(loaded, comm.world_size // tensor_parallel_size(loaded) // stages_of(model))
+        if (is_of_sequences(mpu) or mpu is None) and (ours or not (mpu or mesh or SEQUENCE in loaded)):
+            batch_sizes(loaded, comm.world_size // sharing // tensor_parallel_size(loaded) // stages_of(model))
         if comm.rank == 0:
             check_monitors(loaded)
         built = _choose_optimizer(model, optimizer, loaded, parameters)

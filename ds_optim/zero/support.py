@@ -27,6 +27,7 @@ _AUTOCAST_FP16 = (
     "DeepSpeed 0.19 never lowers its loss scale after an overflow, and clips gradients before they are unscaled; set "
     'torch_autocast.dtype to "bfloat16", or zero_optimization.stage to 0'
 )
+SEQUENCE = "sequence_parallel_size"
 _STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 
 Test = Callable[[Any], bool]
@@ -92,7 +93,6 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     ("tensor_parallel.tp.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
     ("tensor_parallel.tensor_parallel.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
     ("expert_parallel.enabled", is_true, "experts in groups of their own are not supported; set it to false"),
-    ("sequence_parallel_size", _above(1), "sequence parallelism is not supported; set it to 1"),
     ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
     ("data_efficiency.data_routing.random_ltd.enabled", is_true, "it is not supported; set it to false"),
     ("pipeline.stages", _above(1), "DeepSpeed reads it nowhere; give num_stages to PipelineModule, and leave it out"),
@@ -122,7 +122,6 @@ REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("zero_hpz_partition_size", _above(1), f"set {_ZERO}.zero_hpz_partition_size to 1"),
     ("zero_quantized_nontrainable_weights", is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
     ("all2all_process_group", _is_given, f"set {_ZERO}.zero_quantized_gradients to false"),
-    ("sequence_parallel_size", _above(1), "sequence parallelism is not supported"),
     ("has_moe_layers", is_true, "DeepSpeed's MoE groups are not supported"),
     ("torch_autocast_gradscaler", _is_given, _AUTOCAST_FP16),
     ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
@@ -156,6 +155,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             "checkpoint.load_universal is not supported under tensor parallelism with ds_optim's optimizers: set it to "
             "false, and load a checkpoint that was saved at the same tensor parallel size"
         )
+    check_sums(config, sequences_cut_in(config) or 1)
     if stage in (None, "auto", 0) and is_true(at(config, "fp16.enabled")) and at(config, "fp16.loss_scale") != 1:
         raise UserError(
             "fp16 at ZeRO stage 0 is not supported with a loss scale: DeepSpeed 0.19 unscales gradients there whose "
@@ -190,13 +190,12 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     if section is None:
         return
     offload = at(config, f"{_OFFLOAD}.device") not in (None, "none") or is_true(at(config, f"{_ZERO}.cpu_offload"))
-    accumulated = str(at(config, "data_types.grad_accum_dtype")).removeprefix("torch.")
     problems = (
         (at(config, f"{section}.enabled") in (None, False, 0), f'set "enabled" to true in "{section}" as well'),
         (stage in (None, 0), f"master weights are ZeRO's; set {_ZERO}.stage to 1, 2 or 3"),
         (offload, f"DeepSpeed offloads them for its own CPU Adam alone; leave {_ZERO}.offload_optimizer out"),
         (
-            stage == 1 and accumulated in ("fp32", "float32", "float"),
+            stage == 1 and _sums_in_fp32(config),
             "at stage 1 DeepSpeed keeps fp32 masters where gradients are accumulated in fp32; leave "
             "data_types.grad_accum_dtype out, or use stage 2",
         ),
@@ -204,6 +203,47 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     for refused, remedy in problems:
         if refused:
             raise UserError(f"{section}.{_MASTERS} = true is not supported with these settings: {remedy}")
+
+
+def _sums_in_fp32(config: Mapping[str, Any]) -> bool:
+    return str(at(config, "data_types.grad_accum_dtype")).removeprefix("torch.") in ("fp32", "float32", "float")
+
+
+def sequences_cut_in(config: Mapping[str, Any]) -> int | None:
+    """Among how many ranks a DeepSpeed config says that each sequence is cut; None where it says nothing.
+
+    Raises:
+        UserError: it is no whole number from 1.
+    """
+    value = config.get(SEQUENCE)
+    if not _is_given(value):
+        return None
+    if isinstance(value, bool) or (number := _number(value)) is None or number < 1 or number != int(number):
+        raise UserError(f"{SEQUENCE} is {value!r}: write a whole number of ranks, 1 for none")
+    return int(number)
+
+
+def check_sums(config: Mapping[str, Any], sequence: int) -> None:
+    """Refuse where DeepSpeed sums no gradients, or not all of them alike, where ``sequence`` ranks share a sequence.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    if sequence == 1:
+        return
+    stage, in_bf16 = str(at(config, f"{_ZERO}.stage")), any(is_true(at(config, f"{key}.enabled")) for key in _BF16)
+    on_device = at(config, f"{_OFFLOAD}.device") in (None, "none")
+    if stage == "1" and in_bf16 and on_device and _sums_in_fp32(config):
+        raise UserError(
+            f"data_types.grad_accum_dtype = fp32 is not supported at stage 1 with {SEQUENCE} above 1: DeepSpeed 0.19 "
+            "measures gradients on the first rank of a sequence alone, and fails on the others; use stage 2, or leave "
+            "it out"
+        )
+    if stage == "3" and _is_false(at(config, f"{_ZERO}.reduce_scatter")):
+        raise UserError(
+            f"{_ZERO}.reduce_scatter = false is not supported at stage 3 with {SEQUENCE} above 1: DeepSpeed 0.19 "
+            "divides gradients of parameters larger than reduce_bucket_size by more than the others; leave it true"
+        )
 
 
 def uses_autocast(config: Mapping[str, Any]) -> bool:

@@ -58,7 +58,7 @@ class Run:
     """One training run: an optimizer's type and params as in the JSON, and where and how it trains.
 
     ``type`` "AdamW" is torch's own. ``zero`` goes into ``zero_optimization``, ``config`` beside it.
-    ``zero_init``: the model is made under ``deepspeed.zero.Init``.
+    ``zero_init``: the model is made under ``deepspeed.zero.Init``. ``mpu``: what DeepSpeed is handed beside it.
     """
 
     type: str
@@ -71,6 +71,7 @@ class Run:
     zero: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     zero_init: bool = False
+    mpu: Any = None
 
     def json(self, world_size: int) -> dict[str, Any]:
         """The DeepSpeed config, the optimizer left out."""
@@ -197,10 +198,12 @@ def start_engine(run: Run, world_size: int) -> tuple[Any, ParityNet]:
         model = new_model(run.dtype).to(device())
     if run.type == "AdamW":
         config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(run, model), config=config)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(run, model), config=config, mpu=run.mpu
+        )
     else:
         config["optimizer"] = {"type": run.type, "params": dict(run.params)}
-        engine, *_ = ds_optim.initialize(model=model, config=config)
+        engine, *_ = ds_optim.initialize(model=model, config=config, mpu=run.mpu)
     return engine, model
 
 

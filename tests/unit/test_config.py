@@ -74,7 +74,6 @@ VALUES: Mapping[str, tuple[list[Any], list[Any]]] = {
     "tensor_parallel.tp.tp_size": ([2], [1]),
     "tensor_parallel.tensor_parallel.tp_size": ([2], [1]),
     "expert_parallel.enabled": ([True], [False]),
-    "sequence_parallel_size": ([2], [1]),
     "hybrid_engine.enabled": ([True], [False]),
     "data_efficiency.data_routing.random_ltd.enabled": ([True], [False]),
     "pipeline.stages": ([2], ["auto", 1]),
@@ -136,7 +135,7 @@ def test_paths_are_those_that_deepspeed_reads() -> None:
         "hybrid_engine": HybridEngineConfig,
     }
     # Read by name in DeepSpeed, or refused by it too (fp8 has no key there at all: a guard for later ones).
-    elsewhere = {"torch_autocast", "pipeline", "expert_parallel", "sequence_parallel_size", "data_efficiency", "fp8"}
+    elsewhere = {"torch_autocast", "pipeline", "expert_parallel", "data_efficiency", "fp8"}
     for path, *_ in REFUSED_SETTINGS:
         section, _, key = path.rpartition(".")
         if path.split(".")[0] in elsewhere or path.split(".")[0] in _REMOVED_TOP_LEVEL_CONFIG_KEYS:
@@ -174,6 +173,14 @@ def test_fp16_at_stage_0_is_refused_with_a_loss_scale() -> None:
     ds_optim.from_config(Small(), config(fp16={"enabled": True}, zero_optimization={"stage": 1}))
 
 
+@pytest.mark.parametrize("value", [0, -2, 1.5, "two", True])
+def test_sequences_are_shared_among_a_whole_number_of_ranks(value: Any) -> None:
+    with pytest.raises(UserError, match=r"sequence_parallel_size is .*: write a whole number of ranks"):
+        ds_optim.from_config(Small(), config(sequence_parallel_size=value))
+    for taken in (1, 2, "2", None, "auto"):
+        check_config({"sequence_parallel_size": taken})
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float16", "fp16", "torch.float16", "half"])
 def test_autocast_in_fp16_is_refused_where_deepspeed_scales_by_itself(stage: int, dtype: str) -> None:
@@ -201,7 +208,6 @@ ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
     "zero_hpz_partition_size": (2, 1),
     "zero_quantized_nontrainable_weights": (True, False),
     "all2all_process_group": (object(), None),
-    "sequence_parallel_size": (2, 1),
     "has_moe_layers": (True, False),
     "torch_autocast_gradscaler": (object(), None),
     "low_precision_master_weights_and_grads": (True, False),

@@ -261,6 +261,14 @@ def test_command_prints_rows_as_json(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "an estimate" in rows[1]["activations_are"]
 
 
+def test_activations_are_of_a_ranks_part_of_a_sequence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"sequence_parallel_size": 4}))
+    words = ["--model", "qwen3-tiny", "--optimizers", "lion", "--stages", "3", "--ranks", "8", "--json", "--seq-len"]
+    cut = json.loads(table(capsys, *words, "1024", "--config", str(tmp_path / "ds.json")))
+    part = json.loads(table(capsys, *words, "256"))
+    assert cut == part
+
+
 @pytest.mark.full
 def test_command_prints_a_table_and_draws_curves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     printed = table(capsys, "--params", "1e6", "--ranks", "4", "--optimizers", "lion", "--out", str(tmp_path))

@@ -155,6 +155,12 @@ def test_json_settings_reach_deepspeed_and_flags_win() -> None:
     assert config["optimizer"] == {"type": "LionMuon", "params": {"lr": 0.5, "heads": "auto"}}, "heads' is its own"
 
 
+def test_json_that_cuts_sequences_is_for_another_loop() -> None:
+    with pytest.raises(UserError, match=r"sequence_parallel_size in --config: train cuts no sequences; take it out"):
+        settings_from_json({"sequence_parallel_size": 2}, {})
+    assert make_settings(**settings_from_json({"sequence_parallel_size": 1}, {})).stage == 0
+
+
 def test_json_batch_that_does_not_multiply_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     settings = make_settings(**settings_from_json({"train_batch_size": 24}, {"micro_batch": 4}))

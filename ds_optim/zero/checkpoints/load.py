@@ -67,7 +67,7 @@ def _load_plainly(engine: Any, tensor: int, folder: Path, tag: str | None, optio
 
     def find() -> Path:
         source = find_folder(folder if tag is None else folder / tag)
-        data, stage = int(engine.dp_world_size), int(engine._config.zero_config.stage)
+        data, stage = int(engine.seq_dp_world_size), int(engine._config.zero_config.stage)
         saved = shape_of(source)
         if saved != (tensor, data if stage else 0, 2 if stage == 1 else stage):
             there = "0" if saved[2] == 0 else f"{'3' if saved[2] == 3 else '1 or 2'} on {saved[1]} data-parallel ranks"
@@ -102,7 +102,7 @@ def _cut(source: Path, made: Path, engine: Any) -> bool:
 def _target(found: Portable, engine: Any) -> Target:
     zero = engine._config.zero_config
     config = {"zero_optimization": {**zero.model_dump(include=set(SETTINGS)), "stage": int(zero.stage)}}
-    return choose_target(found, int(engine.dp_world_size), None, config)
+    return choose_target(found, int(engine.seq_dp_world_size), None, config)
 
 
 def take_away(made: Path) -> None:
