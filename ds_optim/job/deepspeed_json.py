@@ -69,7 +69,7 @@ def _batch(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, int]:
     if given.get("train_batch_size") in (None, AUTO):
         return {}
     own = {path[0]: flags[setting] for path, setting in _SHARED if len(path) == 1 and setting in flags}
-    _, micro, accumulation = batch_sizes({**given, **own}, ranks.expected())
+    _, micro, accumulation = batch_sizes({**given, **own}, data_ranks(given, ranks.expected()))
     return {"micro_batch": micro, "accumulation": accumulation}
 
 
@@ -85,14 +85,9 @@ def _dtype(config: dict[str, Any]) -> dict[str, str]:
 def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config of a run: the user's JSON with the settings written over it."""
     config = copy.deepcopy(settings.deepspeed)
-    if tensor_parallel_size(config) > 1:
-        raise UserError(
-            "tensor_parallel.autotp_size: ds-optim train gives every rank a batch of its own, and AutoTP's ranks need "
-            "one together: train in a loop of your own with ds_optim.initialize, or set it to 0"
-        )
     config["train_micro_batch_size_per_gpu"] = settings.micro_batch
     config["gradient_accumulation_steps"] = settings.accumulation
-    batch_sizes(config, world_size)
+    batch_sizes(config, data_ranks(config, world_size))
     config.pop("train_batch_size", None)
     config["gradient_clipping"] = settings.clip
     config["zero_optimization"] = {**section_of(config, "zero_optimization"), "stage": settings.stage}
@@ -103,6 +98,21 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
     if settings.tensorboard and settings.out is not None:
         config["tensorboard"] = {"enabled": True, "output_path": str(settings.out), "job_name": "tensorboard"}
     return config
+
+
+def data_ranks(config: dict[str, Any], world_size: int) -> int:
+    """Of so many ranks how many have a batch of their own: those that hold shards of one model by AutoTP share one.
+
+    Raises:
+        UserError: they are no whole number.
+    """
+    size = tensor_parallel_size(config)
+    if world_size % size:
+        raise UserError(
+            f"tensor_parallel.autotp_size is {size}, which does not divide {world_size} rank(s): write a divisor, or "
+            "start as many ranks as a multiple of it"
+        )
+    return world_size // size
 
 
 def section_of(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ds_optim.errors import UserError
 from ds_optim.job.presets import PRESETS
 from ds_optim.machine.files import short
+from ds_optim.zero.tensor import AUTOTP
 
 
 def preset_config(name: str, vocab_size: int, seq_len: int) -> Any:
@@ -114,8 +116,9 @@ def _draw_weights(model: Any, seed: int, *, partitioned: bool) -> None:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters of the model, each counted once; partitioned ones at their full size."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+    """Parameters of the model, each counted once; those that ZeRO or AutoTP has cut at their full size."""
+    wholes = ((p, (getattr(p, AUTOTP, None) or {}).get("logical_shape")) for p in model.parameters())
+    return sum(int(getattr(p, "ds_numel", p.numel())) if whole is None else math.prod(whole) for p, whole in wholes)
 
 
 def next_token_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from ds_optim.data.batches import BatchShape
 from ds_optim.data.load import load_data
 from ds_optim.job import exits as ends
+from ds_optim.job.deepspeed_json import data_ranks
 from ds_optim.job.results import Observer, TrainResult
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
@@ -62,12 +63,13 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     run: str = before or ranks.from_first(new_id)
     ranks.from_first(lambda: note_settings(settings, run))
     watch.begun = True
+    readers = data_ranks(settings.deepspeed, ranks.world_size())  # those of a tensor-parallel group are neighbours
     shape = BatchShape(
         seq_len=settings.seq_len,
         micro_batch=settings.micro_batch,
         accumulation=settings.accumulation,
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
+        rank=ranks.rank() * readers // ranks.world_size(),
+        world_size=readers,
     )
     watch.watchdog.tick("reading the text")
     data = load_data(settings, shape)

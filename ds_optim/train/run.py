@@ -55,7 +55,7 @@ class Run:
         self.saved = self.first if self.resumed else None
         self.bad_steps = 0
         self.parameters = models.parameter_count(self.engine.module)
-        self.log = RunLog(self.settings.out, self.settings.steps, active=self.shape.rank == 0, first_step=self.first)
+        self.log = RunLog(self.settings.out, self.settings.steps, active=ranks.rank() == 0, first_step=self.first)
         self.watchdog = self.watch.watchdog
         self.watch.done = self.first
 
@@ -173,9 +173,9 @@ class Run:
             own += loss.detach()
         ms = (now() - begin) * 1e3
         # One reduction for the loss, for the clock of rank 0, and for a signal that any rank got: all ranks obey both.
-        clock = time.monotonic() - started if self.shape.rank == 0 else 0.0
+        clock = time.monotonic() - started if ranks.rank() == 0 else 0.0
         loss_sum, elapsed, signalled = ranks.sums([float(own), clock, self.watch.preemption.wanted()])
-        mean = loss_sum / (self.shape.accumulation * self.shape.world_size)
+        mean = loss_sum / (self.shape.accumulation * ranks.world_size())
         skipped = skipped_steps(engine) > skipped_before
         self.losses.append(mean)
         self.times_ms.append(ms)

@@ -23,7 +23,8 @@ from ds_optim.zero.agree import raise_everywhere
 
 CUT = "tensor_model_parallel"
 """Megatron's mark, and AutoTP's, of a parameter that is a shard."""
-_AUTOTP = "ds_autotp_universal_checkpoint_meta"
+AUTOTP = "ds_autotp_universal_checkpoint_meta"
+"""Where AutoTP leaves on a parameter how it was cut."""
 _HAND_MADE = (
     "shards that are marked by hand are seen as plain matrices: cut fused matrices apart into layers of their own, or "
     "let the aux rule have it by matrix_exclude"
@@ -68,7 +69,7 @@ def _with_shard(member: Member, tensor: Comm, *, is_live: bool) -> Member:
         if shape != member.spec.shape:
             raise UserError(f"{name} was {member.spec.shape} and is {shape} now, and nothing says how it was cut")
         return member
-    meta = getattr(member.parameter, _AUTOTP, None)
+    meta = getattr(member.parameter, AUTOTP, None)
     shard = _of_autotp(member, meta, shape) if meta is not None else _of_megatron(member, tensor, shape)
     shard = replace(shard, rank=tensor.rank)
     local = list(shard.whole)

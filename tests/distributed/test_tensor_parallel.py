@@ -32,6 +32,7 @@ from .tensor_models import (
     cut_by_hand,
     give_gradients,
     one_step,
+    settings,
     start,
     whole_weights,
 )
@@ -323,6 +324,15 @@ def _clipped() -> None:
     one_step(engine, 0, AUTOTP)
 
 
+def _under_zero_init() -> None:
+    import deepspeed
+
+    place = (2, 2, 3, "autotp")
+    with deepspeed.zero.Init(config_dict_or_path=settings(place)):
+        model = TensorNet()
+    one_step(start(place, MUON, model)[0], 0, place)
+
+
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "unequal parts": (
         lambda: one_step(start(AUTOTP, MUON, Odd())[0], 0, AUTOTP),
@@ -339,6 +349,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _by_hand(_marked("partition_dim", 0), views=[{"match": "query", "heads": 2}]),
         r"blocks\.0\.query\.weight is a tensor-parallel shard that is seen as",
     ),
+    "zero.Init": (_under_zero_init, r"is no longer the model's: AutoTP replaces .*zero\.Init"),
     "QKClip": (_clipped, "QKClip is not supported under tensor parallelism"),
     "universal": (
         lambda: start(AUTOTP, MUON, checkpoint={"load_universal": True}),

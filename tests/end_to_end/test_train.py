@@ -105,6 +105,31 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     assert {n: run[2].losses for n, run in ranks[0].items()} == {n: run[2].losses for n, run in ranks[1].items()}
 
 
+def with_shards(rank: int, world_size: int, folder: Path, size: int) -> dict[str, Any]:
+    """A run whose ranks hold shards, stopped and resumed; with one rank the same run of the whole model."""
+    given = {
+        "preset": "qwen3-tiny",
+        "seq_len": 32,
+        "micro_batch": 4,
+        "eval_batches": 2,
+        "dtype": "fp32",
+        "steps": STEPS,
+    }
+    given |= {**LION_MUON, "stage": 2, "deepspeed": {"tensor_parallel": {"autotp_size": size}}}
+    return {"run": interrupted_and_resumed(given, folder / str(size))}
+
+
+@pytest.mark.full
+def test_tensor_parallel_ranks_share_a_batch_and_resume(tmp_path: Path) -> None:
+    ((alone, *_),) = (found["run"] for found in run_ranks(1, with_shards, tmp_path, 1, timeout=150))
+    for whole, losses, resumed in (found["run"] for found in run_ranks(2, with_shards, tmp_path, 2, timeout=150)):
+        assert whole.losses[: SAVED + 1] == losses
+        assert whole.losses[SAVED:] == resumed.losses
+        assert whole.val_losses[STEPS] == resumed.val_losses[STEPS]
+        assert whole.losses == pytest.approx(alone.losses, abs=2e-3)
+        assert whole.parameters == alone.parameters
+
+
 def same_batch(rank: int, world_size: int, folder: Path) -> dict[str, TrainResult]:
     from transformers.models.qwen3 import Qwen3Config
 
