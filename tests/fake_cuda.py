@@ -7,12 +7,13 @@ but ``copy_``, indexing and a few more, which are answered here.
 
 from __future__ import annotations
 
-import traceback
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -145,9 +146,14 @@ def _on_cuda(args: Any) -> bool:
 
 
 def _line() -> str:
-    """The innermost line of the package that is at work."""
-    frames = [f for f in traceback.extract_stack() if "/ds_optim/" in f.filename and "/tests/" not in f.filename]
-    return f"{frames[-1].filename.rsplit('/ds_optim/', 1)[-1]}:{frames[-1].name}" if frames else "elsewhere"
+    """The innermost function of the package that is at work."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/ds_optim/" in file and "/tests/" not in file:
+            return f"{file.rsplit('/ds_optim/', 1)[-1]}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
 
 
 def _taken(tensor: Tensor, index: Any) -> Tensor:

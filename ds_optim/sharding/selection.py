@@ -115,7 +115,7 @@ def choose_rows(exchange: Exchange, sums: Mapping[int, Tensor], device: torch.de
         exchange.comm.all_reduce(joined[: sum(sizes[param] for param in plan.cut)])
     parts = joined.float().split(list(sizes.values()))
     flags = torch.cat([_largest(plan.views[p], part, plan.fraction) for p, part in zip(sizes, parts, strict=True)])
-    own, there = (flags.to(place).split(list(sizes.values())) for place in (device, torch.device("cpu")))
+    own, there = flags.to(device).split(list(sizes.values())), flags.cpu().split(list(sizes.values()))
     return {
         param: Chosen(plan.views[param], rows, torch.nn.functional.pad(counted.cumsum(0), (1, 0)))
         for param, rows, counted in zip(sizes, own, there, strict=True)

@@ -41,7 +41,7 @@ def reduce_parameters(
     device = device or torch.device("cpu")
     found = {held.param: values for held in unit.slices(comm.rank) if len(values := partial(held))}
     home = next((v.device for values in found.values() for v in values if isinstance(v, Tensor)), device)
-    none = [torch.tensor(_IDENTITY[op], dtype=torch.float64, device=home)] * columns
+    none = [torch.full((), _IDENTITY[op], dtype=torch.float64, device=home)] * columns
     # Joined where the slices lie: one copy to where the collective runs, whatever the number of parameters.
     numbers = [v for param in range(len(unit.params)) for v in found.get(param, none)]
     joined = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=home) for v in numbers])

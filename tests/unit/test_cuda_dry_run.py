@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from ds_optim.elementwise.native import library
 from ds_optim.optimizers import steps
 from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate
-from tests.cases import CASES, NARROW, Case, update_of
+from tests.cases import CASES, NARROW, Case, one_of_each_kind, update_of
 from tests.fake_cuda import Counts, dry_steps, small
 from tests.tiers import cells
 
@@ -43,8 +44,10 @@ def is_measured(case: Case) -> bool:
     return isinstance(update, ParameterUpdate) and update.measure is not None
 
 
-@pytest.mark.parametrize("stage", cells([3], [0, 1]))
-@pytest.mark.parametrize("name", CASES)
+PLACES = cells(product(CASES, [3]), product(one_of_each_kind(), [0, 1]), product(CASES, [0, 1]))
+
+
+@pytest.mark.parametrize(("name", "stage"), PLACES)
 def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: int) -> None:
     case = CASES[name]
     counts = second_step(case, stage)
@@ -58,12 +61,7 @@ def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: i
     assert all(kind.split()[1:] in (["cuda"], ["cuda", "cuda"]) for kind in counts.messages)
 
 
-OFFLOADED = cells(
-    [name for name in ("Lion", "StableLion", "Muon", "NorMuon", "Dion2")], [name for name in CASES if name != "MuonH"]
-)
-
-
-@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize("name", cells(["StableLion", "NorMuon", "Dion2"], one_of_each_kind(), CASES))
 @pytest.mark.parametrize("stage", cells([3], [1]))
 def test_offloaded_slices_cross_all_of_a_message_at_once(name: str, stage: int) -> None:
     """Whatever the number of parameters, here 103; a unit's numbers cross to be joined, once."""
