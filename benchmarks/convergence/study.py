@@ -117,7 +117,7 @@ class Study(_Part):
         entry = self.entries[name]
         return Cell(
             entry=name, model=block.model, data=block.data, horizon=block.horizon, optimizer=entry.type,
-            params={**params, **entry.params}, seed=seed,
+            params={**params, **entry.params} if entry.like else {**entry.params, **params}, seed=seed,
         )  # fmt: skip
 
     def due(self, done: Done) -> list[Cell]:
@@ -130,7 +130,8 @@ class Study(_Part):
         entry = self.entries[name]
         if entry.like is not None:
             values = self.best(block, entry.like, done)
-            return None if values is None else {**values, "lr": values["lr"] * entry.lr_times}
+            tuned = self.entries[entry.like].params
+            return None if values is None else {**tuned, **values, "lr": values["lr"] * entry.lr_times}
         if len(entry.lr) == 1:  # as somebody published it
             return {"lr": entry.lr[0]}
         cells, value = self.rates(block, name, done)
