@@ -44,7 +44,7 @@ def plan_exchanges(
     exchanges = {}
     for number, plan in plans.items():
         plan = replace(plan, polar=choice.polars[number], timed=choice.timed[number])
-        exchanges[number] = Exchange(plan, binding.comm, binding.device, binding.tensor)
+        exchanges[number] = Exchange(plan, binding.comm_of(number), binding.device, binding.tensor)
     digests = repr([(number, exchange.plan.digest()) for number, exchange in sorted(exchanges.items())])
     digest = hashlib.sha256(digests.encode()).hexdigest()[:12]
     for comm in (binding.peers, *([] if binding.tensor is None else [binding.tensor])):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers.costs import Costs, is_costs
+from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.groups import hyper_of
 from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, RULES, SCALES_OF_MOMENTUM, SECOND_MOMENT, Group, Rule
 from ds_optim.optimizers.shares import RATES
@@ -224,7 +225,7 @@ def described_parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpe
 def _first_difference(description: Mapping[str, Any], own: Identity) -> str:
     saved = described_parameters(description)
     there = {spec: number for number, specs in enumerate(saved) for spec in specs}
-    names = [group.get("name") for group in description["groups"]]
+    names = [label_of(group) for group in description["groups"]]
     for number, (name, specs) in enumerate(zip(own.names, own.parameters, strict=True)):
         for spec in specs:
             if spec not in there:
