@@ -30,7 +30,7 @@ from ds_optim.optimizers.alike import (
 )
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics
-from ds_optim.optimizers.experts import label_of
+from ds_optim.optimizers.experts import label_of, sharing
 from ds_optim.optimizers.grouped import GroupedOptimizer
 from ds_optim.optimizers.groups import build_groups, hyper_of
 from ds_optim.optimizers.loading import unwrap, wrapped
@@ -168,13 +168,15 @@ class ZeroOptimizer(GroupedOptimizer):
 
     def identity(self) -> Identity:
         """What a checkpoint must be of to be loaded here."""
-        specs = [tuple(m.spec for m in members) for members in taken(self._members, self._all_groups)]
+        stepped = taken(self._members, self._all_groups)
+        specs = tuple(tuple(m.spec for m in members) for members in stepped)
         return Identity(
             optimizer=type(self).__name__,
             momentum_dtype=str(self._momentum_dtype).removeprefix("torch."),
             names=self._names,
             rules=self._rules,
-            parameters=tuple(specs),
+            parameters=specs,
+            sharing=tuple(sharing(members[0].parameter) if members else () for members in stepped),
             tensor_parallel=max((len(s.shard.pieces) for own in specs for s in own if s.shard), default=1),
         )
 

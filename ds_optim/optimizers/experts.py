@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from ds_optim.errors import UserError
 from ds_optim.sharding.binding import experts_of
 
+SHARED_BY = "shared by"
+"""The key, in a checkpoint's description, of the ranks of the job that share a group of experts."""
 EXPERTS = "moe"
 """The key by which DeepSpeed tells a group of experts, whose "name" then is that of the ranks which share them."""
 
@@ -50,6 +54,12 @@ def marked(group: Group, parameters: Iterable[Any]) -> Group:
     plain = {key: value for key, value in group.items() if key != EXPERTS}
     name = names.pop() if names else None
     return plain if name is None else {**plain, "name": name, EXPERTS: True}
+
+
+def sharing(parameter: Any) -> tuple[int, ...]:
+    """The ranks of the job among which ZeRO has cut an expert; none for other parameters, and where nothing is cut."""
+    group = getattr(parameter, "_dp_group", None) or getattr(parameter, "ds_process_group", None)
+    return () if experts_of(parameter) is None or group is None else tuple(dist.get_process_group_ranks(group))
 
 
 def label_of(group: Mapping[str, Any], number: int | None = None) -> Any:

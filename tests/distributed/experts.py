@@ -11,36 +11,41 @@ from torch import Tensor, nn
 import ds_optim
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.sharding.binding import experts_of
+from tests.settings import Setting
 
 from .harness import device
+from .losses import STEPS, mean_over_ranks
 from .small_runs import small_buffers
 
-WIDTH, INNER, WORDS, EXPERTS = 12, 20, 24, 4
-"""Not the same, and of the experts' matrices none that two ranks cut into equal rows."""
+WIDTH, INNER, WORDS, EXPERTS = 12, (20, 16), 24, 6
+"""Three experts of two expert-parallel ranks, of which two ranks that share them cut the second one's middle matrix."""
 Weights = dict[str, Tensor]
 
 
 class MoENet(nn.Module):
-    """An embedding (24, 12), a dense layer (12, 12), four experts with (20, 12), (20,), (12, 20), (12,), and a head.
+    """An embedding (24, 12), a dense layer (12, 12), six experts of (20, 12), (16, 20), (12, 16) with biases, a head.
 
-    ep: expert parallelism. rank: of the job, which has experts [(rank % ep) * 4 / ep, ...).
+    ep: expert parallelism. rank: of the job, which has 6 / ep experts from (rank % ep) * 6 / ep.
     """
 
     def __init__(self, ep: int, rank: int = 0, *, seed: int = 0) -> None:
         from deepspeed.moe.layer import MoE
 
         super().__init__()
-        expert = nn.Sequential(nn.Linear(WIDTH, INNER), nn.Tanh(), nn.Linear(INNER, WIDTH))
+        first, second = INNER
+        expert = nn.Sequential(
+            nn.Linear(WIDTH, first), nn.Tanh(), nn.Linear(first, second), nn.Tanh(), nn.Linear(second, WIDTH)
+        )
         self.embed = nn.Embedding(WORDS, WIDTH)
         self.dense = nn.Linear(WIDTH, WIDTH)
         self.moe = MoE(
             WIDTH, expert, num_experts=EXPERTS, ep_size=ep, k=1, capacity_factor=2.0, min_capacity=0, use_rts=False
         )
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        first = rank % ep * (EXPERTS // ep)
+        here = rank % ep * (EXPERTS // ep)
         with torch.no_grad():
             for number, (name, p) in enumerate(self.named_parameters()):
-                generator = torch.Generator().manual_seed(1000 * seed + place_of(name, number, first))
+                generator = torch.Generator().manual_seed(1000 * seed + place_of(name, number, here))
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
 
     def forward(self, words: Tensor, targets: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def place_of(name: str, number: int, first: int) -> int:
     if not found:
         return number
     local, _, rest = after.partition(".")
-    return 100 * (1 + first + int(local)) + sorted(("0.weight", "0.bias", "2.weight", "2.bias")).index(rest)
+    return 100 * (1 + first + int(local)) + 2 * int(rest[0]) + rest.endswith("bias")
 
 
 def given(model: nn.Module, rank: int, ep: int, step: int) -> Weights:
@@ -130,3 +135,17 @@ def weights_of(engine: Any) -> Weights:
 
 def is_expert(parameter: nn.Parameter) -> bool:
     return experts_of(parameter) is not None
+
+
+PARAMS: Mapping[str, Mapping[str, Any]] = {
+    "AdamW": {"lr": 1e-2, "weight_decay": 0.0},
+    "LionMuon": {"lr": 0.1, "polar": {"dtype": "float32"}},
+}
+
+
+def losses_of(rank: int, world_size: int, setting: Setting, stage: int, type: str) -> list[float]:
+    """Twenty losses of a row of tests/settings.py, experts over two ranks."""
+    engine = start(stage, rank, world_size, 2, {"type": type, "params": PARAMS[type]}, **setting.config)
+    losses = [mean_over_ranks(torch.tensor(one_step(engine, 0, rank))) for _ in range(STEPS)]
+    engine.destroy()
+    return losses
