@@ -23,8 +23,8 @@ _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"
 _MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 _OTHERS = {
-    "layer_": "a file of a pipeline's layer, or of experts in groups of their own",
-    "expp_rank_": "a file of experts in groups of their own",
+    "layer_": "a pipeline's or an expert's file",
+    "expp_rank_": "an expert's file",
     "offloaded_tensors": "state that was offloaded to NVMe",
     "zero": "a universal checkpoint",
 }
