@@ -132,4 +132,10 @@ SETTINGS: tuple[Setting, ...] = (
         ranks={1: (2,), 2: (2,)},
         losses="tests.distributed.sequences:losses",
     ),
+    Setting(
+        name="DeepSpeed's `MoE` layers, experts over fewer ranks",
+        ranks=(2, 4),
+        losses="tests.distributed.experts:losses_of",
+        refused={3: "DeepSpeed 0.19 does not train its MoE layers there; set zero_optimization.stage to 2"},
+    ),
 )

@@ -14,6 +14,7 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
+from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.rules import STEP
 from ds_optim.sharding.binding import Member
 from ds_optim.sharding.comm import Comm
@@ -96,7 +97,7 @@ def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Everything that rules read of parameter groups, by a name that a user knows it by."""
     found = {"number of parameter groups": str(len(groups))}
     for number, group in enumerate(groups):
-        where = f"of parameter group {group.get('name', number)!r}"
+        where = f"of parameter group {label_of(group, number)!r}"
         found |= {f"{key} {where}": _plain(value) for key, value in group.items() if key not in _NO_NUMBERS}
     return found
 
@@ -114,7 +115,7 @@ def parameters_of(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequenc
     for number, (group, own) in enumerate(zip(groups, members, strict=False)):
         text = repr([(m.spec, m.view) for m in own])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        found[f"parameters or views of parameter group {group.get('name', number)!r}"] = digest
+        found[f"parameters or views of parameter group {label_of(group, number)!r}"] = digest
     return found
 
 

@@ -30,6 +30,7 @@ from ds_optim.optimizers.alike import (
 )
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics
+from ds_optim.optimizers.experts import label_of, sharing
 from ds_optim.optimizers.grouped import GroupedOptimizer
 from ds_optim.optimizers.groups import build_groups, hyper_of
 from ds_optim.optimizers.loading import unwrap, wrapped
@@ -167,13 +168,15 @@ class ZeroOptimizer(GroupedOptimizer):
 
     def identity(self) -> Identity:
         """What a checkpoint must be of to be loaded here."""
-        specs = [tuple(m.spec for m in members) for members in taken(self._members, self._all_groups)]
+        stepped = taken(self._members, self._all_groups)
+        specs = tuple(tuple(m.spec for m in members) for members in stepped)
         return Identity(
             optimizer=type(self).__name__,
             momentum_dtype=str(self._momentum_dtype).removeprefix("torch."),
             names=self._names,
             rules=self._rules,
-            parameters=tuple(specs),
+            parameters=specs,
+            sharing=tuple(sharing(members[0].parameter) if members else () for members in stepped),
             tensor_parallel=max((len(s.shard.pieces) for own in specs for s in own if s.shard), default=1),
         )
 
@@ -224,7 +227,7 @@ class ZeroOptimizer(GroupedOptimizer):
         if not binding.sharded:
             check_gradients(binding)
             warn_if_idle(self, binding.tensors)
-            if not finite(self.param_groups, binding.tensor):
+            if not finite(self.param_groups, binding.differing):
                 self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
                 return loss
         self.settle_rates()
@@ -286,15 +289,9 @@ class ZeroOptimizer(GroupedOptimizer):
         """What one flat partition (or, unsharded, one group of parameters) is due; the unit's number."""
         number = binding.unit_of(group["params"][0])
         assert number is not None
-        local = Local(
-            binding.layout.units[number],
-            binding.comm,
-            group["params"],
-            self.state,
-            scratch,
-            group.get("seed", 0),
-            tensor=binding.tensor,
-        )
+        unit, comm = binding.layout.units[number], binding.comm_of(number)
+        tensors, seed = group["params"], group.get("seed", 0)
+        local = Local(unit, comm, tensors, self.state, scratch, seed, tensor=binding.tensor)
         if len(local.absent) == len(local.tensors):
             if self._diagnostics is not None:
                 self._diagnostics.forget(number)
@@ -310,5 +307,5 @@ class ZeroOptimizer(GroupedOptimizer):
         done = carry_out(local, rule, self._exchanges.get(number), update)
         local.count_step()
         if self._diagnostics and old is not None:
-            self._diagnostics.after(number, group["name"], local, old, update, done)
+            self._diagnostics.after(number, label_of(group), local, old, update, done)
         return number

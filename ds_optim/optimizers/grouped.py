@@ -9,6 +9,7 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers.alike import Alike
+from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.groups import Built
 from ds_optim.optimizers.routes import say
 from ds_optim.optimizers.shares import settle_rates
@@ -41,7 +42,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._lr_ratios = built.ratios
         self._built_rates = [float(group["lr"]) for group in built.groups]
         # As built: a universal load at stage 3 writes the first group's into all.
-        self._names, self._rules = (tuple(group[key] for group in built.groups) for key in ("name", "rule"))
+        self._names = tuple(label_of(group) for group in built.groups)
+        self._rules = tuple(group["rule"] for group in built.groups)
         self._shares_rates = len(set(built.ratios)) > 1
         self._binding: Binding | None = None
         self.loaded_shares = False
@@ -92,7 +94,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._members += added.members
         self._lr_ratios += added.ratios
         self._built_rates.append(float(group["lr"]))
-        self._names, self._rules = (*self._names, group["name"]), (*self._rules, group["rule"])
+        self._names, self._rules = (*self._names, label_of(group)), (*self._rules, group["rule"])
         self._shares_rates = len(set(self._lr_ratios)) > 1
 
     def __getstate__(self) -> dict[str, Any]:

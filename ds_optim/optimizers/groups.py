@@ -16,6 +16,7 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers.checks import Check, check_at_least_zero, check_choice, check_keys, check_seed, plain
+from ds_optim.optimizers.experts import EXPERTS, marked
 from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales
 from ds_optim.optimizers.options import aux_options
 from ds_optim.optimizers.routing import AUX, FOREIGN, MATRIX, MEMBERS, ROLES, VECTOR, routed, unnamed_group
@@ -23,7 +24,7 @@ from ds_optim.optimizers.rules import FRACTION, RULES, Group
 from ds_optim.sharding.binding import Member, check_plain, full_shape, is_optimized
 from ds_optim.sharding.layout import ParamSpec
 
-_STRUCTURE = ("params", "param_names", "name", "role", MEMBERS)
+_STRUCTURE = ("params", "param_names", "name", "role", EXPERTS, MEMBERS)
 """What stands in a user's group and is no hyperparameter."""
 _COMMON: dict[str, Check] = {
     "lr": check_at_least_zero,
@@ -142,7 +143,7 @@ def _filled(group: Group, recipe: Recipe, seed: int, *, decays: bool) -> Group:
     given = {key: value for key, value in group.items() if key not in _STRUCTURE}
     check_keys(name, given, checks)
     written = {key: checks[key](f"{name}: {key}", value) for key, value in given.items()}
-    kept = {key: group[key] for key in ("params", "name", "role")}
+    kept = {key: group[key] for key in ("params", "name", "role", EXPERTS) if key in group}
     decay = recipe.weight_decay if decays else 0.0
     filled = {"lr": recipe.lr, "weight_decay": decay, "seed": seed, **recipe.hyper}
     return {**kept, "rule": recipe.rule, **filled, **written}
@@ -208,7 +209,8 @@ def _own_groups(items: Sequence[Group], *, needs_routes: bool, needs_names: bool
         name = group.get("name", role)
         if not isinstance(name, str):
             raise UserError(f"the name of parameter group {number} is {name!r}: write a string")
-        yield {**group, "params": [m.parameter for m in members], "name": name, "role": role, MEMBERS: members}
+        own = {**group, "params": [m.parameter for m in members], "name": name, "role": role, MEMBERS: members}
+        yield marked(own, own["params"])
 
 
 def _role(group: Group, members: Iterable[Member], *, needs_routes: bool) -> str:
@@ -235,8 +237,11 @@ def _role_of(member: Member) -> str:
 
 
 def _with_unique_names(groups: Iterable[Group], taken: set[str]) -> Iterator[Group]:
-    """Names tell groups apart in what is printed, counted and saved: "aux", "aux 2", ..."""
+    """Names tell groups apart in what is printed, counted and saved: "aux", "aux 2", ... (experts': with the role)."""
     for group in groups:
+        if EXPERTS in group:
+            yield group
+            continue
         name, number = group["name"], 2
         while name in taken:
             name, number = f"{group['name']} {number}", number + 1

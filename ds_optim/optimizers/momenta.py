@@ -43,7 +43,7 @@ def full_momentum(optimizer: Any, parameter: torch.nn.Parameter) -> Tensor | Non
     for held, state, blocks in _held(own, binding, *place):
         values = _values(state, held, blocks)
         whole.view(-1)[held.start : held.start + held.numel] = values.to(whole)
-    return binding.comm.all_reduce(whole)
+    return binding.comm_of(place[0]).all_reduce(whole)
 
 
 def set_full_momentum(optimizer: Any, parameter: torch.nn.Parameter, value: Tensor) -> None:
@@ -104,9 +104,10 @@ def _held(
 ) -> Iterator[tuple[Slice, dict[str, Any], slice]]:
     """What this rank holds of a parameter: its slice, the state of the tensor that it lies in, its blocks there."""
     unit = binding.layout.units[number]
-    held = unit.slice_of(param, binding.comm.rank)
+    rank = binding.comm_of(number).rank
+    held = unit.slice_of(param, rank)
     if held is not None:
-        first, count = blocks_of(unit, binding.comm.rank)[param]
+        first, count = blocks_of(unit, rank)[param]
         yield held, optimizer.state[binding.tensors[number][held.tensor]], slice(first, first + count)
 
 

@@ -45,7 +45,7 @@ def plan_exchanges(
     for number, plan in plans.items():
         plan = replace(plan, polar=choice.polars[number], timed=choice.timed[number])
         home = binding.tensors[number][0].device
-        exchanges[number] = Exchange(plan, binding.comm, binding.device, binding.tensor, home)
+        exchanges[number] = Exchange(plan, binding.comm_of(number), binding.device, binding.tensor, home)
     digests = repr([(number, exchange.plan.digest()) for number, exchange in sorted(exchanges.items())])
     digest = hashlib.sha256(digests.encode()).hexdigest()[:12]
     for comm in (binding.peers, *([] if binding.tensor is None else [binding.tensor])):

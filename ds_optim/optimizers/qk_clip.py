@@ -92,7 +92,7 @@ class QKClip:
         for number in dict.fromkeys(binding.unit_of(t) for group in optimizer.param_groups for t in group["params"]):
             assert number is not None
             unit = binding.layout.units[number]
-            for held in unit.slices(binding.comm.rank):
+            for held in unit.slices(binding.comm_of(number).rank):
                 part = self._parts.get(unit.params[held.param].name)
                 rows = part.factors(*self._factors[part.layer]) if part is not None else None
                 if part is not None and rows is not None and bool((rows < 1).any()):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.kinds import BIAS, STACK
 from ds_optim.optimizers.route_rows import Route, change_of, folded, is_unread, rows_of
 from ds_optim.optimizers.rules import Group
@@ -48,7 +49,7 @@ def routes(
     for group, members, lr in zip(groups, optimizer.members, peaks or starts, strict=True):
         total = sum(m.spec.numel for m in members)
         decay = float(group["weight_decay"])
-        yield f"  {group['name']}: {group['rule']}, lr {lr:g}, decay {decay:g}, {total:,} parameters"
+        yield f"  {label_of(group)}: {group['rule']}, lr {lr:g}, decay {decay:g}, {total:,} parameters"
         own = rows_of(group["role"], members)
         yield from (f"    {row.describe()}" for row in own)
         rows += own

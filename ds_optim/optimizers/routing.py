@@ -18,6 +18,7 @@ from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.checks import check_bool
 from ds_optim.optimizers.derived import DerivedViews
+from ds_optim.optimizers.experts import apart
 from ds_optim.optimizers.kinds import Kinds
 from ds_optim.optimizers.patterns import Patterns
 from ds_optim.sharding.binding import Member, full_shape, is_optimized
@@ -71,8 +72,9 @@ def param_groups(
         parameters: keep to these parameters of the model.
 
     Returns:
-        Up to three groups, named "matrix", "aux" and "vector", in this order. Split them, or write a hyperparameter
-        of the rule into one ("lr", "weight_decay", "betas"): it wins over the optimizer's argument.
+        Up to three groups, named "matrix", "aux" and "vector", in this order; behind them as many for the experts of
+        DeepSpeed's MoE layers, which share the name by which DeepSpeed knows their ranks. Split them, or write a
+        hyperparameter of the rule into one ("lr", "weight_decay", "betas"): it wins over the optimizer's argument.
 
     Raises:
         UserError: a pattern that is no regular expression or matches no parameter (for a view: none with two
@@ -102,11 +104,16 @@ def param_groups(
         _unmatched[model] = router.unmatched()
     else:
         router.check_all_matched()
-    return [
+    return _groups(by_role)
+
+
+def _groups(by_role: Mapping[str, Sequence[Member]]) -> list[dict[str, Any]]:
+    groups = [
         {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
         for role, members in by_role.items()
         if members
     ]
+    return apart(groups, MEMBERS)
 
 
 def _derived(model: nn.Module, kinds: Kinds, heads: str | bool | None, *, defaults: bool) -> DerivedViews | None:
@@ -234,11 +241,7 @@ def unnamed_group(parameters: Iterable[Any]) -> list[dict[str, Any]]:
         by_role[role].append(Member(spec, parameter))  # type: ignore[arg-type]
     if not any(by_role.values()):
         raise UserError("none of the parameters is trainable: unfreeze some before the optimizer is built")
-    return [
-        {"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members}
-        for role, members in by_role.items()
-        if members
-    ]
+    return _groups(by_role)
 
 
 def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

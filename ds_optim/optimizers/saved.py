@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.optimizers.costs import Costs, is_costs
+from ds_optim.optimizers.experts import SHARED_BY, label_of
 from ds_optim.optimizers.groups import hyper_of
 from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, RULES, SCALES_OF_MOMENTUM, SECOND_MOMENT, Group, Rule
 from ds_optim.optimizers.shares import RATES
@@ -41,7 +42,7 @@ SHARE = "lr_scale"
 class Identity:
     """What a checkpoint must be of to be loaded: the class, its momentum's dtype ("float32"), and of each group the
     name, the rule and the parameters that DeepSpeed steps, as this rank holds them where so many have shards of
-    them."""
+    them; of experts, the ranks that share them."""
 
     optimizer: str
     momentum_dtype: str
@@ -49,6 +50,7 @@ class Identity:
     rules: tuple[str, ...]
     parameters: tuple[tuple[ParamSpec, ...], ...]
     tensor_parallel: int = 1
+    sharing: tuple[tuple[int, ...], ...] = ()
 
 
 def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
@@ -59,7 +61,10 @@ def describe(identity: Identity, groups: Sequence[Group]) -> dict[str, Any]:
         "format": FORMAT,
         "optimizer": identity.optimizer,
         "momentum_dtype": identity.momentum_dtype,
-        "groups": [{**own, PARAMETERS: specs} for own, specs in zip(hyper, listed, strict=True)],
+        "groups": [
+            {**own, PARAMETERS: specs, **({SHARED_BY: ranks} if ranks else {})}
+            for own, specs, ranks in zip(hyper, listed, identity.sharing or [()] * len(hyper), strict=True)
+        ],
         **({} if identity.tensor_parallel == 1 else {TENSOR_PARALLEL: identity.tensor_parallel}),
     }
 
@@ -206,6 +211,13 @@ def check_saved(groups: Sequence[Mapping[str, Any]], description: Mapping[str, A
             "and rules, or "
             f'convert it with "ds-optim reshard SOURCE TARGET --optimizer {own.optimizer} --optimizer-params ..."'
         )
+    for name, group, here in zip(own.names, description["groups"], own.sharing, strict=False):
+        there = tuple(group.get(SHARED_BY, ()))
+        if there != here:
+            raise UserError(
+                f"the checkpoint's experts ({name}) were shared by other ranks than here: train with the ep_size, the "
+                "ranks and the use_data_before_expert_parallelism of the run that saved it"
+            )
     if rules != own.rules:
         raise UserError(
             f"the checkpoint's groups follow the rules {list(rules)} and this run's {list(own.rules)}: write the "
@@ -224,7 +236,7 @@ def described_parameters(description: Mapping[str, Any]) -> tuple[tuple[ParamSpe
 def _first_difference(description: Mapping[str, Any], own: Identity) -> str:
     saved = described_parameters(description)
     there = {spec: number for number, specs in enumerate(saved) for spec in specs}
-    names = [group.get("name") for group in description["groups"]]
+    names = [label_of(group) for group in description["groups"]]
     for number, (name, specs) in enumerate(zip(own.names, own.parameters, strict=True)):
         for spec in specs:
             if spec not in there:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.rules import Group
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -51,7 +52,7 @@ def settle_rates(groups: Sequence[Group], ratios: Ratios) -> str | None:
         return f"SWALR's one rate is shared out: {described(groups, [g[SWA] for g in groups])}"
     if not is_one(groups, "lr"):
         return None
-    names = ", ".join(str(group["name"]) for group in groups)
+    names = ", ".join(str(label_of(group)) for group in groups)
     if is_one(groups, "max_lr"):  # which that schedule alone leaves in a group, and reads there at each step
         take_shares(groups, shares(groups, ratios, "OneCycleLR"))
         return f"OneCycleLR's one rate is shared out: {described(groups, [g['max_lr'] for g in groups])}"
@@ -72,4 +73,4 @@ def is_one(groups: Sequence[Group], key: str) -> bool:
 
 def described(groups: Sequence[Group], rates: Sequence[float]) -> str:
     """``matrix 0.001, aux 0.0001``."""
-    return ", ".join(f"{group['name']} {rate:g}" for group, rate in zip(groups, rates, strict=True))
+    return ", ".join(f"{label_of(group)} {rate:g}" for group, rate in zip(groups, rates, strict=True))

@@ -34,8 +34,8 @@ def init_states(
 
     All units at once: DeepSpeed links the state of all groups after the first group's step.
     """
-    rank = binding.comm.rank
     for number, (unit, tensors) in enumerate(zip(binding.layout.units, binding.tensors, strict=True)):
+        rank = binding.comm_of(number).rank
         blocks, rule = blocks_of(unit, rank), RULES[groups[unit.group]["rule"]]
         for place, tensor in enumerate(tensors):
             params = range(len(unit.params)) if binding.sharded else [place]

@@ -37,17 +37,17 @@ def carry_out(local: Local, rule: Rule, exchange: Exchange | None, update: Updat
     return {}
 
 
-def finite(groups: Sequence[Group], tensor: Comm | None = None) -> bool:
+def finite(groups: Sequence[Group], peers: Comm | None = None) -> bool:
     """Whether every gradient is: the ranks hold the same bits here, so they agree without asking.
 
-    Under tensor parallelism each has shards of its own, and they ask. The host waits for the device once a dtype.
+    peers: the ranks to ask, where each has shards or experts of its own. The host waits for the device once a dtype.
     """
     gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
     extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
     for g in gradients:  # a NaN is both of the extremes, an infinity one of them: a pass over memory, not three
         extremes[g.device, g.dtype] += torch.aminmax(g.detach())
     own = all(bool(torch.isfinite(torch.stack(found)).all()) for found in extremes.values())
-    if tensor is None:
+    if peers is None:
         return own
-    flag = torch.tensor([float(own)], dtype=torch.float32, device=tensor.device(torch.device("cpu")))
-    return bool(tensor.all_reduce(flag, "min") > 0)
+    flag = torch.tensor([float(own)], dtype=torch.float32, device=peers.device(torch.device("cpu")))
+    return bool(peers.all_reduce(flag, "min") > 0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.experts import EXPERTS, SHARED_BY
 from ds_optim.optimizers.rules import MOMENTUM, RULES, Group, Rule
 from ds_optim.optimizers.saved import (
     PARAMETERS,
@@ -19,7 +20,7 @@ from ds_optim.optimizers.saved import (
     of_this_release,
 )
 
-_NO_HYPER = ("params", PARAMETERS)
+_NO_HYPER = ("params", PARAMETERS, SHARED_BY)
 
 
 def restore_groups(groups: Sequence[Group], own: Identity) -> None:
@@ -54,6 +55,11 @@ def check_universal(description: Mapping[str, Any], own: Identity) -> None:
         raise UserError(
             f"the universal checkpoint is of {description['optimizer']} {rules} and this run's optimizer is "
             f'{own.optimizer} {list(own.rules)}: convert the original with "ds-optim reshard --optimizer"'
+        )
+    if any(EXPERTS in group for group in saved):
+        raise UserError(
+            "a universal checkpoint of experts in groups of their own is not loaded: its tool takes those of all ranks "
+            "for the same. Load the original with as many ranks and the same ep_size, without load_universal"
         )
     if description["momentum_dtype"] != own.momentum_dtype:
         raise UserError(

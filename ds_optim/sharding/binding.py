@@ -8,7 +8,7 @@ which nothing is sharded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Binding:
     nothing is sharded. ``members[u]`` are its parameters in the order of ``layout.units[u].params``.
     ``device`` is where matrices are worked on. ``replicas`` are the ranks that hold all of the model each, where
     nothing is sharded. ``tensor`` are the ranks that hold the other shards of what tensor parallelism cut.
+    ``experts``: by unit, the ranks that share its parameters, where these are experts.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Binding:
     members: list[list[Member]]
     replicas: Comm | None = None
     tensor: Comm | None = None
+    experts: Mapping[int, Comm] = field(default_factory=dict)
     unit_by_tensor: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,17 @@ class Binding:
     def peers(self) -> Comm:
         """The ranks that must choose alike."""
         return self.replicas or self.comm
+
+    @property
+    def differing(self) -> Comm | None:
+        """The ranks that hold other shards or experts than this one; of what is not sharded, for experts."""
+        if any(experts_of(member.parameter) is not None for members in self.members for member in members[:1]):
+            return self.replicas
+        return self.tensor
+
+    def comm_of(self, unit: int) -> Comm:
+        """The data-parallel group of a unit's parameters."""
+        return self.experts.get(unit, self.comm)
 
     @property
     def sharded(self) -> bool:
@@ -230,6 +243,14 @@ def is_optimized(parameter: torch.nn.Parameter) -> bool:
     So it is while an optimizer and an engine are built; what they took is asked of :func:`taken` afterwards.
     """
     return parameter.requires_grad and full_numel(parameter) > 0
+
+
+def experts_of(parameter: torch.nn.Parameter) -> str | None:
+    """DeepSpeed's name of the ranks that share an expert of one of its MoE layers; None for other parameters.
+
+    A rank belongs to one set of ranks of each name, and knows other experts by the same names of parameters.
+    """
+    return str(parameter.group_name) if getattr(parameter, "allreduce", True) is False else None  # type: ignore[attr-defined]
 
 
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

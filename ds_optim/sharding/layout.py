@@ -183,6 +183,7 @@ def build_layout(
     param_alignment: int = 1,
     sub_group_size: int | None = None,
     round_robin: bool = False,
+    group_ranks: Sequence[int] | None = None,
 ) -> Layout:
     """The layout of DeepSpeed 0.19.8 in closed form.
 
@@ -194,23 +195,25 @@ def build_layout(
             ``zero_optimization.parameter_alignment`` makes it 16 bytes' worth).
         sub_group_size: elements of a rank's partition at which stage 3 closes a sub-group.
         round_robin: DeepSpeed's ``round_robin_gradients``, which orders the parameters of stages 1 and 2 anew.
+        group_ranks: of each group, the ranks that share its parameters, where experts have fewer than ``world_size``.
     """
     units: list[Unit] = []
     for number, specs in enumerate(groups):
         if not specs:
             continue
+        ranks = world_size if group_ranks is None else group_ranks[number]
         if stage == 3:
-            members = _sub_groups(specs, world_size, sub_group_size)
-            units += [Unit(group=number, params=m, cut="each", world_size=world_size) for m in members]
+            members = _sub_groups(specs, ranks, sub_group_size)
+            units += [Unit(group=number, params=m, cut="each", world_size=ranks) for m in members]
         elif stage == 0:
             units.append(Unit(group=number, params=tuple(specs), cut="none", world_size=1))
         else:
             units.append(
                 Unit(
                     group=number,
-                    params=tuple(dealt(specs, world_size) if round_robin else specs),
+                    params=tuple(dealt(specs, ranks) if round_robin else specs),
                     cut="flat",
-                    world_size=world_size,
+                    world_size=ranks,
                     param_alignment=param_alignment,
                 )
             )

@@ -15,12 +15,12 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
-from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, is_optimized, taken
+from ds_optim.sharding.binding import Binding, Groups, Member, NotYet, bind_unsharded, experts_of, is_optimized, taken
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller, tensor_ranks
-from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, attribute, bind_stage3, bind_stages_1_2, same
+from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, Comms, attribute, bind_stage3, bind_stages_1_2, same
 from ds_optim.zero.pipeline import agree_across_stages, all_ranks, check_patterns, tied_problem
 from ds_optim.zero.schedulers import prepare_scheduler
 from ds_optim.zero.sequence import check_sequence
@@ -82,9 +82,10 @@ def _bind_partitions(
 ) -> Binding:
     """Bind to what ZeRO made; what one group of data-parallel ranks finds wrong, those that wait for it hear too."""
     try:
+        comms = _comms(stage, trained, comm)
         if stage == 3:
-            return bind_stage3(trained, comm)
-        return bind_stages_1_2(trained, comm, groups, stage, None if caller is None else caller.wrapper)
+            return bind_stage3(trained, comms)
+        return bind_stages_1_2(trained, comms, groups, stage, None if caller is None else caller.wrapper)
     except (UserError, RuntimeError) as problem:
         if tensor is not None:
             agree_on_shards(tensor, comm, trained, problem)
@@ -99,6 +100,10 @@ def _shards_of(
     try:
         tensor = tensor_ranks(engine)
         members = with_shards(members, tensor, engine)
+        if tensor is not None and any(experts_of(m.parameter) is not None for group in members for m in group):
+            raise UserError(
+                "experts in groups of their own are not supported beside tensor parallelism: set its size to 1"
+            )
     except UserError as problem:
         return tensor, members, problem
     if tensor is not None and isinstance(optimizer, ZeroOptimizer):
@@ -193,15 +198,27 @@ def _are_whole(trained: Sequence[Sequence[Member]], groups: Groups, caller: Call
 
 
 def _first(trained: Sequence[Sequence[Member]]) -> torch.nn.Parameter:
-    return next(m.parameter for group in trained for m in group)
+    """A parameter that all ranks share, if there is one."""
+    firsts = [group[0].parameter for group in trained if group]
+    return next((p for p in firsts if experts_of(p) is None), firsts[0])
 
 
 def _comm(stage: int, first: torch.nn.Parameter | None, caller: Caller | None) -> Comm:
     """The data-parallel group of the parameters; without shards, the engine's, if there is one."""
     if first is not None:
-        return Comm.of_group(first.ds_process_group if stage == 3 else first._dp_group)  # type: ignore[attr-defined]
+        return _shared_by(stage, first)
     engine = caller.engine if caller is not None else None
     return Comm.of_group(getattr(engine, "seq_data_parallel_group", None))
+
+
+def _shared_by(stage: int, parameter: Any) -> Comm:
+    return Comm.of_group(parameter.ds_process_group if stage == 3 else parameter._dp_group)
+
+
+def _comms(stage: int, trained: Sequence[Sequence[Member]], comm: Comm) -> Comms:
+    """The same of each group of experts."""
+    firsts = {number: group[0].parameter for number, group in enumerate(trained) if group}
+    return Comms(comm, {n: _shared_by(stage, p) for n, p in firsts.items() if experts_of(p) is not None})
 
 
 def _settings_problem(caller: Caller | None, trained: Sequence[Sequence[Member]]) -> UserError | None:

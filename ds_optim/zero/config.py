@@ -17,6 +17,7 @@ from ds_optim.optimizers.registry import canonical_type
 from ds_optim.optimizers.routing import ROUTING_OPTIONS
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
+from ds_optim.zero.experts import check_experts
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.support import check_config, check_model, check_parameters, uses_bf16_masters
@@ -122,6 +123,7 @@ def build_optimizer(
 ) -> ZeroOptimizer:
     """One of our optimizers over a model, from a whole config that was checked."""
     check_model(model)
+    check_experts(model, config)
     params = config["optimizer"].get("params", {})
     cls = OPTIMIZERS[name]
     check_keys(name, params, known_keys(cls) | set(ROUTING_OPTIONS))

@@ -19,6 +19,7 @@ from ds_optim.zero.announce import announce_choice, announce_routes
 from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
 from ds_optim.zero.complaints import as_user_errors
 from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
+from ds_optim.zero.experts import check_experts
 from ds_optim.zero.pipeline import check_pipeline, stages_of
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
@@ -171,6 +172,7 @@ def _choose_optimizer(model: nn.Module, optimizer: Any, config: Config, paramete
         return build_optimizer(model, name, config, _plain(parameters)) if is_ours(name) else None
     if isinstance(optimizer, ZeroOptimizer):
         check_model(model)
+        check_experts(model, config)
     return optimizer
 
 

@@ -7,8 +7,8 @@ Each closed form that may be the one is checked against the addresses that the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,21 @@ Members = Sequence[Sequence[Member]]
 
 
 @dataclass(frozen=True)
+class Comms:
+    """All ranks of the dense parameters, and of each group of experts those that share it, by the group's number."""
+
+    all: Comm
+    experts: Mapping[int, Comm] = field(default_factory=dict)
+
+    def of(self, unit: Unit) -> Comm:
+        return self.experts.get(unit.group, self.all)
+
+    def sizes(self, groups: int) -> list[int]:
+        """Ranks of each of so many groups."""
+        return [self.experts.get(number, self.all).world_size for number in range(groups)]
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """A layout that may be the wrapper's, with the parameters in its order, and what else speaks against it here.
 
@@ -45,7 +60,7 @@ class _Candidate:
     problem: str | None = None
 
 
-def bind_stages_1_2(trained: Members, comm: Comm, groups: Groups, stage: int, wrapper: Any) -> Binding:
+def bind_stages_1_2(trained: Members, comms: Comms, groups: Groups, stage: int, wrapper: Any) -> Binding:
     """Bind to the one flat partition of each group.
 
     wrapper: who lays memory out. Where the call comes from elsewhere, the values of the weights alone tell the order of
@@ -56,24 +71,38 @@ def bind_stages_1_2(trained: Members, comm: Comm, groups: Groups, stage: int, wr
     alignments = sorted({1, 16 // math.gcd(16, first.element_size())})
     order = getattr(wrapper, "round_robin_gradients", None)
     orders = (False, True) if order is None else (bool(order),)
-    candidates = [_candidate(trained, comm, stage, a, order, wrapper) for order in orders for a in alignments]
+    candidates = [_candidate(trained, comms, stage, a, order, wrapper) for order in orders for a in alignments]
     tensors = [[groups[unit.group]["params"][0]] for unit in candidates[0].layout.units]
-    problems = [c.problem or _find_problem(c.marked, c.owners, tensors, comm, _mark) for c in candidates]
-    fitting = _agree([c.layout for c in candidates], problems, comm)
-    chosen = candidates[_same_values([candidates[n] for n in fitting], fitting, tensors, comm)]
-    return Binding(chosen.layout, comm, _work_device(comm, tensors[0][0], first), tensors, chosen.members)
+    problems = [c.problem or _find_problem(c.marked, c.owners, tensors, comms, _mark) for c in candidates]
+    fitting = _agree([c.layout for c in candidates], problems, comms.all)
+    chosen = candidates[_same_values([candidates[n] for n in fitting], fitting, tensors, comms)]
+    return _bound(chosen.layout, comms, tensors, chosen.members, first)
 
 
-def _candidate(trained: Members, comm: Comm, stage: int, alignment: int, order: bool, wrapper: Any) -> _Candidate:
-    specs = [[m.spec for m in group] for group in trained]
+def _bound(
+    layout: Layout, comms: Comms, tensors: list[list[Tensor]], members: list[list[Member]], first: torch.nn.Parameter
+) -> Binding:
+    fewer = {n: comms.of(unit) for n, unit in enumerate(layout.units) if unit.group in comms.experts}
+    device = _work_device(comms.all, tensors[0][0], first)
+    return Binding(layout, comms.all, device, tensors, members, experts=fewer)
+
+
+def _candidate(trained: Members, comms: Comms, stage: int, alignment: int, order: bool, wrapper: Any) -> _Candidate:
     layouts = [
-        build_layout(specs, stage=stage, world_size=comm.world_size, param_alignment=alignment, round_robin=robin)
+        build_layout(
+            [[m.spec for m in group] for group in trained],
+            stage=stage,
+            world_size=comms.all.world_size,
+            param_alignment=alignment,
+            round_robin=robin,
+            group_ranks=comms.sizes(len(trained)),
+        )
         for robin in (False, True)
     ]
     plain = [list(trained[unit.group]) for unit in layouts[0].units]
     if not order:
         return _Candidate(layouts[0], plain, layouts[0], plain)
-    members = [dealt(group, comm.world_size) for group in plain]
+    members = [dealt(group, unit.world_size) for group, unit in zip(plain, layouts[0].units, strict=True)]
     # DeepSpeed's addresses on the parameters leave the order out of account, unless it has padding to account for.
     pairs = [zip(layout.units, own, strict=True) for layout, own in zip(layouts, (plain, members), strict=True)]
     marks = [own if has_padding(own[0]) else before for before, own in zip(*pairs, strict=True)]
@@ -102,7 +131,7 @@ def _mark(unit: Unit, param: int, member: Member) -> Address | None:
     return there.start, there.numel, here.start
 
 
-def bind_stage3(trained: Members, comm: Comm) -> Binding:
+def bind_stage3(trained: Members, comms: Comms) -> Binding:
     """Bind to the flat partition of each sub-group of each group."""
     first = next(m.parameter for group in trained for m in group)
     zero: Any = first._z3_optimizer  # type: ignore[attr-defined]
@@ -111,8 +140,9 @@ def bind_stage3(trained: Members, comm: Comm) -> Binding:
     layout = build_layout(
         [[m.spec for m in group] for group in trained],
         stage=3,
-        world_size=comm.world_size,
+        world_size=comms.all.world_size,
         sub_group_size=attribute(zero, "sub_group_size"),
+        group_ranks=comms.sizes(len(trained)),
     )
     queue = iter([m for group in trained for m in group])
     members = [list(islice(queue, len(unit.params))) for unit in layout.units]
@@ -122,7 +152,7 @@ def bind_stage3(trained: Members, comm: Comm) -> Binding:
             number, offset, shard = positions[zero.get_param_id(member.parameter)]
         except KeyError:
             return None
-        start = min(comm.rank * shard, member.spec.numel)
+        start = min(comms.of(unit).rank * shard, member.spec.numel)
         held = min(shard, member.spec.numel - start)
         if layout.units[number] is not unit:
             return -1, -1, -1
@@ -130,14 +160,14 @@ def bind_stage3(trained: Members, comm: Comm) -> Binding:
 
     if len(flats) == len(layout.units):
         tensors = [[flat] for flat in flats]
-        problem = _find_problem(layout, members, tensors, comm, local_address)
+        problem = _find_problem(layout, members, tensors, comms, local_address)
     else:
         tensors = []
         problem = f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({FREEZE_HINT})"
-    _agree([layout], [problem], comm)
-    fault = _find_other_value(layout, members, tensors, comm, lambda m: m.parameter.ds_tensor)  # type: ignore[attr-defined]
-    raise_everywhere(None if fault is None else RuntimeError(fault), comm)
-    return Binding(layout, comm, _work_device(comm, flats[0], first), tensors, members)
+    _agree([layout], [problem], comms.all)
+    fault = _find_other_value(layout, members, tensors, comms, lambda m: m.parameter.ds_tensor)  # type: ignore[attr-defined]
+    raise_everywhere(None if fault is None else RuntimeError(fault), comms.all)
+    return _bound(layout, comms, tensors, members, first)
 
 
 def same(master: Tensor, own: Tensor) -> bool:
@@ -160,7 +190,7 @@ def _find_problem(
     layout: Layout,
     members: Members,
     tensors: Sequence[Sequence[Tensor]],
-    comm: Comm,
+    comms: Comms,
     address: Callable[[Unit, int, Member], Address | None],
 ) -> str | None:
     """The first disagreement between the closed form and the addresses on this rank."""
@@ -173,7 +203,7 @@ def _find_problem(
         for param, member in enumerate(unit_members):
             if not hasattr(member.parameter, "_hp_mapping") and unit.cut == "flat":
                 return f"{member.spec.name} has no address in ZeRO's partitions ({FREEZE_HINT})"
-            there, here = address(unit, param, member), _address(unit.slice_of(param, comm.rank))
+            there, here = address(unit, param, member), _address(unit.slice_of(param, comms.of(unit).rank))
             if there != here:
                 return f"{member.spec.name} lies at {there} (start, elements, offset) where the closed form has {here}"
     return None
@@ -204,18 +234,18 @@ def _agree(layouts: Sequence[Layout], problems: Sequence[str | None], comm: Comm
 
 
 def _same_values(
-    candidates: Sequence[_Candidate], numbers: Sequence[int], tensors: Sequence[Sequence[Tensor]], comm: Comm
+    candidates: Sequence[_Candidate], numbers: Sequence[int], tensors: Sequence[Sequence[Tensor]], comms: Comms
 ) -> int:
     """The number of the first candidate whose master slices are the model's weights on every rank.
 
     Addresses alone may both be wrong. Raises as ``raise_everywhere`` where there is none.
     """
-    found = [_find_other_value(c.layout, c.members, tensors, comm, lambda m: m.parameter) for c in candidates]
-    everywhere = comm.gather_objects([fault is None for fault in found])
+    found = [_find_other_value(c.layout, c.members, tensors, comms, lambda m: m.parameter) for c in candidates]
+    everywhere = comms.all.gather_objects([fault is None for fault in found])
     for place, number in enumerate(numbers):
         if all(fits[place] for fits in everywhere):
             return number
-    raise_everywhere(None if found[0] is None else RuntimeError(found[0]), comm)
+    raise_everywhere(None if found[0] is None else RuntimeError(found[0]), comms.all)
     raise AssertionError("one rank has said what it found")
 
 
@@ -223,12 +253,12 @@ def _find_other_value(
     layout: Layout,
     members: Members,
     tensors: Sequence[Sequence[Tensor]],
-    comm: Comm,
+    comms: Comms,
     weights: Callable[[Member], Tensor],
 ) -> str | None:
     """The first master slice that, cast down, is not the model's own weights."""
     for unit, unit_members, (flat,) in zip(layout.units, members, tensors, strict=True):
-        for piece in unit.slices(comm.rank):
+        for piece in unit.slices(comms.of(unit).rank):
             member = unit_members[piece.param]
             own = weights(member).detach().reshape(-1)
             start = 0 if unit.cut == "each" else piece.start

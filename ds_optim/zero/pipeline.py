@@ -18,7 +18,7 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers.alike import check_alike, numbers_of
 from ds_optim.optimizers.routing import in_stages, unmatched_in
-from ds_optim.sharding.binding import Groups, Member
+from ds_optim.sharding.binding import Groups, Member, experts_of
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.auto import at
 
@@ -55,6 +55,11 @@ def check_pipeline(model: Any, config: Mapping[str, Any]) -> None:
         raise UserError(
             "bf16 at ZeRO stage 0 is not supported with a PipelineModule: DeepSpeed 0.19 cuts the optimizer's state "
             "among the ranks of a stage there and saves that of the first alone; use stage 1"
+        )
+    if any(experts_of(parameter) is not None for parameter in model.parameters()):
+        raise UserError(
+            "experts in groups of their own are not supported within a pipeline: pass the model as a plain module, or "
+            "without deepspeed.moe.layer.MoE"
         )
     axes = model.topology()
     if "model" in axes.get_axis_names() and axes.get_dim("model") > 1:

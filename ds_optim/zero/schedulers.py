@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
+from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.routes import say
 from ds_optim.optimizers.rules import Group
 from ds_optim.optimizers.shares import Ratios, described, is_one, shares, take_shares
@@ -50,7 +51,7 @@ def share_config(config: dict[str, Any], optimizer: ZeroOptimizer) -> list[float
     for key in RATES[kind]:
         value = params.get(key)
         if isinstance(value, (list, tuple)) and len(value) != len(groups):
-            names = ", ".join(str(group["name"]) for group in groups)
+            names = ", ".join(str(label_of(group)) for group in groups)
             raise UserError(
                 f"scheduler.params.{key} has {len(value)} rates and the optimizer {len(groups)} parameter groups "
                 f"({names}): write one rate, which each takes its share of, or one for each"

@@ -122,7 +122,6 @@ REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("zero_hpz_partition_size", _above(1), f"set {_ZERO}.zero_hpz_partition_size to 1"),
     ("zero_quantized_nontrainable_weights", is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
     ("all2all_process_group", _is_given, f"set {_ZERO}.zero_quantized_gradients to false"),
-    ("has_moe_layers", is_true, "DeepSpeed's MoE groups are not supported"),
     ("torch_autocast_gradscaler", _is_given, _AUTOCAST_FP16),
     ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
     ("elastic_checkpoint", is_true, f"set {_ZERO}.elastic_checkpoint to false"),
@@ -320,13 +319,8 @@ def check_parameters(named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
                 f"{name}.use_muon is set: DeepSpeed would orthogonalize its gradient first. Remove the attribute, and "
                 'hand deepspeed.initialize no "optimizer" of type Muon beside a ds_optim optimizer'
             )
-        if getattr(parameter, "allreduce", True) is False:
-            raise UserError(f"{name} is a DeepSpeed MoE expert: MoE groups are not supported")
 
 
 def check_model(model: torch.nn.Module) -> None:
     """Refuse models that bring their own parallelism along."""
     check_pipeline(model, {})
-    for name, module in model.named_modules():
-        if any(cls.__name__ == "MoE" and cls.__module__.startswith("deepspeed.") for cls in type(module).__mro__):
-            raise UserError(f"{name or 'the model'} is a DeepSpeed MoE layer: MoE groups are not supported")

@@ -205,3 +205,38 @@ def test_a_peers_name_for_it_gets_ours(name: str, key: str, meant: str) -> None:
     with pytest.raises(UserError) as problem:
         build(name, SmallModel(), **{key: 0.9})
     assert meant in str(problem.value)
+
+
+def with_experts(model: nn.Module, *names: str, ranks: str = "ep_size_2") -> nn.Module:
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.allreduce, parameter.group_name = False, ranks  # type: ignore[attr-defined]
+    return model
+
+
+def test_experts_have_groups_of_their_own() -> None:
+    """As DeepSpeed asks for them: its name of their ranks, and "moe"; one for each role, behind the others."""
+    model = with_experts(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 6)), "1.weight", "1.bias")
+    with_experts(model, "0.weight", ranks="ep_size_1")
+    for groups in (ds_optim.param_groups(model), ds_optim.Lion(model.named_parameters()).param_groups):
+        found = [(g["name"], g["role"], g.get("moe"), len(g["params"])) for g in groups]
+        matrix = "matrix" if groups[0]["role"] == "matrix" else "aux"
+        assert found == [
+            (matrix, matrix, None, 1),
+            ("vector", "vector", None, 2),
+            ("ep_size_1", matrix, True, 1),
+            ("ep_size_2", matrix, True, 1),
+            ("ep_size_2", "vector", True, 1),
+        ]
+    saved = ds_optim.Muon(ds_optim.param_groups(model)).state_dict()["param_groups"]
+    assert [group["moe"] for group in saved if "moe" in group] == [True] * 3
+
+
+def test_experts_beside_others_in_a_group_are_refused() -> None:
+    model = with_experts(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), "1.weight")
+    groups = ds_optim.param_groups(model)
+    mixed = [{**groups[0], "params": groups[0]["params"] + groups[2]["params"]}, groups[1]]
+    with pytest.raises(UserError, match="'matrix' holds experts of a DeepSpeed MoE layer beside other parameters"):
+        ds_optim.Muon(mixed)
+    named = [{"params": [model.get_parameter("1.weight")], "name": "mine"}, {"params": [*model[0].parameters()]}]
+    assert [g["name"] for g in ds_optim.Lion(named).param_groups][:1] == ["ep_size_2"]

@@ -21,6 +21,7 @@ SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _ONE_MODEL = "mp_rank_00_model_states.pt"
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 _OTHERS = {
     "layer_": "a pipeline's or an expert's file",
     "expp_rank_": "an expert's file",
@@ -126,6 +127,27 @@ def shape_of(folder: Path) -> tuple[int, int, int]:
     tensor = {int(found[1]) for found in (re.search(r"mp_rank_(\d+)_", name) for name in names) if found}
     data = {int(match[2]) for match in optim}
     return max(tensor, default=0) + 1, max(data, default=-1) + 1, 3 if model else 2 if optim else 0
+
+
+def has_experts(folder: Path) -> bool:
+    """Whether a checkpoint is of experts in groups of their own, which DeepSpeed keeps in files of their own."""
+    return any(_EXPERT.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def check_experts(folder: Path, ranks: int, stage: int) -> None:
+    """Refuse a checkpoint of experts that a run of other ranks saved, or at stage 0 for one that shards.
+
+    Raises:
+        UserError: with what to load it with.
+    """
+    _, saved, _ = shape_of(folder)
+    if saved != (ranks if stage else 0):
+        was = f"{saved} ranks" if saved else "ranks at stage 0"
+        now = f"by {ranks} ranks" if stage else "at stage 0"
+        raise UserError(
+            f"{folder} was saved by {was} and is to be loaded {now}: experts in groups of their own are not cut anew; "
+            "train with as many ranks, the same ep_size, and at stage 1 or 2 as it was saved (0 if at 0)"
+        )
 
 
 def _check_inside(entry: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from ds_optim.machine import ranks
 from ds_optim.machine.files import drop_link
 from ds_optim.optimizers.routing import in_stages
 from ds_optim.zero.caller import tensor_ranks
-from ds_optim.zero.checkpoints.folder import find_folder, shape_of
+from ds_optim.zero.checkpoints.folder import check_experts, find_folder, has_experts, shape_of
 from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.reader import open_checkpoint
 from ds_optim.zero.checkpoints.reshard import reshard
@@ -88,6 +88,9 @@ def _cut(source: Path, made: Path, engine: Any) -> bool:
     """Cut it where its shape is another one; whether it was."""
     if in_stages(engine.module):
         check_folder(engine.module, source)
+        return False
+    if has_experts(source):
+        check_experts(source, int(engine.dp_world_size), int(engine.zero_optimization_stage()))
         return False
     found = open_checkpoint(source, state=False)
     target = _target(found, engine)
