@@ -23,7 +23,8 @@ from ds_optim.sharding.layout import Slice
 
 
 def full_momentum(optimizer: Any, parameter: torch.nn.Parameter) -> Tensor | None:
-    """The momentum of a parameter, put together from all ranks, which must all ask: fp32, of its whole shape.
+    """The momentum of a parameter, put together from all ranks, which must all ask: fp32, of its whole shape, and of a
+    tensor-parallel shard of the shard's.
 
     None for a parameter that the optimizer does not step, or whose rule keeps no momentum.
 

@@ -40,18 +40,23 @@ from .tensor_models import (
 STEPS = 3
 _DRAWN = re.compile("StoSign|bfloat16")
 """Random rounding and random signs: each shard draws its own."""
-OPTIMIZERS = cells(
-    ["LionMuon", "NorMuon", "Lamb"],
-    [name for name in WITH_VARIANTS if not _DRAWN.search(name) and WITH_VARIANTS[name].type != "Dion2"],
-)
 PLACES: list[Place] = cells(
     [(2, 2, 1, "autotp"), (4, 2, 3, "autotp"), (2, 2, 0, "by hand")],
     [
-        *((ranks, 2, stage, "autotp") for ranks in (2, 4) for stage in (0, 1, 2, 3)),
+        *((2, 2, stage, "autotp") for stage in (0, 2, 3)),
+        *((4, 2, stage, "autotp") for stage in (0, 1)),
         *((4, 2, stage, "by hand") for stage in (1, 2, 3)),
         (4, 4, 3, "autotp"),
     ],
 )
+OTHERS = cells([], [n for n in WITH_VARIANTS if not _DRAWN.search(n) and WITH_VARIANTS[n].type != "Dion2"])
+# A matrix rule everywhere, one with values of rows and one with norms at some places; --full deals out the others.
+OPTIMIZERS: dict[Place, list[str]] = {
+    place: list(
+        dict.fromkeys(["LionMuon", *(["NorMuon", "Lamb"] if number < 2 else []), *OTHERS[number :: len(PLACES)]])
+    )
+    for number, place in enumerate(PLACES)
+}
 
 
 def random_gradients(steps: int) -> list[Mapping[str, Tensor]]:
@@ -92,12 +97,13 @@ def train_all_plain(rank: int, world_size: int, names: Sequence[str]) -> dict[st
 
 @cache
 def whole() -> dict[str, dict[str, Tensor]]:
-    return run_ranks(1, train_all_plain, OPTIMIZERS, init=False, timeout=100)[0]
+    names = sorted({name for names in OPTIMIZERS.values() for name in names})
+    return run_ranks(1, train_all_plain, names, init=False, timeout=100)[0]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_same_gradients_give_the_bits_of_the_whole_model(place: Place) -> None:
-    found = run_ranks(place[0], train_all, place, OPTIMIZERS, timeout=300)[0]
+    found = run_ranks(place[0], train_all, place, OPTIMIZERS[place], timeout=300)[0]
     for name, weights in found.items():
         assert [key for key in weights if not torch.equal(weights[key], whole()[name][key])] == [], name
 
