@@ -138,4 +138,28 @@ SETTINGS: tuple[Setting, ...] = (
         losses="tests.distributed.experts:losses_of",
         refused={3: "DeepSpeed 0.19 does not train its MoE layers there; set zero_optimization.stage to 2"},
     ),
+    Setting(
+        name="ZeRO++: `zero_hpz_partition_size`",
+        stages=(3,),
+        config=_zero(zero_hpz_partition_size=2, stage3_param_persistence_threshold=0),
+        ranks=(2, 4),
+        losses="tests.distributed.zeropp:losses",
+    ),
+    Setting(
+        name="ZeRO++: `zero_quantized_weights`, its kernels stood in for",
+        stages=(3,),
+        config=_zero(zero_quantized_weights=True),
+        losses="tests.distributed.zeropp:losses",
+    ),
+    Setting(
+        name="ZeRO++: `zero_quantized_gradients`, its kernels stood in for",
+        stages=(3,),
+        config=_zero(zero_quantized_gradients=True),
+        losses="tests.distributed.zeropp:losses",
+    ),
+    Setting(
+        name="ZeRO++: `zero_quantized_nontrainable_weights`",
+        stages=(3,),
+        config=_zero(zero_quantized_nontrainable_weights=True),
+    ),
 )

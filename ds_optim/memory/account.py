@@ -186,6 +186,7 @@ def _optimizer_state(inner: Any, ledger: _Ledger) -> tuple[dict[str, int], int]:
 def _weight_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
     for parameter in model.parameters():
         yield getattr(parameter, "ds_tensor", None)
+        yield getattr(parameter, "ds_secondary_tensor", None)  # of hpZ, from forward to step
         yield parameter.data
     yield from model.buffers()
 

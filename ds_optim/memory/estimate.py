@@ -229,7 +229,7 @@ def _weights(model: ModelShape, zero: ZeroSettings, partitions: int) -> int:
     frozen = numel_of(model.frozen)
     if zero.stage == 3:
         frozen = sum(-(-parameter.numel // zero.ranks) for parameter in model.frozen)
-        elements = partitions + frozen + _persistent(model, zero)
+        elements = partitions + frozen + _persistent(model, zero) + _secondary(model, zero)
     else:
         elements = partitions * (zero.ranks if zero.stage else 1) + frozen
     return elements * zero.itemsize + model.buffer_bytes
@@ -242,8 +242,20 @@ def _persistent(model: ModelShape, zero: ZeroSettings) -> int:
         fits = total + parameter.numel <= zero.model_persistence_threshold
         if fits and parameter.numel <= zero.param_persistence_threshold:
             total += parameter.numel
-            held += -(-parameter.numel // zero.ranks) * zero.ranks
+            held += _padded(parameter.numel, zero)
     return held
+
+
+def _secondary(model: ModelShape, zero: ZeroSettings) -> int:
+    """Elements of a rank's shards of the second copy that hpZ keeps of all that is not left gathered."""
+    if zero.hpz <= 1:
+        return 0
+    whole = sum(_padded(parameter.numel, zero) for parameter in model.parameters)
+    return (whole - _persistent(model, zero)) // min(zero.hpz, zero.ranks)
+
+
+def _padded(numel: int, zero: ZeroSettings) -> int:
+    return -(-numel // zero.ranks) * zero.ranks
 
 
 def _gathered(model: ModelShape, zero: ZeroSettings) -> int:

@@ -28,6 +28,7 @@ _ZERO_KEYS = {
     "overlap_comm": "overlap_comm",
     "contiguous_gradients": "contiguous_gradients",
     "round_robin_gradients": "round_robin",
+    "zero_hpz_partition_size": "hpz",
 }
 #: Tokens of the tokenizer that presets without a vocabulary of their own take.
 BYTES_VOCABULARY = 257

@@ -34,6 +34,7 @@ class ZeroSettings:
         overlap_comm: None for DeepSpeed's default, which is true at stage 3.
         bf16_masters: ``bf16_master_weights_and_grads`` with ``bf16_optimizer_states``.
         autocast: ``torch_autocast`` over fp32 weights, of which linear layers' gradients travel in its dtype.
+        hpz: ``zero_hpz_partition_size``, ranks that keep a second copy of the weights from forward to step at stage 3.
         device: where matrices are worked on, "cuda" or "cpu".
     """
 
@@ -56,6 +57,7 @@ class ZeroSettings:
     round_robin: bool = False
     bf16_masters: bool = False
     autocast: bool = False
+    hpz: int = 1
     device: str = "cuda"
 
     def __post_init__(self) -> None:

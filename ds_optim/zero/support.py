@@ -27,6 +27,7 @@ _AUTOCAST_FP16 = (
     "DeepSpeed 0.19 never lowers its loss scale after an overflow, and clips gradients before they are unscaled; set "
     'torch_autocast.dtype to "bfloat16", or zero_optimization.stage to 0'
 )
+_ROUNDED = "DeepSpeed 0.19 rounds frozen weights to whole numbers in its int8 shards"
 SEQUENCE = "sequence_parallel_size"
 _STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 
@@ -78,10 +79,7 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"{_OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
     (f"{_OFFLOAD}.super_offload", is_true, "it steps with its own Adam; set it to false"),
     (f"{_ZERO}.zenflow", _is_given, "it steps with its own Adam; leave it out"),
-    (f"{_ZERO}.zero_hpz_partition_size", _above(1), "ZeRO++ groups are not supported; set it to 1"),
-    (f"{_ZERO}.zero_quantized_weights", is_true, "ZeRO++ is not supported; set it to false"),
-    (f"{_ZERO}.zero_quantized_nontrainable_weights", is_true, "ZeRO++ is not supported; set it to false"),
-    (f"{_ZERO}.zero_quantized_gradients", is_true, "ZeRO++ is not supported; set it to false"),
+    (f"{_ZERO}.zero_quantized_nontrainable_weights", is_true, f"{_ROUNDED}; set it to false"),
     (f"{_ZERO}.elastic_checkpoint", is_true, "it cuts optimizer state at other borders; set it to false"),
     ("fp16.fp16_master_weights_and_grads", is_true, "master weights must be fp32; set it to false"),
     (f"bf16.{_MASTERS}", is_true, _MASTERS_ALONE),
@@ -119,9 +117,7 @@ REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("swap_optimizer", is_true, f'set {_OFFLOAD}.device to "cpu"'),
     ("params_in_nvme_and_cpu", is_true, f'set {_ZERO}.offload_param.device to "cpu"'),
     ("partial_offload", _below_one, f"set {_OFFLOAD}.ratio to 1.0"),
-    ("zero_hpz_partition_size", _above(1), f"set {_ZERO}.zero_hpz_partition_size to 1"),
     ("zero_quantized_nontrainable_weights", is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
-    ("all2all_process_group", _is_given, f"set {_ZERO}.zero_quantized_gradients to false"),
     ("torch_autocast_gradscaler", _is_given, _AUTOCAST_FP16),
     ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
     ("elastic_checkpoint", is_true, f"set {_ZERO}.elastic_checkpoint to false"),

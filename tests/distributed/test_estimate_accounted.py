@@ -82,6 +82,7 @@ AUTOCAST = {
     "settings": {"autocast": True},
     "params": {"polar": {"dtype": "bfloat16", "steps": 1}},
 }
+HPZ = {"zero": {"zero_hpz_partition_size": 2}, "settings": {"hpz": 2}}
 SUB_GROUPS = {"zero": {"sub_group_size": 9_000}, "settings": {"sub_group_size": 9_000}}
 
 CASES = {
@@ -104,6 +105,7 @@ OTHERS = {
         for s in (1, 2)
     },
     "sub-groups": Case(model=MODELS[1], optimizer="lion", stage=3, momentum_dtype="int8", **SUB_GROUPS),
+    "hpZ": Case(model=MODELS[1], optimizer="lion", stage=3, **HPZ),
     **{f"accumulation z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, accumulation=2) for s in (1, 2, 3)},
     **{
         f"autocast z{s}": Case(model=MODELS[1], optimizer="lion_muon", stage=s, dtype="fp32", **AUTOCAST)

@@ -176,7 +176,6 @@ def test_a_replaced_optimizer_is_an_error() -> None:
 CLIENTS: Mapping[str, Cell] = {
     "check_grad_overflow": Cell(stage=2, dtype="bf16", config={"bf16": {"check_grad_overflow": False}}),
     "compute_grad_norm": Cell(stage=1, zero={"compute_grad_norm": False}),
-    "zero_hpz_partition_size": Cell(stage=3, zero={"zero_hpz_partition_size": 2}),
     "torch_autocast": Cell(stage=2, config={"torch_autocast": {"enabled": True, "dtype": "float16"}}),
     "nvme": Cell(stage=2, zero={"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere", "pin_memory": False}}),
     "an optimizer is given in code and in the config": Cell(

@@ -110,7 +110,7 @@ def test_a_schedule_moves_with_the_rate() -> None:
 
 
 VALUES = {"device": "nvme", "ratio": 0.5, "compute_grad_norm": False, "check_grad_overflow": False, "zenflow": {"a": 1}}
-VALUES |= {"zero_hpz_partition_size": 8, "stages": 2}
+VALUES |= {"stages": 2}
 VALUES |= dict.fromkeys(("autotp_size", "tp_size"), 2)
 
 
