@@ -162,4 +162,9 @@ SETTINGS: tuple[Setting, ...] = (
         stages=(3,),
         config=_zero(zero_quantized_nontrainable_weights=True),
     ),
+    Setting(
+        name="AutoEP (`expert_parallel.enabled`), of DeepSeek's models",
+        ranks={0: (2,), 1: (2,), 2: (2, 4), 3: (2, 4)},
+        losses="tests.distributed.test_autoep:losses_of",
+    ),
 )

@@ -20,6 +20,7 @@ from ds_optim.sharding.comm import Comm
 from ds_optim.zero.agree import agree_on_engine, raise_everywhere
 from ds_optim.zero.announce import announce_routes
 from ds_optim.zero.caller import Caller, find_caller, tensor_ranks
+from ds_optim.zero.experts import check_alone, check_live
 from ds_optim.zero.partitions import FREEZE_HINT, SYNC_HINT, Comms, attribute, bind_stage3, bind_stages_1_2, same
 from ds_optim.zero.pipeline import agree_across_stages, all_ranks, check_patterns, tied_problem
 from ds_optim.zero.schedulers import prepare_scheduler
@@ -99,11 +100,9 @@ def _shards_of(
     tensor = None
     try:
         tensor = tensor_ranks(engine)
+        check_live(engine, members)
         members = with_shards(members, tensor, engine)
-        if tensor is not None and any(experts_of(m.parameter) is not None for group in members for m in group):
-            raise UserError(
-                "experts in groups of their own are not supported beside tensor parallelism: set its size to 1"
-            )
+        check_alone(engine, tensor, members)
     except UserError as problem:
         return tensor, members, problem
     if tensor is not None and isinstance(optimizer, ZeroOptimizer):

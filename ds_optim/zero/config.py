@@ -17,7 +17,7 @@ from ds_optim.optimizers.registry import canonical_type
 from ds_optim.optimizers.routing import ROUTING_OPTIONS
 from ds_optim.zero.agree import agree_on_start, world
 from ds_optim.zero.announce import announce_routes
-from ds_optim.zero.experts import check_experts
+from ds_optim.zero.experts import check_built_later, check_experts
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.support import check_config, check_model, check_parameters, uses_bf16_masters
@@ -88,6 +88,7 @@ def from_config(
                 "deepspeed.initialize, or to ds_optim.initialize, which takes both kinds"
             )
         check_config(loaded)
+        check_built_later(loaded)
         loaded = understood(loaded)
         if world().rank == 0:
             check_monitors(loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ds_optim.zero.announce import announce_choice, announce_routes
 from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
 from ds_optim.zero.complaints import as_user_errors
 from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
-from ds_optim.zero.experts import check_experts
+from ds_optim.zero.experts import BuiltLater, check_all_given, check_built_later, check_experts, replaces_experts
 from ds_optim.zero.pipeline import check_pipeline, stages_of
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.schedulers import share_config
@@ -63,7 +64,7 @@ def initialize(
     loaded, built = _read(model, optimizer, model_parameters, configs, mpu, mesh_param)
     rendezvous.settle()  # the ranks have spoken to each other
     _announce(loaded, built, lr_scheduler)
-    if isinstance(built, ZeroOptimizer):
+    if isinstance(built, (ZeroOptimizer, BuiltLater)):
         prepare_config(loaded)
         model_parameters = None
     elif model_parameters is None and built is None:
@@ -84,6 +85,7 @@ def initialize(
             config=loaded,
             mesh_param=mesh_param,
         )
+    built = built.optimizer if isinstance(built, BuiltLater) else built
     if isinstance(built, ZeroOptimizer):
         _check_stepped(engine.basic_optimizer, built)
     return engine, *others
@@ -169,8 +171,16 @@ def _choose_optimizer(model: nn.Module, optimizer: Any, config: Config, paramete
         name = type_of(section)
         if optimizer is not None:
             raise UserError(f"an optimizer is given in code and in the config ({name!r}): remove one of them")
-        return build_optimizer(model, name, config, _plain(parameters)) if is_ours(name) else None
+        if not is_ours(name):
+            return None
+        chosen = _plain(parameters)
+        built = build_optimizer(model, name, config, chosen)
+        if not replaces_experts(config):
+            return built
+        check_all_given(model, chosen)
+        return BuiltLater(partial(build_optimizer, model, name, dict(config)))
     if isinstance(optimizer, ZeroOptimizer):
+        check_built_later(config)
         check_model(model)
         check_experts(model, config)
     return optimizer

@@ -90,7 +90,6 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     ("compile.deepcompile", is_true, "its graph passes own the optimizer's memory; set it to false"),
     ("tensor_parallel.tp.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
     ("tensor_parallel.tensor_parallel.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
-    ("expert_parallel.enabled", is_true, "experts in groups of their own are not supported; set it to false"),
     ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
     ("data_efficiency.data_routing.random_ltd.enabled", is_true, "it is not supported; set it to false"),
     ("pipeline.stages", _above(1), "DeepSpeed reads it nowhere; give num_stages to PipelineModule, and leave it out"),

@@ -70,7 +70,6 @@ VALUES: Mapping[str, tuple[list[Any], list[Any]]] = {
     "compile.deepcompile": ([True, "true"], [False]),
     "tensor_parallel.tp.tp_size": ([2], [1]),
     "tensor_parallel.tensor_parallel.tp_size": ([2], [1]),
-    "expert_parallel.enabled": ([True], [False]),
     "hybrid_engine.enabled": ([True], [False]),
     "data_efficiency.data_routing.random_ltd.enabled": ([True], [False]),
     "pipeline.stages": ([2], ["auto", 1]),

@@ -89,7 +89,7 @@ def _cut(source: Path, made: Path, engine: Any) -> bool:
     if in_stages(engine.module):
         check_folder(engine.module, source)
         return False
-    if has_experts(source):
+    if has_experts(source) or engine.has_moe_layers:
         check_experts(source, int(engine.dp_world_size), int(engine.zero_optimization_stage()))
         return False
     found = open_checkpoint(source, state=False)
