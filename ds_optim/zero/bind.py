@@ -234,8 +234,11 @@ def _settings_problem(caller: Caller | None, trained: Sequence[Sequence[Member]]
 
 
 def _check_parallel(engine: Any) -> None:
-    if isinstance(engine.config, Mapping):
-        check_sequence(engine.config, engine.mpu, engine.mesh_device)
+    if not isinstance(engine.config, Mapping):
+        return
+    sharing = check_sequence(engine.config, engine.mpu, engine.mesh_device)
+    if sharing > 1 and engine.has_moe_layers:
+        raise UserError("DeepSpeed's MoE layers are not supported where ranks share a sequence: pass no mpu")
 
 
 def _groups_problem(stage: int, trained: Sequence[Sequence[Member]], groups: Groups) -> RuntimeError | None:

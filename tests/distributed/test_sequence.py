@@ -19,6 +19,7 @@ from ds_optim.memory import account
 from tests.cases import CASES, WITH_VARIANTS
 from tests.tiers import cells
 
+from .experts import MoENet
 from .harness import assert_all_raised, run_ranks
 from .models import batch, share
 from .sequences import groups_of, one_step, start, train
@@ -191,7 +192,7 @@ def started(rank: int, world_size: int, how: str) -> None:
     quiet()
     model, config = new_model("bf16" if how == "sums" else "fp32"), Cell(stage=1).json(world_size)
     arguments: dict[str, Any] = {}
-    if how in ("mpu", "client mpu", "sums", "no reduce-scatter", "AutoTP beside it"):
+    if how in ("mpu", "client mpu", "sums", "no reduce-scatter", "AutoTP beside it", "experts"):
         arguments["mpu"] = groups_of(2)
     if how == "sums":
         config |= {"bf16": {"enabled": True}, **FP32_ACCUMULATION}
@@ -201,6 +202,8 @@ def started(rank: int, world_size: int, how: str) -> None:
         arguments["mesh_param"] = (1, 2)
     elif how == "a mesh of the config":
         config |= {"sequence_parallel_size": 2, "data_parallel_size": 1}
+    elif how == "experts":
+        model = MoENet(2, rank)
     elif how == "AutoTP beside it":
         config["tensor_parallel"] = {"autotp_size": 2}
     else:
@@ -220,6 +223,7 @@ REFUSED = {
     "mesh": "a mesh is not supported",
     "a mesh of the config": "a mesh is not supported",
     "AutoTP beside it": "sequence and tensor parallelism together are not supported",
+    "experts": "MoE layers are not supported where ranks share a sequence",
     "mpu": "sequence_parallel_size = 4, and the mpu shares a sequence among 2 ranks: write 2",
     "client mpu": "sequence_parallel_size = 4, and the mpu shares a sequence among 2 ranks: write 2",
     "client config alone": "sequence_parallel_size = 2 alone",
