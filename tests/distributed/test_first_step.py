@@ -176,12 +176,13 @@ def test_a_replaced_optimizer_is_an_error() -> None:
 CLIENTS: Mapping[str, Cell] = {
     "check_grad_overflow": Cell(stage=2, dtype="bf16", config={"bf16": {"check_grad_overflow": False}}),
     "compute_grad_norm": Cell(stage=1, zero={"compute_grad_norm": False}),
-    "torch_autocast": Cell(stage=2, config={"torch_autocast": {"enabled": True, "dtype": "float16"}}),
     "nvme": Cell(stage=2, zero={"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere", "pin_memory": False}}),
     "an optimizer is given in code and in the config": Cell(
         stage=1, config={"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     ),
     "use_muon is set": Cell(stage=1, config={"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}),
+    # the last: DeepSpeed keeps it for the life of a process
+    "torch_autocast": Cell(stage=2, config={"torch_autocast": {"enabled": True, "dtype": "float16"}}),
 }
 
 
