@@ -28,6 +28,7 @@ _AUTOCAST_FP16 = (
     'torch_autocast.dtype to "bfloat16", or zero_optimization.stage to 0'
 )
 _ROUNDED = "DeepSpeed 0.19 rounds frozen weights to whole numbers in its int8 shards"
+_HPZ = "DeepSpeed 0.19 takes neighbours, which hold other shards, for the ranks that share its second copy; set it to 1"
 SEQUENCE = "sequence_parallel_size"
 _STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 
@@ -144,6 +145,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
     _check_autocast(config, stage)
+    if tensor_parallel_size(config) > 1 and _above(1)(at(config, f"{_ZERO}.zero_hpz_partition_size")):
+        raise UserError(f"{_ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {_HPZ}")
     if tensor_parallel_size(config) > 1 and is_true(at(config, "checkpoint.load_universal")):
         raise UserError(
             "checkpoint.load_universal is not supported under tensor parallelism with ds_optim's optimizers: set it to "
@@ -294,6 +297,8 @@ def check_wrapper(wrapper: Any) -> None:
         if refused(value) and not (bf16_masters and name == "low_precision_master_weights_and_grads"):
             shown = f" = {value!r}" if isinstance(value, (bool, int, float)) else ""
             raise UserError(f"DeepSpeed's {name}{shown} is not supported with ds_optim's optimizers: {remedy}")
+    if _above(1)(getattr(wrapper, "zero_hpz_partition_size", 1)) and getattr(wrapper, "model_parallel_group", None):
+        raise UserError(f"{_ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {_HPZ}")
     if getattr(wrapper, "check_grad_overflow", True) is False and getattr(wrapper, "dtype", None) == torch.bfloat16:
         raise UserError("bf16.check_grad_overflow = False is not supported with ds_optim's optimizers: leave it true")
 

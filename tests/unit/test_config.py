@@ -195,6 +195,16 @@ def test_autocast_asks_for_a_dtype_that_deepspeed_knows() -> None:
         ds_optim.from_config(Small(), config(torch_autocast={"enabled": True, "dtype": "fp17"}))
 
 
+def test_secondary_shards_are_refused_under_tensor_parallelism() -> None:
+    given = {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size is not supported under tensor parallelism.*set it"):
+        check_config(given)
+    check_config({**given, "tensor_parallel": {"autotp_size": 1}})
+    with pytest.raises(UserError, match="zero_hpz_partition_size is not supported under tensor parallelism"):
+        check_wrapper(types.SimpleNamespace(zero_hpz_partition_size=2, model_parallel_group=object()))
+    check_wrapper(types.SimpleNamespace(zero_hpz_partition_size=2, model_parallel_group=None))
+
+
 ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
     "compute_grad_norm": (False, True),
     "zenflow": (True, False),
