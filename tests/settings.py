@@ -167,4 +167,19 @@ SETTINGS: tuple[Setting, ...] = (
         ranks={0: (2,), 1: (2,), 2: (2, 4), 3: (2, 4)},
         losses="tests.distributed.test_autoep:losses_of",
     ),
+    Setting(
+        name="`offload_optimizer` to NVMe",
+        stages=(3,),
+        config=_zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
+    ),
+    Setting(
+        name="`offload_param` to NVMe",
+        stages=(3,),
+        config=_zero(offload_param={"device": "nvme", "nvme_path": "/nvme"}),
+    ),
+    Setting(name="DeepCompile (`compile.deepcompile`)", stages=SHARDED, config={"compile": {"deepcompile": True}}),
+    Setting(
+        name="ZenFlow", stages=SHARDED, config=_zero(zenflow={"topk_ratio": 0.1}, offload_optimizer={"device": "cpu"})
+    ),
+    Setting(name="SuperOffload", stages=(3,), config=_zero(offload_optimizer={"device": "cpu", "super_offload": True})),
 )

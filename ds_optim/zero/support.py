@@ -32,6 +32,11 @@ _HPZ = "DeepSpeed 0.19 takes neighbours, which hold other shards, for the ranks 
 SEQUENCE = "sequence_parallel_size"
 _STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
 
+_IN_FILES = (
+    "partitions lie in files when the layout is checked and state is made, and DeepSpeed reads every large state back "
+    'as fp32, whatever it was; use "cpu"'
+)
+
 Test = Callable[[Any], bool]
 
 
@@ -75,8 +80,8 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"{_ZERO}.compute_grad_norm", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bf16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bfloat16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
-    (f"{_OFFLOAD}.device", _is_nvme, 'use "cpu"'),
-    (f"{_ZERO}.offload_param.device", _is_nvme, 'use "cpu"'),
+    (f"{_OFFLOAD}.device", _is_nvme, _IN_FILES),
+    (f"{_ZERO}.offload_param.device", _is_nvme, 'weights lie in files when the layout is checked by value; use "cpu"'),
     (f"{_OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
     (f"{_OFFLOAD}.super_offload", is_true, "it steps with its own Adam; set it to false"),
     (f"{_ZERO}.zenflow", _is_given, "it steps with its own Adam; leave it out"),
@@ -88,7 +93,11 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"bf16.{_STATES}", is_true, _STATES_ALONE),
     (f"bfloat16.{_STATES}", is_true, _STATES_ALONE),
     ("fp8.enabled", is_true, 'use "bf16": {"enabled": true}'),
-    ("compile.deepcompile", is_true, "its graph passes own the optimizer's memory; set it to false"),
+    (
+        "compile.deepcompile",
+        is_true,
+        "its passes are CUDA code, not tried with these optimizers; set it to false, and call engine.compile()",
+    ),
     ("tensor_parallel.tp.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
     ("tensor_parallel.tensor_parallel.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
     ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
@@ -144,7 +153,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if isinstance(stage, str) and stage.isdecimal():
         stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
-    _check_autocast(config, stage)
+    _check_autocast(config)
     if tensor_parallel_size(config) > 1 and _above(1)(at(config, f"{_ZERO}.zero_hpz_partition_size")):
         raise UserError(f"{_ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {_HPZ}")
     if tensor_parallel_size(config) > 1 and is_true(at(config, "checkpoint.load_universal")):
@@ -248,7 +257,14 @@ def uses_autocast(config: Mapping[str, Any]) -> bool:
     return is_true(at(config, "torch_autocast.enabled"))
 
 
-def _check_autocast(config: Mapping[str, Any], stage: Any) -> None:
+def is_autocast_unsafe(config: Mapping[str, Any]) -> bool:
+    """Whether autocast is, or may be, in fp16 where DeepSpeed's gradient scaler cannot be right."""
+    dtype, stage = at(config, "torch_autocast.dtype"), at(config, f"{_ZERO}.stage")
+    in_fp16 = str(dtype).removeprefix("torch.") in _FP16
+    return dtype is None or (in_fp16 and stage not in (None, "auto", 0, "0"))
+
+
+def _check_autocast(config: Mapping[str, Any]) -> None:
     """Refuse autocast in fp16 where DeepSpeed's gradient scaler cannot be right, and where nobody says a dtype."""
     if not uses_autocast(config):
         return
@@ -258,7 +274,7 @@ def _check_autocast(config: Mapping[str, Any], stage: Any) -> None:
             "torch_autocast.enabled = True without a dtype is not supported with ds_optim's optimizers: torch takes "
             'fp16 on GPUs then, and DeepSpeed scales no loss for it; set torch_autocast.dtype to "bfloat16"'
         )
-    if str(dtype).removeprefix("torch.") in _FP16 and stage not in (None, "auto", 0):
+    if is_autocast_unsafe(config):
         raise UserError(
             f"torch_autocast.dtype = {dtype!r} is not supported at ZeRO stages 1 to 3 with ds_optim's optimizers: "
             f"{_AUTOCAST_FP16}"

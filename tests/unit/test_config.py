@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -369,3 +370,33 @@ def test_an_engine_is_checked_like_its_config() -> None:
     module = type("DualPipeModule", (type("PipelineModule", (), {}),), {})()
     with pytest.raises(UserError, match="stage is 2 and the model a PipelineModule"):
         check_engine(types.SimpleNamespace(config={"zero_optimization": {"stage": 2}}, module=module))
+
+
+def test_reasons_of_what_stays_refused_are_deepspeeds() -> None:
+    """What steps with an Adam of its own, and what is built for CUDA alone."""
+    from deepspeed.compile.util import is_deepcompile_supported
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+    from deepspeed.ops.op_builder.dc import DeepCompileBuilder
+    from deepspeed.runtime.superoffload import superoffload_utils
+    from deepspeed.runtime.zenflow import engine_stage3, zenflow_stage_1_and_2
+
+    assert superoffload_utils.DeepSpeedCPUAdam is not None
+    assert zenflow_stage_1_and_2.ZenFlowSelectiveAdamW is not None
+    assert engine_stage3.ZenFlowSelectiveAdamW_stage3 is not None
+    assert issubclass(DeepCompileBuilder, CUDAOpBuilder)
+    assert is_deepcompile_supported() == (os.environ.get("DS_ACCELERATOR") == "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_deepspeed_reads_swapped_state_back_as_fp32(dtype: torch.dtype) -> None:
+    """Why state in files is refused: whatever it was, it gets the partition's length and dtype."""
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerStateSwapInfo
+
+    partition, state = torch.zeros(8), torch.ones(8, dtype=dtype)
+    partition.ds_id, state.ds_id = "0", "exp_avg-0"  # type: ignore[attr-defined]
+    swapped = OptimizerStateSwapInfo(partition, 8, "folder", None)
+    swapped.add_state_tensors([state])
+    swapped.release_memory()
+    assert partition.numel() == 0, "nor is there anything to check the layout by"
+    swapped.set_swap_buffers([torch.zeros(8), torch.zeros(8)], 8)
+    assert state.dtype == torch.float32

@@ -217,3 +217,21 @@ def test_stdout_is_the_json_alone_and_a_file_is_not_replaced_unasked(
     assert ended.value.code == 2
     assert "says something else already: add --force" in capsys.readouterr().err
     assert json.loads(path.read_text()) == ADAMW
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("float16", 2), ("torch.half", 1), (None, 0), (None, 3)])
+def test_autocast_in_fp16_becomes_bf16_where_deepspeed_cannot_scale(dtype: str | None, stage: int) -> None:
+    autocast = {"enabled": True, **({} if dtype is None else {"dtype": dtype})}
+    config = {**ADAMW, "torch_autocast": autocast, "zero_optimization": {"stage": stage}}
+    with pytest.raises(UserError, match="torch_autocast"):
+        check_config(config)
+    done = convert(config, "Lion")
+    assert done.config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    check_config(done.config)
+
+
+def test_autocast_that_works_stays() -> None:
+    for dtype, stage in (("bfloat16", 3), ("float16", 0)):
+        autocast = {"enabled": True, "dtype": dtype}
+        config = {**ADAMW, "torch_autocast": autocast, "zero_optimization": {"stage": stage}}
+        assert convert(config, "Lion").config["torch_autocast"] == autocast

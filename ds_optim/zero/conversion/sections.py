@@ -7,7 +7,7 @@ from typing import Any
 from ds_optim.zero.auto import at, is_open
 from ds_optim.zero.conversion.changes import Changes
 from ds_optim.zero.schedulers import RATES
-from ds_optim.zero.support import REFUSED_SETTINGS, is_beside, is_true
+from ds_optim.zero.support import REFUSED_SETTINGS, is_autocast_unsafe, is_beside, is_true, uses_autocast
 
 _ZERO = "zero_optimization"
 GONE = (
@@ -61,6 +61,8 @@ def mend(changes: Changes, *, from_muon: bool) -> None:
         changes.set(
             _ZERO, {**config.get(_ZERO, {}), "stage": 1}, "DeepSpeed does not scale the loss at stage 0 in fp16"
         )
+    if uses_autocast(config) and is_autocast_unsafe(config):
+        changes.set("torch_autocast.dtype", "bfloat16", "DeepSpeed's loss scale is wrong beside autocast in fp16")
     if from_muon:
         for key in ("reduce_scatter", "save_muon_momentum_buffer_in_memory"):
             if at(config, f"{_ZERO}.{key}") is not None:
