@@ -63,6 +63,7 @@ def estimate(
     from ds_optim.memory.estimate_sources import load_shape
     from ds_optim.memory.estimate_terms import ZeroSettings
     from ds_optim.memory.side_by_side import EstimateRequest
+    from ds_optim.zero.experts import experts_over
     from ds_optim.zero.support import sequences_cut_in
 
     loaded = _read(config)
@@ -81,6 +82,7 @@ def estimate(
         micro_batch=micro_batch,
         seq_len=max(1, seq_len // (sequences_cut_in(loaded) or 1)),  # a rank's part of a sequence
         checkpointing=checkpointing,
+        experts_over=experts_over(loaded),
     )
     return run_estimate(request, as_json=as_json, out=out)
 

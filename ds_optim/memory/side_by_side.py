@@ -27,7 +27,7 @@ class EstimateRequest:
     """What is to be estimated; ``zero`` gives all settings but stage and ranks.
 
     gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing: for activations, where the
-    model's widths are known.
+    model's widths are known. experts_over: the ranks among which AutoEP deals out a model's experts.
     """
 
     model: ModelShape
@@ -41,6 +41,7 @@ class EstimateRequest:
     micro_batch: int = 1
     seq_len: int = 1024
     checkpointing: bool = False
+    experts_over: int = 1
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.seq_len < 1:

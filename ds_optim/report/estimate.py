@@ -28,6 +28,12 @@ def notes(request: EstimateRequest) -> list[str]:
         lines.insert(0, f"Counted: {request.model.counted}.")
     if request.zero.bf16_masters:
         lines.append("Master weights are bf16 from stage 1 on; savings are against AdamW with fp32 ones.")
+    if request.experts_over > 1:
+        lines.append(
+            f"Experts are counted as if each rank held all of them. Over {request.experts_over} ranks it holds weights "
+            f"and gradients of 1/{request.experts_over} of them at stages 0 to 2, and of the optimizer's state at "
+            "stage 0; the rest is as counted, but for padding."
+        )
     if request.sequence_bytes:
         amount = size(request.sequence_bytes * request.micro_batch)
         how = "with" if request.checkpointing else "without"

@@ -41,6 +41,11 @@ def replaces_experts(config: Any) -> bool:
     return isinstance(config, Mapping) and is_true(at(config, "expert_parallel.enabled"))
 
 
+def experts_over(config: Any) -> int:
+    """Among how many ranks AutoEP deals out a model's experts; 1 without it."""
+    return int(at(config, "expert_parallel.autoep_size") or 1) if replaces_experts(config) else 1
+
+
 def check_built_later(config: Mapping[str, Any]) -> None:
     """Refuse an optimizer of parameters that AutoEP will replace.
 

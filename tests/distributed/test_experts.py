@@ -340,3 +340,25 @@ def test_a_universal_checkpoint_of_experts_is_refused() -> None:
     saved = optimizer.state_dict()["param_groups"][0]["saved"]
     with pytest.raises(UserError, match="its tool takes those of all ranks for the same"):
         check_universal(saved, optimizer.identity())
+
+
+def moved_by_one_word(rank: int, world_size: int, stage: int) -> set[str]:
+    """The experts here whose weights moved, where every token is the same word and goes to one expert of all."""
+    engine = start(stage, rank, world_size, 2, chosen("Lion", weight_decay=0.0))
+    before = weights_of(engine)
+    for step in range(2):
+        one_step(engine, step, rank, words=1)
+    after = weights_of(engine)
+    return {key.split("experts.")[-1][0] for key in before if moved(before, after, key)}
+
+
+def moved(before: Weights, after: Weights, key: str) -> bool:
+    return "deepspeed_experts" in key and not torch.equal(before[key], after[key])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_expert_without_a_token_has_a_gradient_of_zeros(stage: int) -> None:
+    """It is stepped, so its momentum goes on, and it stays where there is none."""
+    found = run_ranks(2, moved_by_one_word, stage)
+    assert sorted(map(len, found)) == [0, 1]
