@@ -101,7 +101,10 @@ MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
     "batch sizes": (lambda: with_config(train_batch_size=7), ("train_batch_size 7 is not micro_batch",)),
     "auto": (lambda: with_config(bf16={"enabled": "auto"}), ('bf16.enabled is "auto"', "write true or false")),
     "text for a switch": (lambda: with_config(prescale_gradients="false"), ("is 'false'", "write true or false")),
-    "mesh": (lambda: {**good(), "mesh_param": (1, 2)}, ("sequence parallelism",)),
+    "mesh": (
+        lambda: {**good(), "mesh_param": (1, 2)},
+        ("a mesh is not supported", "neither mesh_param nor data_parallel_size"),
+    ),
 }
 # What one rank may have otherwise than the rest, and no rank is wrong by itself.
 DISAGREEMENTS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
