@@ -14,7 +14,8 @@ import typer
 from docs.markdown import markdown_table, shown
 from ds_optim.cli.app import app
 from ds_optim.errors import UserError
-from ds_optim.zero.support import REFUSED_SETTINGS, check_config
+from ds_optim.zero.refused import REFUSED_SETTINGS
+from ds_optim.zero.support import check_config
 from tests.settings import SETTINGS, Setting
 
 PACKAGE = Path(__file__).parents[1] / "ds_optim"

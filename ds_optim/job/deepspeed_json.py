@@ -9,7 +9,8 @@ from ds_optim.errors import UserError
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
 from ds_optim.zero.auto import AUTO, at, batch_sizes, is_open
-from ds_optim.zero.support import SEQUENCE, sequences_cut_in, tensor_parallel_size
+from ds_optim.zero.refused import SEQUENCE
+from ds_optim.zero.support import sequences_cut_in, tensor_parallel_size
 from ds_optim.zero.values import understood
 
 # Keys of the JSON that a setting takes over: (path in the JSON, setting).

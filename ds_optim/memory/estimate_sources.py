@@ -14,7 +14,8 @@ from ds_optim.job.presets import PRESETS
 from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
 from ds_optim.zero.auto import AUTO, at, sizes_by_width
 from ds_optim.zero.reading import read_json
-from ds_optim.zero.support import is_true, tensor_parallel_size, uses_autocast, uses_bf16_masters
+from ds_optim.zero.refused import is_true
+from ds_optim.zero.support import tensor_parallel_size, uses_autocast, uses_bf16_masters
 
 #: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
 _ZERO_KEYS = {

@@ -102,14 +102,26 @@ def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def options_of(options: dict[str, Any], polar: PolarSpec, exchange: Mapping[str, Any]) -> dict[str, str]:
+def meant_by(
+    options: dict[str, Any],
+    polar: PolarSpec,
+    exchange: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    held: Sequence[Sequence[Member]] | None,
+) -> dict[str, str]:
+    """All that the ranks must have alike, by names that a user knows; held: the parameters, where they must be too."""
+    alike = {**_options_of(options, polar, exchange), **numbers_of(groups)}
+    return alike if held is None else {**alike, **_parameters_of(groups, held)}
+
+
+def _options_of(options: dict[str, Any], polar: PolarSpec, exchange: Mapping[str, Any]) -> dict[str, str]:
     """An optimizer's options, the JSON's two objects by their keys."""
     objects = {"polar": vars(polar), "exchange": exchange}
     inner = {f"{name}.{key}": value for name, own in objects.items() for key, value in own.items()}
     return {key: str(value) for key, value in (options | inner).items()}
 
 
-def parameters_of(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]]) -> dict[str, str]:
+def _parameters_of(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]]) -> dict[str, str]:
     """Names, shapes and views of the groups' parameters: a digest for each group."""
     found = {}
     for number, (group, own) in enumerate(zip(groups, members, strict=False)):

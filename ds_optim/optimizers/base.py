@@ -18,16 +18,7 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import DTYPES, NARROW
 from ds_optim.errors import UserError
 from ds_optim.matrix.polar import PolarSpec
-from ds_optim.optimizers.alike import (
-    NOTHING,
-    Alike,
-    check_alike,
-    join_load,
-    numbers_of,
-    options_of,
-    parameters_of,
-    steps_of,
-)
+from ds_optim.optimizers.alike import NOTHING, Alike, check_alike, join_load, meant_by, steps_of
 from ds_optim.optimizers.costs import Costs
 from ds_optim.optimizers.diagnostics import Diagnostics
 from ds_optim.optimizers.experts import label_of, sharing
@@ -279,11 +270,9 @@ class ZeroOptimizer(GroupedOptimizer):
             "diagnostics": self._diagnostics is not None,
             "cautious_decay": self._cautious,
         }
-        alike = {**options_of(options, self._polar, self._exchange), **numbers_of(self._all_groups)}
-        if not shards:
-            return alike
-        held = parameters_of(self._all_groups, self._members)
-        return {**alike, **held, "layout of the parameters": binding.layout.digest()}
+        held = self._members if shards else None
+        alike = meant_by(options, self._polar, self._exchange, self._all_groups, held)
+        return {**alike, "layout of the parameters": binding.layout.digest()} if shards else alike
 
     def _step_unit(self, binding: Binding, group: Group, scratch: Scratch) -> int:
         """What one flat partition (or, unsharded, one group of parameters) is due; the unit's number."""

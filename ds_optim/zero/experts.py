@@ -16,7 +16,7 @@ from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.sharding.binding import Member, experts_of
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.auto import at
-from ds_optim.zero.support import is_true
+from ds_optim.zero.refused import is_true
 
 _STALE = (
     "expert_parallel.enabled puts other parameters in the place of the experts after the optimizer was built: name the "

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_optim.errors import UserError
-from ds_optim.zero.support import SEQUENCE, check_sums, sequences_cut_in, tensor_parallel_size
+from ds_optim.zero.refused import SEQUENCE
+from ds_optim.zero.support import check_sums, sequences_cut_in, tensor_parallel_size
 
 _WAY = "mpu=UlyssesSPAttentionHF.register_with_transformers(…), of deepspeed.runtime.sequence_parallel.ulysses_sp"
 _MESH = (

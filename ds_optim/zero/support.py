@@ -6,7 +6,7 @@ config this package never saw, at the engine and the wrapper that step it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,127 +14,27 @@ import torch
 from ds_optim.errors import UserError
 from ds_optim.zero.auto import at, check_filled
 from ds_optim.zero.pipeline import check_pipeline
-
-_ZERO = "zero_optimization"
-_OFFLOAD = f"{_ZERO}.offload_optimizer"
-_MASTERS, _STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
-_MASTERS_ALONE = (
-    f"without {_STATES} DeepSpeed takes its own CPU Adam alone; set {_STATES} to true too, or set it to false"
+from ds_optim.zero.refused import (
+    AUTOCAST_FP16,
+    BF16,
+    FP16,
+    HPZ,
+    MASTERS,
+    OFFLOAD,
+    OTHER_MASTERS,
+    REFUSED_ATTRIBUTES,
+    REFUSED_SETTINGS,
+    REFUSED_WRAPPERS,
+    SEQUENCE,
+    STATES,
+    TOGETHER,
+    ZERO,
+    above,
+    as_number,
+    is_false,
+    is_given,
+    is_true,
 )
-_BF16 = ("bf16", "bfloat16")
-_FP16 = ("fp16", "float16", "half")
-_AUTOCAST_FP16 = (
-    "DeepSpeed 0.19 never lowers its loss scale after an overflow, and clips gradients before they are unscaled; set "
-    'torch_autocast.dtype to "bfloat16", or zero_optimization.stage to 0'
-)
-_ROUNDED = "DeepSpeed 0.19 rounds frozen weights to whole numbers in its int8 shards"
-_HPZ = "DeepSpeed 0.19 takes neighbours, which hold other shards, for the ranks that share its second copy; set it to 1"
-SEQUENCE = "sequence_parallel_size"
-_STATES_ALONE = f"it goes with {_MASTERS}; set both to true, or set it to false"
-
-_IN_FILES = (
-    "partitions lie in files when the layout is checked and state is made, and DeepSpeed reads every large state back "
-    'as fp32, whatever it was; use "cpu"'
-)
-
-Test = Callable[[Any], bool]
-
-
-def is_true(value: Any) -> bool:
-    """True as DeepSpeed's pydantic models read it: they take strings and numbers too."""
-    return value is True or value == 1 or str(value).lower() in ("true", "1", "yes", "y", "on", "t")
-
-
-def _is_false(value: Any) -> bool:
-    return value is not None and (
-        value is False or value == 0 or str(value).lower() in ("false", "0", "no", "n", "off", "f")
-    )
-
-
-def _is_nvme(value: Any) -> bool:
-    return str(getattr(value, "value", value)).lower() == "nvme"
-
-
-def _is_given(value: Any) -> bool:
-    # "auto" is how transformers writes "not set"; DeepSpeed drops it
-    return value is not None and value != "auto"
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _above(limit: float) -> Test:
-    return lambda value: (number := _number(value)) is not None and number > limit
-
-
-def _below_one(value: Any) -> bool:
-    return (number := _number(value)) is not None and number < 1
-
-
-# (path in the config, when it is refused, why and what to write instead)
-REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
-    (f"{_ZERO}.compute_grad_norm", _is_false, "it switches off the check for NaN gradients; leave it true"),
-    ("bf16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
-    ("bfloat16.check_grad_overflow", _is_false, "it switches off the check for NaN gradients; leave it true"),
-    (f"{_OFFLOAD}.device", _is_nvme, _IN_FILES),
-    (f"{_ZERO}.offload_param.device", _is_nvme, 'weights lie in files when the layout is checked by value; use "cpu"'),
-    (f"{_OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
-    (f"{_OFFLOAD}.super_offload", is_true, "it steps with its own Adam; set it to false"),
-    (f"{_ZERO}.zenflow", _is_given, "it steps with its own Adam; leave it out"),
-    (f"{_ZERO}.zero_quantized_nontrainable_weights", is_true, f"{_ROUNDED}; set it to false"),
-    (f"{_ZERO}.elastic_checkpoint", is_true, "it cuts optimizer state at other borders; set it to false"),
-    ("fp16.fp16_master_weights_and_grads", is_true, "master weights must be fp32; set it to false"),
-    (f"bf16.{_MASTERS}", is_true, _MASTERS_ALONE),
-    (f"bfloat16.{_MASTERS}", is_true, _MASTERS_ALONE),
-    (f"bf16.{_STATES}", is_true, _STATES_ALONE),
-    (f"bfloat16.{_STATES}", is_true, _STATES_ALONE),
-    ("fp8.enabled", is_true, 'use "bf16": {"enabled": true}'),
-    (
-        "compile.deepcompile",
-        is_true,
-        "its passes are CUDA code, not tried with these optimizers; set it to false, and call engine.compile()",
-    ),
-    ("tensor_parallel.tp.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
-    ("tensor_parallel.tensor_parallel.tp_size", _above(1), "it cuts nothing without autotp_size; set it to 1, or both"),
-    ("hybrid_engine.enabled", is_true, "the hybrid engine is not supported; set it to false"),
-    ("data_efficiency.data_routing.random_ltd.enabled", is_true, "it is not supported; set it to false"),
-    ("pipeline.stages", _above(1), "DeepSpeed reads it nowhere; give num_stages to PipelineModule, and leave it out"),
-)
-
-# Settings of the list above that are supported beside each other, with what the other has to be.
-TOGETHER: Mapping[str, tuple[str, Test]] = {
-    **{
-        f"{section}.{one}": (f"{section}.{other}", is_true)
-        for section in _BF16
-        for one, other in ((_MASTERS, _STATES), (_STATES, _MASTERS))
-    },
-    **{
-        f"tensor_parallel.{name}.tp_size": ("tensor_parallel.autotp_size", _above(1))
-        for name in ("tp", "tensor_parallel")
-    },
-}
-_OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{_MASTERS} and bf16.{_STATES} and without offload"
-
-# The same, as attributes of DeepSpeed's wrappers: for who steps a wrapper without its engine.
-REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
-    ("compute_grad_norm", _is_false, f"leave {_ZERO}.compute_grad_norm true"),
-    ("zenflow", is_true, f"leave {_ZERO}.zenflow out"),
-    ("swap_optimizer", is_true, f'set {_OFFLOAD}.device to "cpu"'),
-    ("params_in_nvme_and_cpu", is_true, f'set {_ZERO}.offload_param.device to "cpu"'),
-    ("partial_offload", _below_one, f"set {_OFFLOAD}.ratio to 1.0"),
-    ("zero_quantized_nontrainable_weights", is_true, f"set {_ZERO}.zero_quantized_nontrainable_weights to false"),
-    ("torch_autocast_gradscaler", _is_given, _AUTOCAST_FP16),
-    ("low_precision_master_weights_and_grads", is_true, _OTHER_MASTERS),
-    ("elastic_checkpoint", is_true, f"set {_ZERO}.elastic_checkpoint to false"),
-)
-_REFUSED_WRAPPERS = {
-    "SuperOffloadOptimizer_Stage3": f"set {_OFFLOAD}.super_offload to false",
-    "ZenFlowZeroOptimizer": f"leave {_ZERO}.zenflow out",
-}
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -143,19 +43,19 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the setting and what to write instead.
     """
-    if isinstance(config.get(_ZERO), bool):
-        raise UserError(f'{_ZERO} is {config[_ZERO]!r}: write {{"stage": 1}}')
+    if isinstance(config.get(ZERO), bool):
+        raise UserError(f'{ZERO} is {config[ZERO]!r}: write {{"stage": 1}}')
     for path, refused, remedy in REFUSED_SETTINGS:
         value = at(config, path)
         if refused(value) and not is_beside(config, path):
             raise UserError(f"{path} = {value!r} is not supported with ds_optim's optimizers: {remedy}")
-    stage = at(config, f"{_ZERO}.stage")
+    stage = at(config, f"{ZERO}.stage")
     if isinstance(stage, str) and stage.isdecimal():
         stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
     _check_autocast(config)
-    if tensor_parallel_size(config) > 1 and _above(1)(at(config, f"{_ZERO}.zero_hpz_partition_size")):
-        raise UserError(f"{_ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {_HPZ}")
+    if tensor_parallel_size(config) > 1 and above(1)(at(config, f"{ZERO}.zero_hpz_partition_size")):
+        raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")
     if tensor_parallel_size(config) > 1 and is_true(at(config, "checkpoint.load_universal")):
         raise UserError(
             "checkpoint.load_universal is not supported under tensor parallelism with ds_optim's optimizers: set it to "
@@ -183,11 +83,11 @@ def uses_bf16_masters(config: Mapping[str, Any]) -> bool:
 def tensor_parallel_size(config: Mapping[str, Any]) -> int:
     """Over how many ranks AutoTP is to cut the model; 1 without it."""
     size = at(config, "tensor_parallel.autotp_size")
-    return max(1, int(size)) if _above(1)(size) else 1
+    return max(1, int(size)) if above(1)(size) else 1
 
 
 def _masters_section(config: Mapping[str, Any]) -> str | None:
-    return next((section for section in _BF16 if is_true(at(config, f"{section}.{_MASTERS}"))), None)
+    return next((section for section in BF16 if is_true(at(config, f"{section}.{MASTERS}"))), None)
 
 
 def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
@@ -195,11 +95,11 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     section = _masters_section(config)
     if section is None:
         return
-    offload = at(config, f"{_OFFLOAD}.device") not in (None, "none") or is_true(at(config, f"{_ZERO}.cpu_offload"))
+    offload = at(config, f"{OFFLOAD}.device") not in (None, "none") or is_true(at(config, f"{ZERO}.cpu_offload"))
     problems = (
         (at(config, f"{section}.enabled") in (None, False, 0), f'set "enabled" to true in "{section}" as well'),
-        (stage in (None, 0), f"master weights are ZeRO's; set {_ZERO}.stage to 1, 2 or 3"),
-        (offload, f"DeepSpeed offloads them for its own CPU Adam alone; leave {_ZERO}.offload_optimizer out"),
+        (stage in (None, 0), f"master weights are ZeRO's; set {ZERO}.stage to 1, 2 or 3"),
+        (offload, f"DeepSpeed offloads them for its own CPU Adam alone; leave {ZERO}.offload_optimizer out"),
         (
             stage == 1 and _sums_in_fp32(config),
             "at stage 1 DeepSpeed keeps fp32 masters where gradients are accumulated in fp32; leave "
@@ -208,7 +108,7 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     )
     for refused, remedy in problems:
         if refused:
-            raise UserError(f"{section}.{_MASTERS} = true is not supported with these settings: {remedy}")
+            raise UserError(f"{section}.{MASTERS} = true is not supported with these settings: {remedy}")
 
 
 def _sums_in_fp32(config: Mapping[str, Any]) -> bool:
@@ -222,9 +122,9 @@ def sequences_cut_in(config: Mapping[str, Any]) -> int | None:
         UserError: it is no whole number from 1.
     """
     value = config.get(SEQUENCE)
-    if not _is_given(value):
+    if not is_given(value):
         return None
-    if isinstance(value, bool) or (number := _number(value)) is None or number < 1 or number != int(number):
+    if isinstance(value, bool) or (number := as_number(value)) is None or number < 1 or number != int(number):
         raise UserError(f"{SEQUENCE} is {value!r}: write a whole number of ranks, 1 for none")
     return int(number)
 
@@ -237,17 +137,17 @@ def check_sums(config: Mapping[str, Any], sequence: int) -> None:
     """
     if sequence == 1:
         return
-    stage, in_bf16 = str(at(config, f"{_ZERO}.stage")), any(is_true(at(config, f"{key}.enabled")) for key in _BF16)
-    on_device = at(config, f"{_OFFLOAD}.device") in (None, "none")
+    stage, in_bf16 = str(at(config, f"{ZERO}.stage")), any(is_true(at(config, f"{key}.enabled")) for key in BF16)
+    on_device = at(config, f"{OFFLOAD}.device") in (None, "none")
     if stage == "1" and in_bf16 and on_device and _sums_in_fp32(config):
         raise UserError(
             f"data_types.grad_accum_dtype = fp32 is not supported at stage 1 with {SEQUENCE} above 1: DeepSpeed 0.19 "
             "measures gradients on the first rank of a sequence alone, and fails on the others; use stage 2, or leave "
             "it out"
         )
-    if stage == "3" and _is_false(at(config, f"{_ZERO}.reduce_scatter")):
+    if stage == "3" and is_false(at(config, f"{ZERO}.reduce_scatter")):
         raise UserError(
-            f"{_ZERO}.reduce_scatter = false is not supported at stage 3 with {SEQUENCE} above 1: DeepSpeed 0.19 "
+            f"{ZERO}.reduce_scatter = false is not supported at stage 3 with {SEQUENCE} above 1: DeepSpeed 0.19 "
             "divides gradients of parameters larger than reduce_bucket_size by more than the others; leave it true"
         )
 
@@ -259,8 +159,8 @@ def uses_autocast(config: Mapping[str, Any]) -> bool:
 
 def is_autocast_unsafe(config: Mapping[str, Any]) -> bool:
     """Whether autocast is, or may be, in fp16 where DeepSpeed's gradient scaler cannot be right."""
-    dtype, stage = at(config, "torch_autocast.dtype"), at(config, f"{_ZERO}.stage")
-    in_fp16 = str(dtype).removeprefix("torch.") in _FP16
+    dtype, stage = at(config, "torch_autocast.dtype"), at(config, f"{ZERO}.stage")
+    in_fp16 = str(dtype).removeprefix("torch.") in FP16
     return dtype is None or (in_fp16 and stage not in (None, "auto", 0, "0"))
 
 
@@ -277,7 +177,7 @@ def _check_autocast(config: Mapping[str, Any]) -> None:
     if is_autocast_unsafe(config):
         raise UserError(
             f"torch_autocast.dtype = {dtype!r} is not supported at ZeRO stages 1 to 3 with ds_optim's optimizers: "
-            f"{_AUTOCAST_FP16}"
+            f"{AUTOCAST_FP16}"
         )
 
 
@@ -300,21 +200,21 @@ def check_engine(engine: Any) -> None:
 def check_wrapper(wrapper: Any) -> None:
     """Refuse the same in the wrapper that steps a client optimizer."""
     for cls in type(wrapper).__mro__:
-        if cls.__name__ in _REFUSED_WRAPPERS:
+        if cls.__name__ in REFUSED_WRAPPERS:
             raise UserError(
-                f"{cls.__name__} is not supported with ds_optim's optimizers: {_REFUSED_WRAPPERS[cls.__name__]}"
+                f"{cls.__name__} is not supported with ds_optim's optimizers: {REFUSED_WRAPPERS[cls.__name__]}"
             )
     masters = getattr(wrapper, "master_weights_and_grads_dtype", torch.float32)
-    bf16_masters = masters == torch.bfloat16 and is_true(getattr(wrapper, _STATES, None)) and not _offloads(wrapper)
+    bf16_masters = masters == torch.bfloat16 and is_true(getattr(wrapper, STATES, None)) and not _offloads(wrapper)
     if masters != torch.float32 and not bf16_masters:
-        raise UserError(f"master weights in {masters} are not supported with ds_optim's optimizers: {_OTHER_MASTERS}")
+        raise UserError(f"master weights in {masters} are not supported with ds_optim's optimizers: {OTHER_MASTERS}")
     for name, refused, remedy in REFUSED_ATTRIBUTES:
         value = getattr(wrapper, name, None)
         if refused(value) and not (bf16_masters and name == "low_precision_master_weights_and_grads"):
             shown = f" = {value!r}" if isinstance(value, (bool, int, float)) else ""
             raise UserError(f"DeepSpeed's {name}{shown} is not supported with ds_optim's optimizers: {remedy}")
-    if _above(1)(getattr(wrapper, "zero_hpz_partition_size", 1)) and getattr(wrapper, "model_parallel_group", None):
-        raise UserError(f"{_ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {_HPZ}")
+    if above(1)(getattr(wrapper, "zero_hpz_partition_size", 1)) and getattr(wrapper, "model_parallel_group", None):
+        raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")
     if getattr(wrapper, "check_grad_overflow", True) is False and getattr(wrapper, "dtype", None) == torch.bfloat16:
         raise UserError("bf16.check_grad_overflow = False is not supported with ds_optim's optimizers: leave it true")
 

@@ -15,7 +15,7 @@ from typing import Any
 from ds_optim.errors import UserError
 from ds_optim.zero.auto import AUTO, BATCH_KEYS, at
 from ds_optim.zero.complaints import complaint
-from ds_optim.zero.support import is_true
+from ds_optim.zero.refused import is_true
 
 #: What is an object of settings where it is given.
 OBJECTS = (

@@ -18,15 +18,8 @@ from torch import nn
 import ds_optim
 from ds_optim.errors import UserError
 from ds_optim.zero.config import canonical_type
-from ds_optim.zero.support import (
-    REFUSED_ATTRIBUTES,
-    REFUSED_SETTINGS,
-    check_config,
-    check_engine,
-    check_model,
-    check_parameters,
-    check_wrapper,
-)
+from ds_optim.zero.refused import REFUSED_ATTRIBUTES, REFUSED_SETTINGS
+from ds_optim.zero.support import check_config, check_engine, check_model, check_parameters, check_wrapper
 
 LION_MUON = {"type": "LionMuon", "params": {"lr": 1e-3}}
 

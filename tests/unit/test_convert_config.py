@@ -14,7 +14,8 @@ from ds_optim.errors import UserError
 from ds_optim.zero.conversion import convert
 from ds_optim.zero.conversion.rates import RATIOS
 from ds_optim.zero.conversion.sections import GONE
-from ds_optim.zero.support import REFUSED_SETTINGS, check_config
+from ds_optim.zero.refused import REFUSED_SETTINGS
+from ds_optim.zero.support import check_config
 from tests.cases import TYPES
 from tests.shipped import AUTO, SHIPPED
 

@@ -22,7 +22,7 @@ from ds_optim.cli.app import app, main, take_plugins
 from ds_optim.job.settings import TrainSettings
 from ds_optim.optimizers.options import CommonOptions, MatrixOptions
 from ds_optim.optimizers.table import in_order
-from ds_optim.zero.support import REFUSED_SETTINGS
+from ds_optim.zero.refused import REFUSED_SETTINGS
 from tests.distributed.models import TinyNet
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable
 from ds_optim.zero.checkpoints.safe import laid_out, load
 from ds_optim.zero.checkpoints.stage0 import Names, is_bf16, read_stage0
 from ds_optim.zero.checkpoints.states import Saved, numbered
-from ds_optim.zero.support import is_true
+from ds_optim.zero.refused import is_true
 
 _OPTIMIZER, _BASE = "optimizer_state_dict", "base_optimizer_state"
 _COUNTS = ("dp_world_size", "mp_world_size", "global_steps", "skipped_steps")

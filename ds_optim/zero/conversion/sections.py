@@ -6,8 +6,9 @@ from typing import Any
 
 from ds_optim.zero.auto import at, is_open
 from ds_optim.zero.conversion.changes import Changes
+from ds_optim.zero.refused import REFUSED_SETTINGS, is_true
 from ds_optim.zero.schedulers import RATES
-from ds_optim.zero.support import REFUSED_SETTINGS, is_autocast_unsafe, is_beside, is_true, uses_autocast
+from ds_optim.zero.support import is_autocast_unsafe, is_beside, uses_autocast
 
 _ZERO = "zero_optimization"
 GONE = (
