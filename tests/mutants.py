@@ -263,7 +263,7 @@ MUTANTS = [
     Mutant(
         "a shard that is not finite is known to its rank alone",
         "steps.py",
-        'return bool(tensor.all_reduce(flag, "min") > 0)',
+        'return bool(peers.all_reduce(flag, "min") > 0)',
         "return own",
         f"{D}tensor_parallel.py",
     ),
