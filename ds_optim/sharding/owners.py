@@ -1,4 +1,4 @@
-"""Who works on which matrix: longest processing time first. And when: in runs of bounded size.
+"""Who works on which matrix: longest processing time first, then where most of it lies. And when: in bounded runs.
 
 The bound for the makespan is max(mean load, largest job); the greedy rule stays within 4/3 of the best
 and reaches a few percent as soon as there are several jobs a rank (Graham 1969).
@@ -29,6 +29,32 @@ def assign_owners(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
         owners[job] = rank
         heapq.heappush(heap, (load + costs[job], rank))
     return owners
+
+
+def nearest_owners(costs: Sequence[float], loads: Sequence[float], held: Sequence[Mapping[int, int]]) -> list[int]:
+    """Owners that move fewer elements than those of :func:`assign_owners`, and make no rank busier than its busiest.
+
+    Args:
+        costs, loads: as there.
+        held: for each job the elements of it that ranks hold.
+    """
+    greedy = assign_owners(costs, loads)
+    busiest = max(_loads(greedy, costs, loads))
+    owners, found = list(greedy), list(loads)
+    for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
+        near = [rank for rank in held[job] if found[rank] + costs[job] <= busiest]
+        choice = sorted(near, key=lambda rank: (-held[job][rank], found[rank], rank)) or [found.index(min(found))]
+        owners[job] = choice[0]
+        found[choice[0]] += costs[job]
+    stays = [sum(h.get(owner, 0) for h, owner in zip(held, some, strict=True)) for some in (owners, greedy)]
+    return owners if max(found) <= busiest and stays[0] > stays[1] else greedy
+
+
+def _loads(owners: Sequence[int], costs: Sequence[float], loads: Sequence[float]) -> list[float]:
+    found = list(loads)
+    for owner, cost in zip(owners, costs, strict=True):
+        found[owner] += cost
+    return found
 
 
 def makespan_ratio(loads: Sequence[float], jobs: Sequence[float]) -> float:

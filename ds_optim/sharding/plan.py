@@ -17,7 +17,7 @@ from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import ELEMENTS, Part, Shape
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.layout import Unit
-from ds_optim.sharding.owners import assign_owners, in_runs, makespan_ratio
+from ds_optim.sharding.owners import assign_owners, in_runs, makespan_ratio, nearest_owners
 from ds_optim.sharding.shards import ShardView
 
 _MIB = 1 << 20
@@ -99,15 +99,22 @@ class ExchangePlan:
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """Those that travel, the same list on every rank; a matrix that is larger than a bucket has one to itself."""
-        loads = [sum(self.costs[p] for p in params) for params in self._whole]
         owned: list[list[int]] = [[] for _ in range(self.unit.world_size)]
-        for param, owner in zip(self.cut, assign_owners([self.costs[p] for p in self.cut], loads), strict=True):
+        for param, owner in zip(self.cut, self._owners(), strict=True):
             owned[owner].append(param)
         queues = [self._runs(params, self.bucket_elements, dict.fromkeys(params)) for params in owned]
         return tuple(
             Bucket(owned=tuple(queue[k] if k < len(queue) else () for queue in queues))
             for k in range(max(map(len, queues)))
         )
+
+    def _owners(self) -> list[int]:
+        """Of the parameters that travel. At stage 3 all ranks hold as much of each, so that no owner is nearer."""
+        loads = [sum(self.costs[p] for p in params) for params in self._whole]
+        costs = [self.costs[p] for p in self.cut]
+        if self.unit.cut != "flat":
+            return assign_owners(costs, loads)
+        return nearest_owners(costs, loads, [{rank: s.numel for rank, s in self.unit.holders(p)} for p in self.cut])
 
     def _runs(self, params: Sequence[int], bound: int, kinds: Mapping[int, object]) -> list[tuple[int, ...]]:
         """The costliest first, equal ones side by side."""
