@@ -57,11 +57,6 @@ def settings_from_json(config: dict[str, Any], flags: dict[str, Any]) -> dict[st
         found["tuned"] = False  # a JSON that names its optimizer means what it says, and that alone
     if "scheduler" in config:
         raise UserError('"scheduler" in --config: train has its own warmup and cosine; take it out and set --warmup')
-    if (sequences_cut_in(config) or 1) > 1:
-        raise UserError(
-            f"{SEQUENCE} in --config: train cuts no sequences; take it out, or train in a loop of your own "
-            "(docs/deepspeed-loop.md, Sequence parallelism)"
-        )
     return {**found, **flags, "deepspeed": config}
 
 
@@ -102,18 +97,24 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
 
 
 def data_ranks(config: dict[str, Any], world_size: int) -> int:
-    """Of so many ranks how many have a batch of their own: those that hold shards of one model by AutoTP share one.
+    """Of so many ranks how many have a batch of their own: those that hold shards of one model by AutoTP, or share its
+    sequences, have one together.
 
     Raises:
         UserError: they are no whole number.
     """
-    size = tensor_parallel_size(config)
-    if world_size % size:
-        raise UserError(
-            f"tensor_parallel.autotp_size is {size}, which does not divide {world_size} rank(s): write a divisor, or "
-            "start as many ranks as a multiple of it"
-        )
-    return world_size // size
+    left = world_size
+    for name, size in (
+        ("tensor_parallel.autotp_size", tensor_parallel_size(config)),
+        (SEQUENCE, sequences_cut_in(config) or 1),
+    ):
+        if left % size:
+            raise UserError(
+                f"{name} is {size}, which does not divide {world_size} rank(s): write a divisor, or start as many "
+                "ranks as a multiple of it"
+            )
+        left //= size
+    return left
 
 
 def section_of(config: dict[str, Any], key: str) -> dict[str, Any]:

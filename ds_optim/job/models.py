@@ -121,11 +121,18 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(int(getattr(p, "ds_numel", p.numel())) if whole is None else math.prod(whole) for p, whole in wholes)
 
 
-def next_token_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
-    """The loss of each target, in nats: windows (batch, seq_len + 1) -> (batch * seq_len,), in fp32."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    targets = windows[:, 1:].reshape(-1)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+def next_token_losses(model: Any, windows: torch.Tensor, parts: int = 1, part: int = 0) -> torch.Tensor:
+    """The loss of each target, in nats: windows (batch, seq_len + 1) -> (batch * seq_len,), in fp32.
+
+    parts, part: of a sequence that so many ranks share, the part that this one computes; the losses are those of it.
+    """
+    x, y, places = windows[:, :-1], windows[:, 1:], {}
+    if parts > 1:
+        at = torch.arange(x.shape[1], device=x.device).expand_as(x)
+        x, y, at = (tensor.chunk(parts, dim=1)[part] for tensor in (x, y, at))
+        places = {"position_ids": at}
+    logits = model(input_ids=x, use_cache=False, **places).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.reshape(-1), reduction="none")
 
 
 def _check_vocabulary(what: str, model_size: int, tokenizer_size: int) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from ds_optim.data.batches import BatchShape, window_count, windows_at
 from ds_optim.data.tokens import Ids
-from ds_optim.job.models import next_token_losses
 from ds_optim.machine import ranks
+from ds_optim.train.sequences import Parts
 
 
 def evaluation_windows(ids: Ids, seq_len: int, wanted: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -21,7 +21,7 @@ def evaluation_windows(ids: Ids, seq_len: int, wanted: int) -> np.ndarray[Any, n
     return np.arange(wanted, dtype=np.int64) * available // wanted
 
 
-def evaluate(engine: Any, ids: Ids, shape: BatchShape, batches: int) -> float:
+def evaluate(engine: Any, ids: Ids, shape: BatchShape, batches: int, parts: Parts) -> float:
     """Mean loss in nats per token over ``batches`` global batches of validation windows. Collective."""
     indices = evaluation_windows(ids, shape.seq_len, batches * shape.global_batch)
     # Every rank runs the same number of forwards (at stage 3 each one is a collective), so the last round
@@ -37,8 +37,8 @@ def evaluate(engine: Any, ids: Ids, shape: BatchShape, batches: int) -> float:
     with torch.no_grad():
         for chosen, weight in zip(indices[:, shape.rank], weights[:, shape.rank], strict=True):
             windows = torch.from_numpy(windows_at(ids, shape.seq_len, chosen).astype(np.int64)).to(device)
-            losses = next_token_losses(engine, windows).double().view(shape.micro_batch, shape.seq_len)
+            losses = parts.losses(engine, windows).double().view(shape.micro_batch, -1)
             total += (losses.sum(dim=1) * torch.from_numpy(weight.astype(np.float64)).to(device)).sum()
     engine.train()
-    loss, count = ranks.sums([float(total), float(weights[:, shape.rank].sum() * shape.seq_len)])
+    loss, count = ranks.sums([float(total), float(weights[:, shape.rank].sum() * shape.seq_len / parts.count)])
     return loss / count

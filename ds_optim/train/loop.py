@@ -18,6 +18,7 @@ from ds_optim.survival.preemption import Preemption
 from ds_optim.survival.resume import to_resume
 from ds_optim.survival.supervise import Supervision, supervised
 from ds_optim.train.run import Run
+from ds_optim.train.sequences import check_parts
 from ds_optim.train.setup import check_dtype, note_end, note_settings, open_out, start_engine
 
 
@@ -53,6 +54,7 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     watch.watchdog.tick("the checks of its settings")
     ranks.same_everywhere("the settings", hashlib.sha256(settings.model_dump_json().encode()).hexdigest())
     ranks.together(lambda: check_dtype(settings))
+    ranks.together(lambda: check_parts(settings))
     ranks.from_first(lambda: open_out(settings, watch.lock))
     watch.watchdog.tick("the look at its checkpoints")
     resumed = to_resume(settings)
@@ -63,7 +65,7 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     run: str = before or ranks.from_first(new_id)
     ranks.from_first(lambda: note_settings(settings, run))
     watch.begun = True
-    readers = data_ranks(settings.deepspeed, ranks.world_size())  # those of a tensor-parallel group are neighbours
+    readers = data_ranks(settings.deepspeed, ranks.world_size())  # those that share a batch are neighbours
     shape = BatchShape(
         seq_len=settings.seq_len,
         micro_batch=settings.micro_batch,

@@ -27,6 +27,7 @@ from ds_optim.survival.supervise import Supervision
 from ds_optim.train.evaluate import evaluate
 from ds_optim.train.meters import grad_norm, now, peak_memory, skipped_steps
 from ds_optim.train.schedule import WarmupCosine
+from ds_optim.train.sequences import parts_of
 from ds_optim.train.setup import note_end
 
 _SIGNAL = "a signal"
@@ -54,6 +55,7 @@ class Run:
         self.first = self.resumed.checkpoint.step if self.resumed else 0
         self.saved = self.first if self.resumed else None
         self.bad_steps = 0
+        self.parts = parts_of(self.settings)
         self.parameters = models.parameter_count(self.engine.module)
         self.log = RunLog(self.settings.out, self.settings.steps, active=ranks.rank() == 0, first_step=self.first)
         self.watchdog = self.watch.watchdog
@@ -165,9 +167,9 @@ class Run:
         begin = now()
         own = torch.zeros((), dtype=torch.float64, device=ranks.device())
         for windows in batches:
-            loss = models.next_token_losses(engine, windows).mean()
+            loss = self.parts.losses(engine, windows).mean()
             self._at("after forward")
-            engine.backward(loss)
+            engine.backward(loss * self.parts.scale if self.parts.count > 1 else loss)
             self._at("after backward")
             engine.step()
             own += loss.detach()
@@ -220,7 +222,7 @@ class Run:
 
     def _validate(self, step: int) -> None:
         self.watchdog.tick(f"the validation of step {step}")
-        loss = evaluate(self.engine, self.data.validation, self.shape, self.settings.eval_batches)
+        loss = evaluate(self.engine, self.data.validation, self.shape, self.settings.eval_batches, self.parts)
         self.val_losses[step] = loss
         entropy = self.data.unigram_entropy
         record = {"step": step, "val_loss": loss, "unigram_entropy": entropy, "entropy_ratio": loss / entropy}

@@ -21,6 +21,7 @@ from ds_optim.machine.files import write_atomic
 from ds_optim.machine.run_lock import RunLock
 from ds_optim.survival.identity import RUN
 from ds_optim.survival.inputs import model_digest
+from ds_optim.train.sequences import mpu_of
 from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.values import understood
 
@@ -114,7 +115,8 @@ def start_engine(settings: TrainSettings, data: TextData) -> Any:
     ranks.same_everywhere("the model's config", model_digest(shape))
     # Not under `together` with zero_init: making the weights is a collective by itself.
     model = build() if settings.zero_init else ranks.together(build)
-    engine, *_ = ds_optim.initialize(model=model, config=config)
+    mpu = ranks.together(lambda: mpu_of(model, settings))
+    engine, *_ = ds_optim.initialize(model=model, config=config, mpu=mpu)
     return engine
 
 

@@ -130,6 +130,26 @@ def test_tensor_parallel_ranks_share_a_batch_and_resume(tmp_path: Path) -> None:
         assert whole.parameters == alone.parameters
 
 
+def with_parts(rank: int, world_size: int, folder: Path, size: int, stage: int) -> dict[str, Any]:
+    """A run whose ranks share sequences, stopped and resumed; with one rank the same run of whole ones."""
+    given = {"preset": "qwen3-tiny", "seq_len": 32, "micro_batch": 4, "eval_batches": 2, "dtype": "fp32"}
+    given |= {**LION_MUON, "steps": STEPS, "stage": stage, "deepspeed": {"sequence_parallel_size": size}}
+    return {"run": interrupted_and_resumed(given, folder / f"{size} at {stage}")}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_share_sequences_train_as_one_does(stage: int, tmp_path: Path) -> None:
+    ((alone, *_),) = (found["run"] for found in run_ranks(1, with_parts, tmp_path, 1, stage, timeout=150))
+    for whole, losses, resumed in (found["run"] for found in run_ranks(2, with_parts, tmp_path, 2, stage, timeout=150)):
+        assert whole.losses[: SAVED + 1] == losses
+        assert whole.losses[SAVED:] == resumed.losses
+        assert whole.val_losses[STEPS] == resumed.val_losses[STEPS]
+        assert whole.losses == pytest.approx(alone.losses, abs=2e-3)
+        assert whole.val_losses[STEPS] == pytest.approx(alone.val_losses[STEPS], abs=2e-3)
+        assert whole.tokens_per_s > 0
+
+
 def same_batch(rank: int, world_size: int, folder: Path) -> dict[str, TrainResult]:
     from transformers.models.qwen3 import Qwen3Config
 

@@ -12,10 +12,11 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.job.architectures import is_encoder_decoder, is_text_decoder
-from ds_optim.job.deepspeed_json import deepspeed_config, settings_from_json
+from ds_optim.job.deepspeed_json import data_ranks, deepspeed_config, settings_from_json
 from ds_optim.job.models import build_model, model_config, next_token_losses, parameter_count, preset_config
 from ds_optim.job.settings import make_settings
 from ds_optim.train.schedule import WarmupCosine, lr_factor
+from ds_optim.train.sequences import check_parts
 
 
 def test_qwen3_134m_is_the_model_of_the_source_papers() -> None:
@@ -155,10 +156,18 @@ def test_json_settings_reach_deepspeed_and_flags_win() -> None:
     assert config["optimizer"] == {"type": "LionMuon", "params": {"lr": 0.5, "heads": "auto"}}, "heads' is its own"
 
 
-def test_json_that_cuts_sequences_is_for_another_loop() -> None:
-    with pytest.raises(UserError, match=r"sequence_parallel_size in --config: train cuts no sequences; take it out"):
-        settings_from_json({"sequence_parallel_size": 2}, {})
-    assert make_settings(**settings_from_json({"sequence_parallel_size": 1}, {})).stage == 0
+def test_json_that_cuts_sequences_gives_their_ranks_one_batch() -> None:
+    settings = make_settings(**settings_from_json({"sequence_parallel_size": 2}, {"seq_len": 32}))
+    assert data_ranks(settings.deepspeed, 4) == 2
+    with pytest.raises(UserError, match=r"sequence_parallel_size is 2, which does not divide 3 rank\(s\)"):
+        data_ranks(settings.deepspeed, 3)
+    check_parts(settings)
+    for given, said in (
+        ({"seq_len": 33}, "does not divide --seq-len 33"),
+        ({"zero_init": True, "stage": 3}, "--zero-init"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_parts(settings.model_copy(update=given))
 
 
 def test_json_batch_that_does_not_multiply_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
