@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -65,38 +65,38 @@ def simulate(
 
 
 def _print(title: str, rows: Sequence[Simulated]) -> None:
+    """A table for each stage, a column for each number of ranks."""
     import sys
+    from itertools import groupby
 
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in _TITLES:
-        table.add_column(name, justify="right")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before.stage != row.stage:
-            table.add_section()
-        table.add_row(*_cells(row))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    from ds_optim.report.blocks import Column, blocks
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(title, markup=False, highlight=False)
+    for stage, same in groupby(rows, key=lambda row: row.stage):
+        columns = [Column(name=f"{row.ranks:,} rank{'s' * (row.ranks > 1)}", cells=_cells(row)) for row in same]
+        for table in blocks(f"ZeRO-{stage}, of a rank and step", _LABELS, columns, console.width):
+            console.print(table)
     for line in _NOTES:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-_TITLES = (
-    *("Stage", "Ranks", "Sent/rank", "of it between nodes", "most of a rank", "2(N-1)/N² formula", "Scratch"),
-    *("Matrices/rank", "Busiest / bound", "Waiting"),
+_LABELS = (
+    ("sent", "of it between nodes", "most of a rank", "2(N-1)/N² of matrices", "scratch"),
+    ("matrices", "busiest / bound", "waiting"),
 )
 _NOTES = (
-    "Sent: by a rank for one step that brings matrices together, there and back; LionMuon does so every P-th step.",
+    "Sent: for one step that brings matrices together, there and back, the mean; LionMuon does so every P-th step.",
     "Busiest / bound: the busiest owner's modelled work over max(mean, largest matrix). Waiting: of all ranks' time.",
 )
 
 
-def _cells(row: Simulated) -> list[Any]:
-    from ds_optim.report.units import fixed, size
+def _cells(row: Simulated) -> list[str]:
+    from ds_optim.report.units import MISSING, fixed, size
 
-    formula = size(row.formula) if row.stage == 3 else "—"
-    share = f"{100 * row.between / row.mean_bytes:.0f} %" if row.mean_bytes else "—"
-    cells = [str(row.stage), str(row.ranks), size(row.mean_bytes), share, size(row.most_bytes), formula]
-    return [*cells, size(row.scratch), fixed(row.jobs, 1), fixed(row.makespan, 3), f"{100 * row.idle:.1f} %"]
+    share = f"{100 * row.between / row.mean_bytes:.0f} %" if row.mean_bytes else MISSING
+    formula = size(row.formula) if row.stage == 3 else MISSING
+    work = [fixed(row.jobs, 1), fixed(row.makespan, 3), f"{100 * row.idle:.1f} %"]
+    return [size(row.mean_bytes), share, size(row.most_bytes), formula, size(row.scratch), *work]

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from ds_optim.memory.estimate import RankMemory
 from ds_optim.memory.side_by_side import EstimateRequest, EstimateRow
+from ds_optim.report.blocks import Column, blocks
 from ds_optim.report.units import MISSING, fixed
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _GIB = 2**30
-_LABEL, _NUMBER, _FRAME = 26, 7, 3
-"""Characters of the widest label with its frame, of a number, and of what stands around it."""
 _Term = tuple[str, Callable[[RankMemory], int]]
+_Line = tuple[str, Callable[[EstimateRow], str]]
 _STATES: tuple[_Term, ...] = (
     ("weights", lambda m: m.weights),
     ("gradients", lambda m: m.gradients + m.accumulating),
@@ -32,45 +32,14 @@ _SAVED = {"all": "saved of peak", "model_states": "saved of model states", "opti
 
 
 def to_tables(rows: Sequence[EstimateRow], width: int) -> Iterator[Table]:
-    """GiB of the rank that needs most, term by term, and the saving against AdamW.
-
-    Args:
-        width: characters of a line; optimizers that do not fit beside each other come in a table of their own.
-    """
+    """GiB of the rank that needs most, term by term, and the saving against AdamW, in lines of ``width`` characters."""
+    sections = list(_sections(rows[0].request))
+    labels = [[label for label, _ in section] for section in sections]
     for (ranks, stage), same in groupby(rows, key=lambda row: (row.estimate.zero.ranks, row.estimate.zero.stage)):
-        for some in _beside_each_other(list(same), width - _LABEL):
-            yield _table(f"ZeRO-{stage}, {ranks:,} rank{'s' * (ranks > 1)}", some)
-
-
-def _beside_each_other(rows: Sequence[EstimateRow], width: int) -> Iterator[list[EstimateRow]]:
-    """The rows that fit a line together, at least one."""
-    some: list[EstimateRow] = []
-    left = width
-    for row in rows:
-        column = max(_NUMBER, *map(len, _name(row).splitlines())) + _FRAME
-        if some and column > left:
-            yield some
-            some, left = [], width
-        some.append(row)
-        left -= column
-    yield some
-
-
-def _table(title: str, rows: Sequence[EstimateRow]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_column(_name(row), justify="right", no_wrap=True, min_width=_NUMBER)
-    for section in _sections(rows[0].request):
-        for label, text in section:
-            table.add_row(label, *map(text, rows))
-        table.add_section()
-    return table
-
-
-_Line = tuple[str, Callable[[EstimateRow], str]]
+        columns = [
+            Column(name=_name(row), cells=[text(row) for section in sections for _, text in section]) for row in same
+        ]
+        yield from blocks(f"ZeRO-{stage}, {ranks:,} rank{'s' * (ranks > 1)}", labels, columns, width)
 
 
 def _sections(request: EstimateRequest) -> Iterator[list[_Line]]:
@@ -87,8 +56,9 @@ def _sections(request: EstimateRequest) -> Iterator[list[_Line]]:
     yield [("peak", lambda row: _gib(row.peak))]
     yield [(label, _saving(key)) for key, label in _SAVED.items()]
     if request.gpu_bytes is not None:
-        largest = [("largest micro-batch", lambda row: str(row.largest_batch))] if request.sequence_bytes else []
-        yield [*largest, ("fewest GPUs", lambda row: MISSING if row.fewest is None else str(row.fewest))]
+        largest: list[_Line] = [("largest micro-batch", lambda row: str(row.largest_batch))]
+        fewest: _Line = ("fewest GPUs", lambda row: MISSING if row.fewest is None else str(row.fewest))
+        yield [*(largest if request.sequence_bytes else []), fewest]
 
 
 def _sized(label: str, term: Callable[[RankMemory], int]) -> _Line:
