@@ -39,7 +39,8 @@ done
 beside=()
 if [[ $gpus == 0 ]]; then
     build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
-    (($(nproc) > 1)) && beside=(-n 2 --dist loadgroup)
+    # (without --all it answers OMP_NUM_THREADS)
+    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadgroup)
 fi
 
 say "pytest ${beside[*]} $*"
