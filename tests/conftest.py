@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -57,6 +58,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ.get("DS_OPTIM_CACHE", ""), ignore_errors=True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that fork ranks run one after the other on one worker, those of one process file by file beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Beside(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if "/unit/" in file else "ranks"
+
+    return Beside(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from tests.tiers import FULL  # which reads what pytest_configure has set
 
@@ -65,8 +79,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         gone = set(left)
         items[:] = [item for item in items if item not in gone]
-    for item in items:  # for xdist: what forks ranks has two cores to itself but for the tests of one process
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if "unit" in item.path.parts else "ranks"))
     if config.getoption("--gpus"):
         return
     skip = pytest.mark.skip(reason="needs CUDA: run with --gpus N")

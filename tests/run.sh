@@ -40,7 +40,7 @@ beside=()
 if [[ $gpus == 0 ]]; then
     build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
     # (without --all it answers OMP_NUM_THREADS)
-    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadgroup)
+    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadscope)
 fi
 
 say "pytest ${beside[*]} $*"
