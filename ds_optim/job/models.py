@@ -128,7 +128,7 @@ def next_token_losses(model: Any, windows: torch.Tensor, parts: int = 1, part: i
     """
     x, y, places = windows[:, :-1], windows[:, 1:], {}
     if parts > 1:
-        at = torch.arange(x.shape[1], device=x.device).expand_as(x)
+        at = torch.arange(x.shape[1], dtype=torch.int64, device=x.device).expand_as(x)
         x, y, at = (tensor.chunk(parts, dim=1)[part] for tensor in (x, y, at))
         places = {"position_ids": at}
     logits = model(input_ids=x, use_cache=False, **places).logits
