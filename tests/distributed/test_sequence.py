@@ -223,7 +223,7 @@ REFUSED = {
     "mesh": "a mesh is not supported",
     "a mesh of the config": "a mesh is not supported",
     "AutoTP beside it": "sequence and tensor parallelism together are not supported",
-    "experts": "MoE layers are not supported where ranks share a sequence",
+    "experts": "experts in groups of their own are not supported beside sequence parallelism",
     "mpu": "sequence_parallel_size = 4, and the mpu shares a sequence among 2 ranks: write 2",
     "client mpu": "sequence_parallel_size = 4, and the mpu shares a sequence among 2 ranks: write 2",
     "client config alone": "sequence_parallel_size = 2 alone",
