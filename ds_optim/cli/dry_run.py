@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 
 from ds_optim.errors import UserError
-from ds_optim.job.deepspeed_json import deepspeed_config
+from ds_optim.job.deepspeed_json import data_ranks, deepspeed_config
 from ds_optim.job.recipes import Recipe
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine.meeting import launched
+from ds_optim.zero.support import sequences_cut_in
 
 
 def print_plan(settings: TrainSettings, ranks: int, recipe: Recipe | None, tokens_per_s: float | None) -> int:
@@ -47,10 +48,11 @@ def plan_rows(
         zero=ZeroSettings(stage=settings.stage, ranks=ranks, **given),
         optimizer_params={settings.optimizer: settings.resolved_params()},
         micro_batch=settings.micro_batch,
-        seq_len=settings.seq_len,
+        seq_len=settings.seq_len // (sequences_cut_in(settings.deepspeed) or 1),
     )
     (row,) = estimate_rows(request)
-    a_step = ranks * settings.micro_batch * settings.accumulation * settings.seq_len
+    readers = data_ranks(settings.deepspeed, ranks)  # ranks that share a batch read it once
+    a_step = readers * settings.micro_batch * settings.accumulation * settings.seq_len
     tokens = settings.steps * a_step
     if recipe is not None:
         yield "source", recipe.source
@@ -58,7 +60,7 @@ def plan_rows(
     yield "model", f"{shape.name}, {shape.numel:,} parameters"
     yield (
         "step",
-        f"{ranks} ranks x {settings.micro_batch} sequences x {settings.accumulation} micro-batches x "
+        f"{readers} ranks x {settings.micro_batch} sequences x {settings.accumulation} micro-batches x "
         f"{settings.seq_len:,} tokens = {a_step:,} tokens",
     )
     yield "run", f"{settings.steps:,} steps, {_many(tokens)} tokens, {tokens / shape.numel:.1f} a parameter"

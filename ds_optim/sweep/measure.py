@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ds_optim.job.models import next_token_losses
 from ds_optim.job.results import Moment
 from ds_optim.job.settings import TrainSettings
 from ds_optim.machine import ranks
@@ -15,6 +14,7 @@ from ds_optim.memory.measure import MemoryWatch, peak_resident_bytes
 from ds_optim.memory.traffic import SentBytes, TrafficCounter, sent_bytes
 from ds_optim.sweep.cells import UNTIMED_STEPS
 from ds_optim.sweep.result import RankSpeed
+from ds_optim.train.sequences import parts_of
 
 
 class CellObserver:
@@ -59,7 +59,7 @@ class CellObserver:
         engine.set_gradient_accumulation_boundary(True)
         shape = (self._settings.micro_batch, self._settings.seq_len + 1)
         windows = torch.zeros(shape, dtype=torch.long, device=ranks.device())
-        engine.backward(next_token_losses(engine, windows).mean())
+        engine.backward(parts_of(self._settings).losses(engine, windows).mean())
         self._account = account(engine)
 
     def measured(self) -> RankSpeed:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ds_optim.cli import main
+from ds_optim.cli.dry_run import plan_rows
 from ds_optim.cli.train import train_settings
 from ds_optim.errors import UserError
 from ds_optim.job.recipes import FOLDER, Recipe, load_recipe
@@ -94,6 +95,13 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(UserError, match=r"no recipe 'lion-124' \(did you mean 'lion-124m'\?\)"):
         load_recipe("lion-124")
     assert isinstance(recipe, Recipe)
+
+
+def test_ranks_that_share_sequences_read_a_batch_once() -> None:
+    settings = train_settings({"preset": "qwen3-tiny", "seq_len": 64, "micro_batch": 2}, None)
+    cut = settings.model_copy(update={"deepspeed": {"sequence_parallel_size": 2}})
+    said = [dict(plan_rows(one, 4, None, None))["step"] for one in (settings, cut)]
+    assert [line.rsplit("= ")[1] for line in said] == ["512 tokens", "256 tokens"]
 
 
 def test_the_dry_run_says_tokens_memory_and_hours(capsys: pytest.CaptureFixture[str]) -> None:
