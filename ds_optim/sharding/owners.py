@@ -24,7 +24,7 @@ def assign_owners(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
     owners = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
+    for job in _longest_first(costs):
         load, rank = heapq.heappop(heap)
         owners[job] = rank
         heapq.heappush(heap, (load + costs[job], rank))
@@ -41,13 +41,17 @@ def nearest_owners(costs: Sequence[float], loads: Sequence[float], held: Sequenc
     greedy = assign_owners(costs, loads)
     busiest = max(_loads(greedy, costs, loads))
     owners, found = list(greedy), list(loads)
-    for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
+    for job in _longest_first(costs):
         near = [rank for rank in held[job] if found[rank] + costs[job] <= busiest]
         choice = sorted(near, key=lambda rank: (-held[job][rank], found[rank], rank)) or [found.index(min(found))]
         owners[job] = choice[0]
         found[choice[0]] += costs[job]
     stays = [sum(h.get(owner, 0) for h, owner in zip(held, some, strict=True)) for some in (owners, greedy)]
     return owners if max(found) <= busiest and stays[0] > stays[1] else greedy
+
+
+def _longest_first(costs: Sequence[float]) -> list[int]:
+    return sorted(range(len(costs)), key=lambda j: (-costs[j], j))
 
 
 def _loads(owners: Sequence[int], costs: Sequence[float], loads: Sequence[float]) -> list[float]:
