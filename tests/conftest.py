@@ -9,14 +9,13 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
 
 from ds_optim.machine.cache import private_folder
 from ds_optim.machine.extensions import use_own_folder
-from tests.distributed import harness
+from tests.distributed import harness, server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,17 +57,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ.get("DS_OPTIM_CACHE", ""), ignore_errors=True)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that fork ranks run one after the other on one worker, those of one process file by file beside them."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Beside(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if "/unit/" in file else "ranks"
-
-    return Beside(config, log)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any("/unit/" not in item.nodeid for item in session.items):
+        server.start(session.config.getoption("--gpus"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

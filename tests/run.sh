@@ -4,8 +4,8 @@
 #   bash tests/run.sh [--full] [--gpus N] [options of pytest]
 #
 # Without --full a few minutes of tests, with it all of them (tests/README.md). --gpus N runs
-# the ranks on N GPUs over NCCL. On two cores or more, tests without ranks run beside those with
-# them (-n 0: one after the other). Fails if any check or test fails.
+# the ranks on N GPUs over NCCL. On two cores or more two files run at a time, those with ranks
+# first (-n 0: one after the other). Fails if any check or test fails.
 set -euo pipefail
 
 # shellcheck source=launch/setup_env.sh
@@ -40,7 +40,7 @@ beside=()
 if [[ $gpus == 0 ]]; then
     build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
     # (without --all it answers OMP_NUM_THREADS)
-    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadscope)
+    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi
 
 say "pytest ${beside[*]} $*"

@@ -1,7 +1,7 @@
 """How much of the suite runs.
 
-The default tier is to take under 3 minutes on two cores, and takes 4 min 7 s (2026-11-28): a cell of each kind, every
-rule unsharded and at one stage.
+The default tier is to take under 3 minutes on two cores, and takes 2 min 47 s (2026-11-28, two cores that do nothing
+else): a cell of each kind, every rule unsharded and at one stage.
 ``pytest --full``, which continuous integration runs, adds the other cells and the tests marked ``full``. With
 DS_OPTIM_ALL_CELLS=1 all of every product runs, for hours. Ranks read the same from the environment.
 """

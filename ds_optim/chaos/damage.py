@@ -1,4 +1,4 @@
-"""What happens on the disk between two lives: to a file of the newest checkpoint, or to one that stands beside."""
+"""What happens on the disk between two attempts: to a file of the newest checkpoint, or to one that stands beside."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.chaos.faults import BALLAST, Fault
-from ds_optim.chaos.lane import KILL_BOUND_S, SAVE_EVERY, Lives, Outcome
+from ds_optim.chaos.killed_run import KILL_BOUND_S, SAVE_EVERY, Attempts, Outcome
 from ds_optim.chaos.ranks import RANKS, ForkServer
 from ds_optim.job.exits import SAVE_FAILED
 
@@ -27,7 +27,7 @@ class NoFileSystem(Exception):
 
 def fill_disk(
     server: ForkServer, folder: Path, settings: dict[str, Any], full_from: int, tell: Callable[[Outcome], None]
-) -> Lives:
+) -> Attempts:
     """Fill the disk before a save; the run must go on, keep what it had, and resume when there is room.
 
     Raises ``NoFileSystem`` where there is no small disk to fill.

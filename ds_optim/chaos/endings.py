@@ -1,25 +1,25 @@
-"""How the ranks of a life must have ended, by the fault that ended it."""
+"""How the ranks of an attempt must have ended, by the fault that ended it."""
 
 from __future__ import annotations
 
 from ds_optim.chaos.faults import DIFFERENCES, Fault
-from ds_optim.chaos.ranks import RANKS, Life
+from ds_optim.chaos.ranks import RANKS, Attempt
 from ds_optim.chaos.start import JOINED, START_POINTS
 from ds_optim.job.exits import PREEMPTED, RANK_LOST, USER_ERROR
 
 
-def ending_fault(life: Life, fault: Fault) -> str | None:
+def ending_fault(attempt: Attempt, fault: Fault) -> str | None:
     """What is wrong with how the ranks ended, or None."""
-    if not life.fired:
-        return f"the fault did not fire: {last_line(life)}"
-    if life.hung:
-        return f"rank {life.hung[0]} did not end"
+    if not attempt.fired:
+        return f"the fault did not fire: {last_line(attempt)}"
+    if attempt.hung:
+        return f"rank {attempt.hung[0]} did not end"
     expected = [_status(fault, rank) for rank in range(RANKS)]
-    if life.statuses != expected:
-        return f"the ranks ended with {life.statuses}, not {expected}: {last_line(life)}"
+    if attempt.statuses != expected:
+        return f"the ranks ended with {attempt.statuses}, not {expected}: {last_line(attempt)}"
     for rank in range(RANKS):
         words = _words(fault, rank)
-        told = [line for line in life.lines[rank].splitlines() if line.startswith("ds-optim: error: ")]
+        told = [line for line in attempt.lines[rank].splitlines() if line.startswith("ds-optim: error: ")]
         if words is not None and (len(told) != 1 or not any(word in told[0] for word in words.split("|"))):
             return f"rank {rank} did not say {words!r} in one line: {told}"
     return None
@@ -51,7 +51,7 @@ def _alone(fault: Fault) -> bool:
     return fault.place == "start" and fault.count < JOINED
 
 
-def last_line(life: Life) -> str:
+def last_line(attempt: Attempt) -> str:
     """The last thing that any rank said."""
-    lines = [line.strip() for text in life.lines for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for text in attempt.lines for line in text.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "(no output)"

@@ -37,7 +37,7 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
 )
 BALLAST = "ballast"
 GO = "go"
-"""The file for which ``waits`` waits, in the life's folder."""
+"""The file for which ``waits`` waits, in the attempt's folder."""
 _SHORTEST_WRITE = 512
 
 

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Literal
 
 import ds_optim
-from ds_optim.chaos.lane import Lives, Outcome
+from ds_optim.chaos.killed_run import Attempts, Outcome
 from ds_optim.chaos.terminal import Command, Done, Signalled, line_count
 from ds_optim.job.exits import END_NAME, FINISHED, PREEMPTED
 from ds_optim.job.run_log import LOG_NAME
@@ -70,7 +70,7 @@ LAUNCHERS = (
 
 
 class Launched:
-    """One run under one launcher: its lives, each told to end at a random time, and the one that nobody disturbs."""
+    """One run under one launcher: its attempts, each told to end at a random time, and the one that nobody disturbs."""
 
     def __init__(self, launcher: Launcher, folder: Path, model: Path, times: int, random: Random) -> None:
         self._launcher = launcher
@@ -80,8 +80,8 @@ class Launched:
         self._random = random
         self._out = folder / "out"
 
-    def lives(self, tell: Callable[[Outcome], None]) -> Lives:
-        """All lives; each must end with 75 and everything saved, and the losses be those of the undisturbed run."""
+    def attempts(self, tell: Callable[[Outcome], None]) -> Attempts:
+        """All attempts; each must end with 75 and everything saved, and the losses be those of the undisturbed run."""
         alone = self._folder / "alone"
         undisturbed: Done = yield self._start(alone, None, 0.0)
         if undisturbed.status != FINISHED:
@@ -100,8 +100,8 @@ class Launched:
                 shutil.rmtree(self._out, ignore_errors=True)  # the next one has all its steps before it again
         last: Done = yield self._start(self._out, None, 0.0)
         if last.status != FINISHED or losses_of(self._out) != reference:
-            wrong = f"the last life ended with {last.status}, or with other losses: {last.text[-300:]}"
-            tell(Outcome(fault="none", where=f"{self._launcher.name}, the last life", wrong=wrong))
+            wrong = f"the last attempt ended with {last.status}, or with other losses: {last.text[-300:]}"
+            tell(Outcome(fault="none", where=f"{self._launcher.name}, the last attempt", wrong=wrong))
 
     def _start(self, out: Path, told: Signalled | None, after_s: float, *, trained: bool = False) -> Command:
         resume = any((out / FOLDER).glob(f"step-*/{manifest.NAME}"))
@@ -109,7 +109,7 @@ class Launched:
         return Command(command, self._folder, out / LOG_NAME, told, after_s, trained=trained)
 
     def _wrong(self, done: Done, told: Signalled, before: str | None, reference: dict[int, Any]) -> str | None:
-        """What is not as promised of a life that was told to end."""
+        """What is not as promised of an attempt that was told to end."""
         end = json.loads(end_of(self._out) or "{}")
         step = end.get("step", 0)
         if done.status == FINISHED:

@@ -1,4 +1,4 @@
-"""Starting the ranks of a life and waiting for them to end by themselves, within a bound."""
+"""Starting the ranks of an attempt and waiting for them to end by themselves, within a bound."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ds_optim.chaos.faults import Fault
-from ds_optim.chaos.worker import LIFE_FILE, work
+from ds_optim.chaos.worker import ATTEMPT_FILE, work
 from ds_optim.machine.child import LOG_FILE
 from ds_optim.machine.forked import ForkedRanks
 
 RANKS = 2
-LIFE_S = 180.0
-"""A life without a fault, or before its fault fires, may take so long; a hang of it is a failure of the run."""
+ATTEMPT_S = 180.0
+"""An attempt without a fault, or before its fault fires, may take so long; a hang of it is a failure of the run."""
 
 
 @dataclass
-class Life:
-    """What was seen of one life of a run, from outside and by its ranks.
+class Attempt:
+    """What was seen of one attempt of a run, from outside and by its ranks.
 
     ``hung``: ranks that had to be killed. ``end_s``: seconds from the fault to the end of the last rank, stopped ones
     left aside. ``losses``: of each rank by step, as hexadecimal floats. ``lines``: what the ranks said, by rank.
@@ -38,11 +38,11 @@ class Life:
 
     @property
     def reached(self) -> int:
-        """The last step that every trace of this life knows."""
+        """The last step that every trace of this attempt knows."""
         return max([self.resumed or 0, *(step for losses in self.losses for step in losses)])
 
 
-class Living(Protocol):
+class Awaited(Protocol):
     """Processes that a story waits for: ``poll`` gives None until there is something to tell of them."""
 
     def poll(self) -> Any: ...
@@ -65,13 +65,13 @@ class ForkServer:
         bound_s: float = 0.0,
         join_s: float | None = None,
     ) -> Running:
-        """Begin a life in ``folder``; ranks that do not end within ``bound_s`` of the fault will be killed.
+        """Begin an attempt in ``folder``; ranks that do not end within ``bound_s`` of the fault will be killed.
 
         ``join_s``: how long they may take to join, where that is not the usual.
         """
         folder.mkdir(parents=True)
         record = {"settings": settings, "fault": None if fault is None else asdict(fault)}
-        (folder / LIFE_FILE).write_text(json.dumps(record, default=str), encoding="utf-8")
+        (folder / ATTEMPT_FILE).write_text(json.dumps(record, default=str), encoding="utf-8")
         joins = {} if join_s is None else {"DS_OPTIM_JOIN_TIMEOUT": f"{join_s:g}"}
         processes = self._ranks.start(work, lambda rank: (str(folder), joins))
         stopped = {fault.rank} if fault is not None and fault.kind == "SIGSTOP" else set()
@@ -79,7 +79,7 @@ class ForkServer:
 
 
 class Running:
-    """A life under way; everything about processes happens in the thread that calls ``poll``."""
+    """An attempt under way; everything about processes happens in the thread that calls ``poll``."""
 
     def __init__(self, folder: Path, processes: list[BaseProcess], stopped: set[int], bound_s: float) -> None:
         self._folder = folder
@@ -87,11 +87,11 @@ class Running:
         self._stopped = stopped
         self._bound_s = bound_s
         self._ended: dict[int, float] = {}
-        self._deadline = time.time() + LIFE_S
+        self._deadline = time.time() + ATTEMPT_S
         self._fired = False
 
-    def poll(self) -> Life | None:
-        """The life, once all its ranks ended or their time is up; None before."""
+    def poll(self) -> Attempt | None:
+        """The attempt, once all its ranks ended or their time is up; None before."""
         for rank, process in enumerate(self._processes):
             if rank not in self._ended and not process.is_alive():
                 self._ended[rank] = time.time()
@@ -100,12 +100,12 @@ class Running:
         if len(self._ended.keys() | self._stopped) < len(self._processes) and time.time() < self._deadline:
             return None
         self.end()
-        life = Life(hung=[rank for rank in range(RANKS) if rank not in self._ended and rank not in self._stopped])
-        life.statuses = [int(process.exitcode or 0) for process in self._processes]
-        fired = _read(life, self._folder)
+        attempt = Attempt(hung=[rank for rank in range(RANKS) if rank not in self._ended and rank not in self._stopped])
+        attempt.statuses = [int(process.exitcode or 0) for process in self._processes]
+        fired = _read(attempt, self._folder)
         if fired is not None:
-            life.fired, life.end_s = True, max([0.0, *(when - fired for when in self._ended.values())])
-        return life
+            attempt.fired, attempt.end_s = True, max([0.0, *(when - fired for when in self._ended.values())])
+        return attempt
 
     def has_fired(self) -> bool:
         """Whether the fault was seen to fire."""
@@ -119,7 +119,7 @@ class Running:
             process.join()
 
 
-def _read(life: Life, folder: Path) -> float | None:
+def _read(attempt: Attempt, folder: Path) -> float | None:
     """Fill in what the ranks wrote down; when the fault fired."""
     fired = None
     for rank in range(RANKS):
@@ -130,12 +130,12 @@ def _read(life: Life, folder: Path) -> float | None:
             if word == "loss":
                 losses[int(rest[0])] = rest[1]
             elif word == "sealed" and rank == 0:
-                life.sealed.append(int(rest[0]))
+                attempt.sealed.append(int(rest[0]))
             elif word == "resumed":
-                life.resumed = int(rest[0])
+                attempt.resumed = int(rest[0])
             elif word == "fired":
                 fired = float(rest[0])
-        life.losses.append(losses)
+        attempt.losses.append(losses)
         log = folder / LOG_FILE.format(rank=rank)
-        life.lines.append(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "")
+        attempt.lines.append(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "")
     return fired

@@ -1,9 +1,10 @@
 """``ds-optim chaos``: runs that are killed at random points, and whether anything was lost that was promised.
 
 A few small runs of two ranks each, with different optimizers and ZeRO stages, go side by side. Each is one training
-from its first step to its last, whose life is ended again and again by a seeded random fault; between lives files of
-its newest checkpoint, and beside it, are damaged. Every loss of every life must be, bit for bit, that of the same run
-left in peace. Then come stories of two runs in one folder and of a full disk, and runs under launchers.
+from its first step to its last, of which each attempt is ended again and again by a seeded random fault; between
+attempts files of its newest checkpoint, and beside it, are damaged. Every loss of every attempt must be, bit for bit,
+that of the same run left in peace. Then come stories of two runs in one folder and of a full disk, and runs under
+launchers.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from random import Random
 from typing import Any
 
 from ds_optim.chaos.disk import FULL_FROM, NoFileSystem, fill_disk
-from ds_optim.chaos.lane import Lane, Lives, Outcome
+from ds_optim.chaos.killed_run import Attempts, KilledRun, Outcome
 from ds_optim.chaos.launchers import LAUNCHERS, Launched
 from ds_optim.chaos.pairs import come_apart, two_runs
 from ds_optim.chaos.ranks import ForkServer
 from ds_optim.optimizers.alike import EVERY
 
 _FP32 = {"polar": {"steps": 3, "dtype": "float32"}}
-#: Of every lane: optimizer, stage and dtype.
-LANES: tuple[dict[str, Any], ...] = (
+#: Of every run: optimizer, stage and dtype.
+SETTINGS: tuple[dict[str, Any], ...] = (
     {"optimizer": "lion_muon", "optimizer_params": {"lr": 1e-2, "period": 2, **_FP32}, "stage": 3, "dtype": "fp32"},
     {"optimizer": "muon", "optimizer_params": {"lr": 1e-2, **_FP32}, "stage": 2, "dtype": "bf16"},
     {"optimizer": "sto_sign_sgd", "optimizer_params": {"lr": 1e-3}, "stage": 1, "dtype": "fp32"},
@@ -36,11 +37,11 @@ _SMALL = {"seq_len": 16, "micro_batch": 2, "eval_batches": 1, "tuned": False}
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosSettings:
-    """``kills`` random faults in all, dealt to ``lanes`` runs side by side."""
+    """``kills`` random faults in all, dealt to ``runs`` runs side by side."""
 
     kills: int = 100
     seed: int = 0
-    lanes: int = 3
+    runs: int = 3
     folder: Path | None = None
 
     @property
@@ -60,8 +61,8 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
     with tempfile.TemporaryDirectory(prefix="ds_optim-chaos-", dir=settings.folder) as name:
         folder = Path(name)
         server, model = ForkServer(), write_model(folder / "model")
-        side_by_side(_lanes(settings, server, folder, model, note))
-        small = {**_SMALL, **LANES[0], "model": str(model)}
+        side_by_side(_killed_runs(settings, server, folder, model, note))
+        small = {**_SMALL, **SETTINGS[0], "model": str(model)}
         side_by_side([two_runs(server, folder / "two", small, note)])
         if settings.launches:  # it takes a hundred steps: too long for a few faults
             side_by_side([come_apart(server, folder / "apart", small, EVERY, note)])
@@ -70,21 +71,21 @@ def run_chaos(settings: ChaosSettings, tell: Callable[[str], None]) -> list[Outc
         except NoFileSystem as reason:
             tell(f"disk full: skipped, {reason}")
         for launched in _launched(settings, folder, model, tell):
-            side_by_side([launched.lives(note)])
+            side_by_side([launched.attempts(note)])
     return outcomes
 
 
-def _lanes(
+def _killed_runs(
     settings: ChaosSettings, server: ForkServer, folder: Path, model: Path, note: Callable[[Outcome], None]
-) -> list[Lives]:
+) -> list[Attempts]:
     """The runs whose ranks are forked here, with their share of the faults."""
     runs = []
     kills = settings.kills - settings.launches
-    for number in range(settings.lanes):
-        share = kills // settings.lanes + (number < kills % settings.lanes)
-        chosen = {**_SMALL, **LANES[number % len(LANES)], "model": str(model)}
+    for number in range(settings.runs):
+        share = kills // settings.runs + (number < kills % settings.runs)
+        chosen = {**_SMALL, **SETTINGS[number % len(SETTINGS)], "model": str(model)}
         random = Random(f"{settings.seed} {number}")
-        runs.append(Lane(server, folder / f"lane{number}", chosen, share, random).run(note))
+        runs.append(KilledRun(server, folder / f"run{number}", chosen, share, random).run(note))
     return runs
 
 
@@ -105,17 +106,17 @@ def _launched(settings: ChaosSettings, folder: Path, model: Path, tell: Callable
     return runs
 
 
-def side_by_side(runs: list[Lives]) -> None:
-    """Let several runs live at once, each its next life when its last one ended."""
+def side_by_side(runs: list[Attempts]) -> None:
+    """Let several runs live at once, each its next attempt when its last one ended."""
     under_way = {run: next(run) for run in runs}
     try:
         while under_way:
             for run, running in list(under_way.items()):
-                life = running.poll()
-                if life is None:
+                attempt = running.poll()
+                if attempt is None:
                     continue
                 try:
-                    under_way[run] = run.send(life)
+                    under_way[run] = run.send(attempt)
                 except StopIteration:
                     del under_way[run]
             time.sleep(_POLL_S)

@@ -22,7 +22,7 @@ import psutil
 Signalled = Literal["SIGTERM", "SIGUSR1", "SIGHUP", "Ctrl-C"]
 
 _VARIABLE = "DS_OPTIM_CHAOS"
-_LIFE_S = 300.0
+_ATTEMPT_S = 300.0
 _BOUND_S = 60.0
 _SETTLE_S = 5.0
 
@@ -42,7 +42,7 @@ class Done:
     told_s: float | None = None
     told_lines: int = 0
     end_s: float = 0.0
-    first_step_s: float = _LIFE_S
+    first_step_s: float = _ATTEMPT_S
     left: list[int] = field(default_factory=list)
 
     def is_dead_of(self, told: Signalled) -> bool:
@@ -87,14 +87,14 @@ class Command:
         """What became of it, once it ended; None before."""
         self._read()
         done, now = self._done, time.monotonic() - self._begin
-        if done.first_step_s == _LIFE_S and self._log.exists() and self._log.stat().st_size > self._size:
+        if done.first_step_s == _ATTEMPT_S and self._log.exists() and self._log.stat().st_size > self._size:
             done.first_step_s = now
         begun = done.first_step_s if self._trained else 0.0
         status = self._process.poll()
         if status is None and self._told is not None and done.told_s is None and now >= begun + self._after_s:
             done.told_s, done.told_lines = now, line_count(self._log)
             self._tell()
-        late = now > _LIFE_S if done.told_s is None else now > done.told_s + _BOUND_S
+        late = now > _ATTEMPT_S if done.told_s is None else now > done.told_s + _BOUND_S
         if status is None and not late:
             return None
         if done.told_s is not None:
@@ -112,7 +112,7 @@ class Command:
             return
         if self._process.poll() is None:
             self._process.kill()
-        for process in self._living():
+        for process in self._alive():
             with suppress(psutil.Error):
                 process.kill()
         self._process.wait()
@@ -137,11 +137,11 @@ class Command:
     def _left(self) -> list[int]:
         """Ranks, and what started them, that are there in a moment still."""
         deadline = time.monotonic() + _SETTLE_S
-        while (living := self._living()) and time.monotonic() < deadline:
+        while (alive := self._alive()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return [process.pid for process in living]
+        return [process.pid for process in alive]
 
-    def _living(self) -> list[psutil.Process]:
+    def _alive(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):

@@ -1,4 +1,4 @@
-"""One rank of one life of a chaos run: it trains until it ends, or until its fault ends it."""
+"""One rank of one attempt of a chaos run: it trains until it ends, or until its fault ends it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ds_optim.machine.child import LOG_FILE, begin, leave
 
-LIFE_FILE = "life.json"
+ATTEMPT_FILE = "attempt.json"
 
 
 def work(environment: Mapping[str, str], folder: str, besides: Mapping[str, str]) -> None:
-    """The life of a forked rank; it exits with what ``ds-optim train`` would."""
+    """The attempt of a forked rank; it exits with what ``ds-optim train`` would."""
     begin({**environment, **besides}, Path(folder) / LOG_FILE.format(rank=environment["RANK"]))
     leave(_run_rank(Path(folder), int(environment["RANK"])))
 
@@ -30,9 +30,9 @@ def _run_rank(folder: Path, rank: int) -> int:
     from ds_optim.train.loop import train
 
     torch.set_num_threads(1)
-    life = json.loads((folder / LIFE_FILE).read_text(encoding="utf-8"))
-    settings = TrainSettings(**life["settings"])
-    fault = None if life["fault"] is None else Fault(**life["fault"])
+    attempt = json.loads((folder / ATTEMPT_FILE).read_text(encoding="utf-8"))
+    settings = TrainSettings(**attempt["settings"])
+    fault = None if attempt["fault"] is None else Fault(**attempt["fault"])
     saboteur = Saboteur(folder, settings.out, rank, fault)
     strikes = saboteur.fault is not None and saboteur.fault.place == "start" and saboteur.fault.kind != "differs"
     point = START_POINTS[saboteur.fault.count] if strikes and saboteur.fault is not None else None

@@ -15,7 +15,7 @@ from ds_optim.errors import UserError
 def chaos(
     kills: Annotated[int, typer.Option(min=1, help="Random faults in all.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the faults: where, when and which.")] = 0,
-    lanes: Annotated[int, typer.Option(min=1, help="Runs side by side, of two ranks each.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Runs side by side, of two ranks each.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where the runs live meanwhile. [the system's]")] = None,
 ) -> int:
     """Kill small runs at random points and damage their files; exit 1 if anything promised was lost.
@@ -28,7 +28,7 @@ def chaos(
 
     if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--folder {str(folder)!r} is no folder that can be written to: make it first")
-    settings = ChaosSettings(kills=kills, seed=seed, lanes=min(lanes, kills), folder=folder)
+    settings = ChaosSettings(kills=kills, seed=seed, runs=min(runs, kills), folder=folder)
     outcomes = run_chaos(settings, lambda line: print(line, file=sys.stderr, flush=True))
     print_rows(f"{kills} random kill points, seed {seed}", table_of(outcomes))
     return int(any(outcome.wrong is not None for outcome in outcomes))

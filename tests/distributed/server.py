@@ -16,13 +16,19 @@ WARM_UP_SECONDS = 600.0
 
 
 @cache
-def warm_up(gpus: int) -> None:
-    """Start the fork server and wait until its imports are done (once per session)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preload", "pytest"])
+def start(gpus: int) -> None:
+    """Start the fork server and do not wait for its imports (once per session, before anything else starts one: a
+    process has one server, and one without these imports would have every rank do them)."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([f"{__package__}.preload", "pytest"])
     with _server_environment(gpus):
         forkserver.ensure_running()
-    process = context.Process(target=_nothing)
+
+
+@cache
+def warm_up(gpus: int) -> None:
+    """Start the fork server and wait until its imports are done (once per session)."""
+    start(gpus)
+    process = multiprocessing.get_context("forkserver").Process(target=_nothing)
     process.start()
     process.join(WARM_UP_SECONDS)
     if process.is_alive():

@@ -201,7 +201,7 @@ def test_chaos_finds_nothing_lost(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert sum("as promised" in line for line in lines) >= 11
-    for fault in ("SIGKILL in start", "SIGKILL in save", ": file ", "a second run in the folder of one that lives"):
+    for fault in ("SIGKILL in start", "SIGKILL in save", ": file ", "a second run in the folder of one that runs"):
         assert any(fault in line for line in lines), done.stderr
     assert any("disk full in the first save" in line or "disk full: skipped" in line for line in lines)
     assert not list(tmp_path.iterdir())

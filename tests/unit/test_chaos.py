@@ -11,7 +11,7 @@ from benchmarks.soak import Look, grown
 from ds_optim.chaos.damage import BY_FILES, NEXT, WHOLE, Damage, all_damages, contents, do_damage
 from ds_optim.chaos.endings import ending_fault
 from ds_optim.chaos.faults import Fault
-from ds_optim.chaos.ranks import Life
+from ds_optim.chaos.ranks import Attempt
 from ds_optim.job.exits import PREEMPTED, RANK_LOST
 
 
@@ -48,18 +48,18 @@ def test_every_file_by_a_checkpoint_is_damaged_in_every_way_but_a_lock_that_is_a
 
 
 def test_ends_are_told_apart() -> None:
-    def life(statuses: list[int], told: str) -> Life:
-        return Life(statuses=statuses, fired=True, lines=[f"ds-optim: error: {told}" if told else "", ""])
+    def attempt(statuses: list[int], told: str) -> Attempt:
+        return Attempt(statuses=statuses, fired=True, lines=[f"ds-optim: error: {told}" if told else "", ""])
 
     killed = Fault(kind="SIGKILL", place="start", rank=1, step=4, count=3)
-    assert ending_fault(life([RANK_LOST, -9], "rank 1 died"), killed) is None
-    assert "did not say 'rank 1 '" in str(ending_fault(life([RANK_LOST, -9], "rank 2 died"), killed))
-    assert "[1, -9], not [69, -9]" in str(ending_fault(life([1, -9], "rank 1 died"), killed))
+    assert ending_fault(attempt([RANK_LOST, -9], "rank 1 died"), killed) is None
+    assert "did not say 'rank 1 '" in str(ending_fault(attempt([RANK_LOST, -9], "rank 2 died"), killed))
+    assert "[1, -9], not [69, -9]" in str(ending_fault(attempt([1, -9], "rank 1 died"), killed))
     alone = Fault(kind="SIGTERM", place="start", rank=1, step=4, count=0)
-    assert ending_fault(life([RANK_LOST, PREEMPTED], "waited 10 s for rank 1 to join"), alone) is None
+    assert ending_fault(attempt([RANK_LOST, PREEMPTED], "waited 10 s for rank 1 to join"), alone) is None
     together = Fault(kind="SIGTERM", place="start", rank=1, step=4, count=4)
-    assert ending_fault(life([PREEMPTED, PREEMPTED], ""), together) is None
-    assert ending_fault(Life(statuses=[PREEMPTED, PREEMPTED], lines=["", ""]), together) is not None
+    assert ending_fault(attempt([PREEMPTED, PREEMPTED], ""), together) is None
+    assert ending_fault(Attempt(statuses=[PREEMPTED, PREEMPTED], lines=["", ""]), together) is not None
 
 
 def test_growth_is_told_from_the_first_fifth_on() -> None:

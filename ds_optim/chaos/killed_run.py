@@ -1,4 +1,4 @@
-"""One run that is killed again and again, and what must be true after each of its lives."""
+"""One run that is killed again and again, and what must be true after each of its attempts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ds_optim.chaos.damage import Damage, all_damages, contents, do_damage
 from ds_optim.chaos.endings import ending_fault, last_line
 from ds_optim.chaos.faults import DIFFERENCES, SAVE_POINTS, Fault, Kind, Place
-from ds_optim.chaos.ranks import RANKS, ForkServer, Life, Living, Running
+from ds_optim.chaos.ranks import RANKS, Attempt, Awaited, ForkServer, Running
 from ds_optim.chaos.start import JOINED, START_POINTS
 from ds_optim.job.run_log import LOG_NAME
 from ds_optim.survival import manifest
@@ -24,17 +24,17 @@ KEEP = 3
 LEAD = 7
 """Steps before the first fault: a run without three checkpoints has nothing to lose."""
 REACH = 5
-"""A fault comes at most so many steps after a life began."""
+"""A fault comes at most so many steps after an attempt began."""
 HANG_S = 6.0
 KILL_BOUND_S = 30.0
 HANG_BOUND_S = HANG_S + 30.0
 AT_START = 0.2
-"""Of the faults, how many come before the first step of a life."""
+"""Of the faults, how many come before the first step of an attempt."""
 JOIN_S = 10.0
 """How long ranks wait for one that does not join, where one is lost before."""
 
-#: Yields a life that was started, and is sent it back when it ended.
-Lives = Generator[Living, Any, None]
+#: Yields an attempt that was started, and is sent it back when it ended.
+Attempts = Generator[Awaited, Any, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Outcome:
     bound_s: float = 0.0
 
 
-class Lane:
+class KilledRun:
     """A run of one model and optimizer, its faults, and the uninterrupted run that it must equal bit for bit."""
 
     def __init__(self, server: ForkServer, folder: Path, settings: dict[str, Any], kills: int, random: Random) -> None:
@@ -67,8 +67,8 @@ class Lane:
         self._reference: list[dict[int, str]] = []
         self._number = 0
 
-    def run(self, tell: Callable[[Outcome], None]) -> Lives:
-        """All lives, each told when it is known what the next one made of it."""
+    def run(self, tell: Callable[[Outcome], None]) -> Attempts:
+        """All attempts, each told when it is known what the next one made of it."""
         alone = {**self._settings, "out": self._folder / "reference", "save_every": 0, "keep": 0}
         plain = yield self._server.start(self._folder / "uninterrupted", alone, None)
         if plain.statuses != [0] * RANKS:
@@ -80,15 +80,15 @@ class Lane:
             complete = self._newest()
             fault = draw_fault(self._random, complete) if number < self._kills else None
             if fault is not None and fault.place == "start":
-                # It makes no step, so that the next life tells what both faults cost.
+                # It makes no step, so that the next attempt tells what both faults cost.
                 begun = yield self._start(fault)
                 tell(self._at_start(begun, fault, complete))
                 continue
             damage = self._damage() if 0 < number < self._kills and self._due(number) else None
             due = self._newest()
-            life = yield self._start(fault)
-            arrival = self._arrival(life, due, damage)
-            resumed = life.resumed or 0
+            attempt = yield self._start(fault)
+            arrival = self._arrival(attempt, due, damage)
+            resumed = attempt.resumed or 0
             if pending is not None:
                 # Where a file was damaged after it, the fault itself lost what came after the newest checkpoint.
                 lost = reached - (resumed if damage is None else complete)
@@ -96,10 +96,10 @@ class Lane:
             if damage is not None:
                 costs = {"lost": complete - resumed, "allowed": complete - due}
                 tell(Outcome(fault=f"file {damage.way}", where=damage.where, wrong=arrival, **costs))
-            pending = self._departure(life, fault)
-            reached = life.reached
-            if not set(life.sealed[-KEEP:]) <= set(self._whole()):
-                raise RuntimeError(f"of the checkpoints of steps {life.sealed}, {self._whole()} have a manifest")
+            pending = self._departure(attempt, fault)
+            reached = attempt.reached
+            if not set(attempt.sealed[-KEEP:]) <= set(self._whole()):
+                raise RuntimeError(f"of the checkpoints of steps {attempt.sealed}, {self._whole()} have a manifest")
         if pending is not None and pending.wrong is not None:
             tell(pending)
         shutil.rmtree(self._out)
@@ -115,11 +115,11 @@ class Lane:
             "hang_timeout": HANG_S if hanging else 120.0,
         }
         joins = fault is None or fault.place != "start" or fault.count >= JOINED
-        folder = self._folder / f"life{self._number}"
+        folder = self._folder / f"attempt{self._number}"
         return self._server.start(folder, settings, fault, _bound(fault), join_s=None if joins else JOIN_S)
 
     def _due(self, number: int) -> bool:
-        """Whether a file is to be damaged before this life: before every other one, or more often to get through."""
+        """Whether a file is to be damaged before this attempt: before every other one, or more often to get through."""
         left = len(self._damages) if self._damages is not None else 0
         return number % 2 == 1 or 2 * left > self._kills - number
 
@@ -156,38 +156,38 @@ class Lane:
     def _newest(self) -> int:
         return max(self._whole(), default=0)
 
-    def _arrival(self, life: Life, due: int, damage: Damage | None) -> str | None:
-        """What is wrong with how a life began and went on: where it resumed, and every loss of it on every rank."""
-        if life.resumed is None:
-            return f"it did not start: {last_line(life)}"
-        if life.resumed < due:
-            return f"it went on from step {life.resumed}, step {due} was complete"
-        skipped = [line for line in life.lines[0].splitlines() if "skip" in line]
+    def _arrival(self, attempt: Attempt, due: int, damage: Damage | None) -> str | None:
+        """What is wrong with how an attempt began and went on: where it resumed, and every loss of it on every rank."""
+        if attempt.resumed is None:
+            return f"it did not start: {last_line(attempt)}"
+        if attempt.resumed < due:
+            return f"it went on from step {attempt.resumed}, step {due} was complete"
+        skipped = [line for line in attempt.lines[0].splitlines() if "skip" in line]
         if damage is not None and damage.is_within and not any(damage.name in line for line in skipped):
             return f"it did not say that {damage.name} was {damage.way}"
         if contents(self._outside) != self._kept_outside:
             return f"it wrote through a link: {damage}"
-        for rank, losses in enumerate(life.losses):
+        for rank, losses in enumerate(attempt.losses):
             for step, loss in losses.items():
                 if loss != self._reference[rank][step]:
                     return f"the loss of step {step} on rank {rank} is not that of the uninterrupted run"
         return None
 
-    def _at_start(self, life: Life, fault: Fault, complete: int) -> Outcome:
-        """What became of a life whose fault came before its first step."""
-        wrong = ending_fault(life, fault)
-        if wrong is None and (self._newest() != complete or any(life.losses)):
-            wrong = f"it left step {self._newest()} of {complete}, having made {life.losses}"
-        return _outcome(life, fault, wrong)
+    def _at_start(self, attempt: Attempt, fault: Fault, complete: int) -> Outcome:
+        """What became of an attempt whose fault came before its first step."""
+        wrong = ending_fault(attempt, fault)
+        if wrong is None and (self._newest() != complete or any(attempt.losses)):
+            wrong = f"it left step {self._newest()} of {complete}, having made {attempt.losses}"
+        return _outcome(attempt, fault, wrong)
 
-    def _departure(self, life: Life, fault: Fault | None) -> Outcome | None:
-        """How a life ended by its fault; None for the last one, which must end well."""
+    def _departure(self, attempt: Attempt, fault: Fault | None) -> Outcome | None:
+        """How an attempt ended by its fault; None for the last one, which must end well."""
         if fault is None:
-            if life.statuses == [0] * RANKS and self._same_end():
+            if attempt.statuses == [0] * RANKS and self._same_end():
                 return None
-            wrong: str | None = f"the last life did not end as the uninterrupted run: {last_line(life)}"
-            return Outcome(fault="none", where="the last life", wrong=wrong)
-        return _outcome(life, fault, ending_fault(life, fault))
+            wrong: str | None = f"the last attempt did not end as the uninterrupted run: {last_line(attempt)}"
+            return Outcome(fault="none", where="the last attempt", wrong=wrong)
+        return _outcome(attempt, fault, ending_fault(attempt, fault))
 
     def _same_end(self) -> bool:
         ends = [
@@ -209,13 +209,13 @@ def _bound(fault: Fault | None) -> float:
     return waits + (HANG_BOUND_S if fault.kind in ("hang", "SIGSTOP") else KILL_BOUND_S)
 
 
-def _outcome(life: Life, fault: Fault, wrong: str | None) -> Outcome:
-    return Outcome(fault=fault.kind, where=fault.where, wrong=wrong, end_s=life.end_s, bound_s=_bound(fault))
+def _outcome(attempt: Attempt, fault: Fault, wrong: str | None) -> Outcome:
+    return Outcome(fault=fault.kind, where=fault.where, wrong=wrong, end_s=attempt.end_s, bound_s=_bound(fault))
 
 
 def draw_fault(random: Random, newest: int) -> Fault:
-    """A random kill point in a life that goes on after the checkpoint of step ``newest``: at its start, or within the
-    ``REACH`` steps after it and the ``LEAD``."""
+    """A random kill point in an attempt that goes on after the checkpoint of step ``newest``: at its start, or within
+    the ``REACH`` steps after it and the ``LEAD``."""
     rank = random.randrange(RANKS)
     kinds: tuple[Kind, ...] = ("SIGKILL", "SIGTERM", "SIGUSR1", "hang", "SIGSTOP", "differs")
     kind = random.choices(kinds, (74, 8, 6, 4, 3, 5))[0]
