@@ -26,6 +26,7 @@ from ds_optim.cli.memory import memory, report
 from ds_optim.cli.reshard import reshard
 from ds_optim.cli.routes import routes
 from ds_optim.cli.simulate import simulate
+from ds_optim.cli.suggest import suggest
 from ds_optim.cli.train import train
 from ds_optim.errors import UserError
 from ds_optim.job.exits import RunStopped
@@ -52,6 +53,7 @@ COMMANDS = (
     memory,
     report,
     estimate,
+    suggest,
     routes,
     simulate,
     convert_config,

@@ -74,7 +74,7 @@ def _put_optimizer(changes: Changes, source: Source, name: str) -> None:
     params = {"lr": new_lr, "weight_decay": decay, **({} if source.same else ratio.params), **source.kept}
     changes.config.pop("optimizer", None)
     changes.config = {"optimizer": {"type": name, "params": params}, **changes.config}
-    changes.say("optimizer", f"{source.type or 'none, the trainer has one'} -> {name}", "as asked")
+    changes.say("optimizer", f"{source.type or 'none, the trainer has one'} -> {name}", "as chosen")
     if not source.same:
         why = ratio.why if source.ratio.lr in (1.0, None) or ratio.lr is None else f"{ratio.why}; {source.ratio.why}"
         rate = _told("lr", "learning_rate", source.lr, new_lr, ratio.lr)

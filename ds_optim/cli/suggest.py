@@ -1,0 +1,76 @@
+"""The command ``ds-optim suggest``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ds_optim.machine.kept_results import write_one
+
+
+def suggest(
+    source: Annotated[Path, typer.Option("--from", help="Your DeepSpeed JSON for AdamW.")],
+    model: Annotated[
+        str, typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a list of parameters.")
+    ],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the run.")],
+    gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB.")] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences a rank takes at once, where the JSON does not say.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")
+    ] = False,
+    lr: Annotated[float | None, typer.Option(help="AdamW's learning rate, where the JSON does not say.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay, likewise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the new JSON, in place of stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that says something else.")] = False,
+) -> int:
+    """Say which optimizer to take in AdamW's place, what it saves and why, and write the JSON for it.
+
+    ds-optim suggest --from ds.json --model meta-llama/Llama-3.1-8B --ranks 8 --gpu-memory 80GiB
+    """
+    import sys
+
+    from rich.console import Console
+
+    from ds_optim.memory.estimate_fit import parse_size
+    from ds_optim.memory.estimate_sources import load_shape
+    from ds_optim.memory.suggest import suggest as suggestion
+    from ds_optim.report.estimate_table import to_tables
+    from ds_optim.report.suggest import sentences
+    from ds_optim.zero.reading import load_config
+
+    found = suggestion(
+        load_config(source),
+        load_shape(model, None, seq_len),
+        ranks=ranks,
+        gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+    text = json.dumps(found.converted.config, indent=2) + "\n"
+    if out is not None:
+        write_one(out, text, "config", force=force)
+    # The JSON alone is what stdout is read for.
+    stream = sys.stderr if out is None else sys.stdout
+    console = Console(file=stream, width=None if stream.isatty() else 120)
+    for line in sentences(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for table in to_tables(found.rows, console.width):
+        console.print(table)
+    for line in found.converted.changes:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if found.converted.left:
+        names = ", ".join(found.converted.left)
+        console.print(f'"auto", which a trainer fills in: {names}', markup=False, highlight=False, soft_wrap=True)
+    if out is None:
+        typer.echo(text, nl=False)
+    return 0
