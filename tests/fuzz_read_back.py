@@ -32,9 +32,10 @@ from ds_optim.data.tokens import cached_bpe
 from ds_optim.errors import UserError
 from ds_optim.job.run_log import keep_until
 from ds_optim.machine import run_lock
-from ds_optim.report.compare import compare_summary, merge_repeats, table_spec
+from ds_optim.report.compare import compare_summary, table_spec
 from ds_optim.report.memory_csv import write_csv
 from ds_optim.report.merge import read_info
+from ds_optim.report.repeats import merge_repeats
 from ds_optim.report.schema import Row, RunInfo, read_rows, write_rows
 from ds_optim.report.table import build_table, to_markdown, to_rich
 from ds_optim.survival import checkpoint, manifest, resume

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
-from ds_optim.report.cells import BASELINE, merge_cells, peak_kinds, run_column, what_ran
-from ds_optim.report.plots import Bars, Curves, Plot
+from ds_optim.report.cells import BASELINE, peak_kinds, run_column, what_ran
+from ds_optim.report.compare_plots import compare_plots, title_of
 from ds_optim.report.render import Report, render
+from ds_optim.report.repeats import (
+    ENOUGH_ROUNDS,
+    OF_THIS_CELL,
+    ends,
+    loss_doubt,
+    losses_by_seed,
+    merge_repeats,
+    rounds,
+    time_doubt,
+)
 from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import Column, Table, TableSpec, build_table
 from ds_optim.report.units import MISSING, fixed, milliseconds, nats_more, significant, size, span
@@ -32,6 +41,8 @@ _COLUMNS = (
         compare=True,
         lower_is_better=None,
         change=nats_more,
+        detail=lambda row: span(*ends(losses_by_seed(row).values()), decimals=3),
+        doubt=loss_doubt,
     ),
     Column(title="lr, decay", value=lambda row: rates(row) or None),
     Column(
@@ -40,7 +51,7 @@ _COLUMNS = (
         text=milliseconds,
         compare=True,
         detail=lambda row: span(row.ms_low, row.ms_high),
-        spread=lambda row: (row.ms_low, row.ms_high),
+        doubt=time_doubt,
     ),
     Column(
         title="Tokens/s",
@@ -117,12 +128,24 @@ def compare_answers(rows: Sequence[Row]) -> list[str]:
             found += [f"{stage} against AdamW: {'; '.join(others)}."] if others else []
     if not found:
         return []
-    steps = {f"{row.steps:,}" for row in rows if row.steps is not None}
-    seeds = len({row.seed for row in rows})
+    return [*found, _how_far(rows)]
+
+
+def _how_far(rows: Sequence[Row]) -> str:
+    """What losses and times of so many seeds and rounds can tell."""
+    steps = sorted({f"{row.steps:,}" for row in rows if row.steps is not None})
+    seeds = max(len(losses_by_seed(row)) or 1 for row in rows)
     many = "one seed" if seeds == 1 else f"{seeds} seeds"
-    length = f", {' or '.join(sorted(steps))} steps" if steps else ""
-    found.append(f"Losses are of {many}{length}, each at its own learning rate: a smoke test, not a ranking.")
-    return found
+    length = f", {' or '.join(steps)} steps" if steps else ""
+    said = f"Losses are of {many}{length}, each at its own learning rate: a smoke test, not a ranking."
+    passes = max(rounds(row) for row in rows)
+    if passes < ENOUGH_ROUNDS:
+        times = "one pass" if passes == 1 else f"{passes} passes"
+        said += (
+            f" Times are of {times} over the cells, and a busy minute falls on some of them: all differences are "
+            f'"about"; --repeat {ENOUGH_ROUNDS} tells them from noise, with a seed a pass.'
+        )
+    return said
 
 
 def _by_group(rows: Sequence[Row], spec: TableSpec) -> dict[str, list[Row]]:
@@ -130,7 +153,7 @@ def _by_group(rows: Sequence[Row], spec: TableSpec) -> dict[str, list[Row]]:
     for row in rows:
         if row.status == "ok":
             groups.setdefault(spec.group(row), []).append(row)
-    return {_title(members[0].run, members[0].stage): members for members in groups.values()}
+    return {title_of(members[0].run, members[0].stage): members for members in groups.values()}
 
 
 def _against(row: Row, base: Row, spec: TableSpec) -> str:
@@ -141,9 +164,9 @@ def _against(row: Row, base: Row, spec: TableSpec) -> str:
         column = columns[title]
         value, reference = column.value(row), column.value(base)
         if isinstance(value, (int, float)) and isinstance(reference, (int, float)):
-            noise = column.is_noise(row, base)
-            change = column.change(value, reference)
-            found.append(f"{words} {'about ' if noise else ''}{change}{', within the spread' if noise else ''}")
+            doubt = "" if column.doubt is None else column.doubt(row, base)
+            why = f", {doubt}" if doubt in OF_THIS_CELL else ""
+            found.append(f"{words} {'about ' if doubt else ''}{column.change(value, reference)}{why}")
     return ", ".join(found)
 
 
@@ -172,60 +195,3 @@ def compare_summary(rows: Sequence[Row]) -> list[str]:
             " and optimizer state, as held before the optimizer's step. Both are the largest over the ranks."
         )
     return lines
-
-
-def compare_plots(rows: Sequence[Row]) -> list[Plot]:
-    """Loss curves, one plot a stage, then bars of time and memory."""
-    plots: list[Plot] = []
-    groups: dict[tuple[str, int | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.run, row.stage), []).append(row)
-    for number, ((run, stage), members) in enumerate(groups.items()):
-        trained = [row for row in members if row.status == "ok" and row.train_loss]
-        if not trained:
-            continue
-        entropy = trained[0].unigram_entropy
-        plots.append(
-            Curves(
-                name=f"loss_{number}_stage{stage}" if run else f"loss_stage{stage}",
-                title=f"Training loss, {_title(run, stage)}",
-                x_label="step",
-                y_label="loss, nats per token",
-                series={r.label: (range(1, len(r.train_loss) + 1), r.train_loss) for r in trained},
-                levels={} if entropy is None else {"unigram entropy": entropy},
-            )
-        )
-    for name, title, value, text in (
-        ("ms_per_step", "Time per step, median", lambda row: row.ms_per_step, milliseconds),
-        ("model_states", "Model states per rank", lambda row: row.model_state_bytes, size),
-        ("peak_memory", "Peak memory per rank", lambda row: row.peak_bytes, size),
-    ):
-        bars = {_title(*key): [(row.label, value(row)) for row in members] for key, members in groups.items()}
-        if any(v is not None for members in bars.values() for _, v in members):
-            plots.append(Bars(name=name, title=title, groups=bars, text=text))
-    return plots
-
-
-def _title(run: str, stage: int | None) -> str:
-    return f"ZeRO-{stage}, {run}" if run else f"ZeRO-{stage}"
-
-
-def merge_repeats(rows: Sequence[Row]) -> list[Row]:
-    """One row a cell: of its repeats the median time and tokens/s, least and most time as the spread.
-
-    The rest of a cell does not depend on the repeat (same seed, same data) and is taken from the first.
-    """
-    return merge_cells(rows, _merged)
-
-
-def _merged(repeats: Sequence[Row]) -> Row:
-    if len(repeats) == 1:
-        return repeats[0].model_copy()
-    times = [row.ms_per_step for row in repeats if row.ms_per_step is not None]
-    rates = [row.tokens_per_s for row in repeats if row.tokens_per_s is not None]
-    merged = repeats[0].model_copy(update={"extra": {**repeats[0].extra, "repeats": len(repeats)}})
-    if times:
-        merged.ms_per_step, merged.ms_low, merged.ms_high = median(times), min(times), max(times)
-    if rates:
-        merged.tokens_per_s = median(rates)
-    return merged

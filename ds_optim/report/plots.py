@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ds_optim.machine.files import drop_link
+from ds_optim.optimizers.registry import OPTIMIZERS, plain_name
 
 # Ink that no plot uses otherwise: in the SVG it is replaced by currentColor, so that axes and text follow the page.
 _INK = "#010203"
 PAPER_INK = "#24292f"
 _PALETTE = (
-    *("#7a8793", "#e07b39", "#3b82c4", "#2fa36b", "#a06cd5"),
-    *("#d9568c", "#a89b2d", "#2aa5b8", "#d64545", "#8c6239"),
+    *("#e07b39", "#3b82c4", "#2fa36b", "#a06cd5", "#d9568c"),
+    *("#a89b2d", "#2aa5b8", "#d64545", "#8c6239"),
 )
+_BASELINE = "#7a8793"
 _DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -48,7 +50,7 @@ class Curves:
     levels: Mapping[str, float]
 
     def figure(self, colours: Mapping[str, str], ink: str) -> Any:
-        figure, axes = new_figure(6.4, 3.6, ink)
+        figure, axes = new_figure(5.2, 3.3, ink)
         for index, (name, (x, y)) in enumerate(self.series.items()):
             axes.plot(x, y, label=name, color=colours.get(name), linewidth=1.8, linestyle=_DASHES[index % len(_DASHES)])
         for name, level in self.levels.items():
@@ -71,7 +73,8 @@ class Bars:
     """Horizontal bars in groups.
 
     ``groups`` maps a group's name to pairs of a label and a value, or the values of the parts that are stacked; None is
-    a failed cell. ``parts``: the colours of such parts, for which there is a legend.
+    a failed cell. ``parts``: the colours of such parts, for which there is a legend. ``spans``: by group and label the
+    least and the most that were measured, drawn as a line through the bar's end.
     """
 
     name: str
@@ -79,12 +82,14 @@ class Bars:
     groups: Mapping[str, Sequence[tuple[str, float | Mapping[str, float] | None]]]
     text: Callable[[float], str]
     parts: Mapping[str, str] = field(default_factory=dict)
+    spans: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
     def figure(self, colours: Mapping[str, str], ink: str) -> Any:
         groups = {name: [(label, _parts(label, value)) for label, value in bars] for name, bars in self.groups.items()}
         count = sum(map(len, groups.values()))
-        figure, axes = new_figure(6.4, (0.6 if self.parts else 0.2) + 0.25 * count + 0.36 * len(groups), ink)
-        longest = max((sum(parts.values()) for bars in groups.values() for _, parts in bars if parts), default=0) or 1.0
+        figure, axes = new_figure(5.2, (0.6 if self.parts else 0.2) + 0.25 * count + 0.36 * len(groups), ink)
+        lengths = [sum(parts.values()) for bars in groups.values() for _, parts in bars if parts]
+        longest = max([*lengths, *(high for _, high in self.spans.values())], default=0) or 1.0
         position, ticks = 0.0, []
         for name, bars in groups.items():
             axes.text(
@@ -98,6 +103,10 @@ class Bars:
                     axes.barh(position, length, left=end, height=0.72, color=colour, linewidth=0, label=part)
                     end += length
                 text = "failed" if parts is None else self.text(end)
+                if (name, label) in self.spans:
+                    low, high = self.spans[name, label]
+                    axes.plot([low, high], [position, position], color=ink, linewidth=1.2, alpha=0.7)
+                    end = max(end, high)
                 axes.text(end + 0.01 * longest, position, text, va="center", color=ink, fontsize=9)
                 ticks.append((position, label))
                 position += 1
@@ -142,8 +151,21 @@ def draw(plot: Plot, folder: Path, colours: Mapping[str, str]) -> DrawnPlot:
 
 
 def colour_map(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name, the same in every plot of a report."""
-    return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
+    """A colour for each name: grey for AdamW, and for each optimizer its own in every report, with any dtype.
+
+    Where two that a report shows have one colour, the later takes the next that is free.
+    """
+    order = {plain_name(optimizer): index for index, optimizer in enumerate(OPTIMIZERS)}
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        optimizer = plain_name(name.partition(",")[0])
+        if optimizer == "adamw":
+            found[name] = _BASELINE
+            continue
+        start = order.get(optimizer, len(order))
+        own = [_PALETTE[(start + step) % len(_PALETTE)] for step in range(len(_PALETTE))]
+        found[name] = next((colour for colour in own if colour not in found.values()), own[0])
+    return found
 
 
 def new_figure(width: float, height: float, ink: str, panels: int = 1, **options: Any) -> tuple[Any, Any]:

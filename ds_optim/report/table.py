@@ -29,8 +29,8 @@ class Column:
         lower_is_better: decides whether a change is marked better or worse; None marks neither.
         detail: a second, smaller line, such as a spread.
         change: of the value against the baseline's, in words, where that is not in percent.
-        spread: the least and the most that were measured: where the baseline's meets it, the change is "about" so
-            much, and no better or worse.
+        doubt: of a row and the baseline's, why their difference says nothing: the change is then "about" so much, and
+            no better or worse; empty where it says something.
     """
 
     title: str
@@ -40,16 +40,7 @@ class Column:
     lower_is_better: bool | None = True
     detail: Callable[[Row], str] | None = None
     change: Callable[[float, float], str] = percent_change
-    spread: Callable[[Row], tuple[float | None, float | None]] | None = None
-
-    def is_noise(self, row: Row, base: Row) -> bool:
-        """Whether the two spreads meet."""
-        if self.spread is None:
-            return False
-        (low, high), (base_low, base_high) = self.spread(row), self.spread(base)
-        if low is None or high is None or base_low is None or base_high is None:
-            return False
-        return low <= base_high and base_low <= high
+    doubt: Callable[[Row, Row], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +125,7 @@ def _cell(column: Column, row: Row, base: Row | None) -> Cell:
         return Cell(text=text, detail=detail)
     change = column.change(value, reference)
     verdict: Literal["better", "worse", ""] = ""
-    if column.is_noise(row, base):
+    if column.doubt is not None and column.doubt(row, base):
         change = f"about {change}" if change != MISSING else change
     elif column.lower_is_better is not None and change not in (MISSING, "0 %"):
         verdict = "better" if (value < reference) == column.lower_is_better else "worse"

@@ -23,9 +23,12 @@ def significant(value: float | None, digits: int = 3) -> str:
     return _minus(f"{value:,.{max(0, digits - 1 - magnitude)}f}")
 
 
-def span(low: float | None, high: float | None) -> str:
-    """From the least to the most; nothing where they were not measured."""
-    return "" if low is None or high is None else f"{significant(low)} to {significant(high)}"
+def span(low: float | None, high: float | None, decimals: int | None = None) -> str:
+    """From the least to the most, with so many decimals; nothing where they were not measured."""
+    if low is None or high is None:
+        return ""
+    ends = (significant(end) if decimals is None else fixed(end, decimals) for end in (low, high))
+    return " to ".join(ends)
 
 
 def fixed(value: float | None, decimals: int) -> str:

@@ -166,7 +166,7 @@ def _cell(settings: CompareSettings, optimizer: str, dtype: str, stage: int, rep
         "optimizer_params": params,
         "stage": stage,
         "dtype": settings.dtype,
-        "seed": settings.seed,
+        "seed": settings.seed + repeat,
         "out": folder,
     }
     for optional in ("data", "tokenizer", "seq_len", "micro_batch", "eval_batches"):

@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 
-from ds_optim.report.compare import compare_answers, merge_repeats, render_compare, terminal_table
+from ds_optim.report.compare import compare_answers, render_compare, terminal_table
 from ds_optim.report.machine import describe_machine
+from ds_optim.report.repeats import merge_repeats
 from ds_optim.report.schema import RESULTS, Row, RunInfo
 from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import milliseconds
@@ -72,6 +73,7 @@ def fill_row(row: Row, result: CellResult, cell: Cell) -> Row:
             "extra": {
                 **row.extra,
                 "timed_steps": len(times),
+                "tokens_per_step": tokens,
                 "skipped_steps": result.skipped_steps,
                 "sent_by_operator": ranks[0].sent_by_operator,
                 "sent_by_node": _by_node(ranks, result.nodes),
@@ -111,7 +113,7 @@ def _describe(settings: CompareSettings, cell: Cell) -> RunInfo:
         "Seed": str(settings.seed),
     }
     if settings.repeat > 1:
-        facts["Repeats"] = f"{settings.repeat} (median; the spread is the least and the most)"
+        facts["Repeats"] = f"{settings.repeat} passes over all cells, with seeds from {settings.seed} on"
     return RunInfo(
         title=f"Optimizers under DeepSpeed ZeRO: {settings.preset}, {settings.ranks} ranks, {settings.steps} steps",
         command=reproduce(settings),
@@ -120,7 +122,7 @@ def _describe(settings: CompareSettings, cell: Cell) -> RunInfo:
         settings=facts,
         notes=[
             "Time per step is the median over the steps after the third, each as its slowest rank took it; the small"
-            " figures are the quartiles.",
+            " figures are the quartiles; of repeats, the median of these medians, the least and the most.",
             "Bytes sent are counted at the collectives of steps 2 and 3, for algorithms that send no more than they"
             " must; peak memory is that of the same two steps.",
         ],

@@ -145,7 +145,7 @@ def _blank_row(cell: Cell, sweep: Sweep, outcome: CellOutcome) -> Row:
         stage=cell.stage,
         ranks=sweep.settings.ranks,
         dtype=sweep.settings.dtype,
-        seed=sweep.settings.seed,
+        seed=cell.train.seed,
         repeat=cell.repeat,
         reason=outcome.reason,
         notes=list(cell.notes),

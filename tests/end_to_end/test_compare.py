@@ -101,8 +101,9 @@ def test_cells_differ_in_optimizer_and_stage_alone(tmp_path: Path) -> None:
         ("lion", 1), ("deepspeed:Muon", 1), ("lion", 3), ("deepspeed:Muon", 3),
     ]  # fmt: skip
     assert len({cell.folder for cell in planned}) == 8
-    own = {"optimizer", "optimizer_params", "stage", "out", "deepspeed"}
+    own = {"optimizer", "optimizer_params", "stage", "out", "deepspeed", "seed"}
     assert len({cell.train.model_dump_json(exclude=own) for cell in planned}) == 1
+    assert [cell.train.seed for cell in planned] == 4 * [0] + 4 * [1], "a pass over all cells has one seed"
     assert planned[0].train.resolved_params()["lr"] == 1.0
     zero = [cell.train.deepspeed["zero_optimization"] for cell in planned[:4]]
     assert [z.get("reduce_scatter", True) for z in zero] == [True, True, True, False]
