@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import ds_optim
-from ds_optim.elementwise.gpu import launch
+from ds_optim.elementwise.gpu import kernels, launch
 from ds_optim.optimizers import base
 from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm, Pending
@@ -35,20 +35,23 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _NO_KERNEL = {
     "aten::empty.memory_format", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach",
     "aten::alias", "aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::resize_",
-    "aten::set_.source_Storage_storage_offset", "aten::is_same_size",
+    "aten::set_.source_Storage_storage_offset", "aten::is_same_size", "prim::device",
 }  # fmt: skip
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default}
 
 
 @dataclass
 class Counts:
-    """What happened: kernels by name, syncs and fp64 by line of the package, crossings by devices and line."""
+    """What happened: kernels by name, syncs and fp64 by line of the package, crossings by devices and line, slices by
+    rule.
+    """
 
     kernels: Counter[str] = field(default_factory=Counter)
     syncs: Counter[str] = field(default_factory=Counter)
     crossings: Counter[str] = field(default_factory=Counter)
     doubles: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
+    slices: Counter[str] = field(default_factory=Counter)
     live: int = 0
     peak: int = 0
 
@@ -212,11 +215,14 @@ def dry_cuda() -> Iterator[DryCuda]:
     """In it tensors are fake, and Triton's kernels are counted in place of being launched."""
     dry = DryCuda()
 
-    def launched(kernel: Any, tensors: Any, pointers: Any, numbers: Any, *, rounded: Any) -> bool:
-        if launch._slice(*tensors) is None or pointers[0] is None:
-            return False
-        dry.counts.kernels[f"triton::{kernel.fn.__name__}"] += 1
-        return True
+    def started(rule: Any, types: Any, jobs: Any, ends: Any, parts: Any, device: Any) -> None:
+        table = torch.empty(len(ends), kernels.WIDTH, dtype=torch.int64, device=device)
+        dry.crossed(CPU, table.device)
+        dry.counts.kernels["aten::copy_"] += 1
+        dry.counts.kernels[f"triton::{rule.name}"] += 1
+        dry.counts.slices[rule.name] += len(jobs)
+        if parts is not None:
+            dry.counts.kernels["triton::join_parts"] += 1
 
     def listed(tensor: Tensor) -> Any:
         if tensor.device.type == CUDA.type:
@@ -225,8 +231,8 @@ def dry_cuda() -> Iterator[DryCuda]:
 
     with (
         mock.patch.object(FakeTensor, "tolist", listed),
-        mock.patch.object(launch, "_launch", launched),
-        mock.patch.object(launch, "_is_aligned", return_value=True),
+        mock.patch.object(launch, "_start", started),
+        mock.patch.object(launch, "_address", return_value=0),
         dry,
         _Answers(dry),
     ):

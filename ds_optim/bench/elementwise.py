@@ -192,7 +192,7 @@ def no_compiled_path(device: torch.device) -> str | None:
     _choose(COMPILED)
     p, m, g = (torch.zeros(BLOCK, dtype=torch.float32, device=device) for _ in range(3))
     arguments = p, m, g, (*LION.direction, *LION.momentum), 0.0, 1.0
-    if native.sign_step(*arguments) or fused.step("sign_step", device, *arguments):
+    if native.sign_step(*arguments) or fused.step("sign_step", arguments[:3], arguments[3:]):
         return None
     missing = {"cpu": "no C compiler was found", "cuda": "Triton is missing, or cannot compile"}
     return missing.get(device.type, f"there are no compiled kernels for {device.type}")

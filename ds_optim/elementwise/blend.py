@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise import fused, native
-from ds_optim.elementwise.chunks import Scratch, chunks, spans
+from ds_optim.elementwise import fused, native, passes
+from ds_optim.elementwise.chunks import Scratch, chunks
 from ds_optim.elementwise.momentum import Flat, read_only
 
 
@@ -36,8 +36,7 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scra
     direction[1] * g. Roundings: see ``direction``, and one more where ``out`` has another dtype.
     """
     check_flat(g, out=out, m=m)
-    arguments = out, m, g, blend.weights
-    if native.blend_into(*arguments) or fused.step("blend_into", g.device, *arguments):
+    if native.blend_into(out, m, g, blend.weights) or fused.step("blend_into", (out, m, g), [blend.weights]):
         return
     with torch.no_grad(), (scratch or Scratch()).lend(g, 2) as buffers:
         for gradient, momentum, result, a, b in chunks(g, m, out, buffers=buffers):
@@ -47,6 +46,8 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, blend: Blend, scratch: Scra
 def direction_into(out: Tensor, m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> None:
     """Write the direction to ``out``, (n,) of any float dtype and device; nothing moves."""
     check_flat(g, out=out, m=m)
+    if fused.step("direction_into", (out, read_only(m), g), [blend.weights]):
+        return
     with torch.no_grad(), scratch.lend(g, 2) as buffers:
         for gradient, momentum, result, a, b in chunks(g, read_only(m), out, buffers=buffers):
             result.copy_(direction(momentum, gradient, blend, a, b))
@@ -55,15 +56,13 @@ def direction_into(out: Tensor, m: Flat, g: Flat, blend: Blend, scratch: Scratch
 def direction_squares(m: Flat, g: Flat, blend: Blend, scratch: Scratch) -> Tensor:
     """The sum of squares of the direction in fp64; nothing moves."""
     check_flat(g, m=m)
-    total = torch.zeros((), dtype=torch.float64, device=g.device)
-    with torch.no_grad():
-        for gradient, momentum, a, b, d in spans(g, read_only(m), scratch=scratch, narrow=2, wide=1):
-            found = native.rules.measure("direction_squares", (momentum, gradient), [blend.weights])
-            if found is None:
-                d.copy_(direction(momentum, gradient, blend, a, b))
-                found = d.mul_(d).sum()
-            total += found
-    return total
+
+    def eager(momentum: Tensor, gradient: Tensor, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        d.copy_(direction(momentum, gradient, blend, a, b))
+        return d.mul_(d).sum()
+
+    tensors = read_only(m), g
+    return passes.measure("direction_squares", tensors, [blend.weights], eager, scratch=scratch, narrow=2, wide=1)
 
 
 def advance(m: Tensor | None, g: Tensor, blend: Blend, a: Tensor, b: Tensor) -> Tensor:

@@ -9,16 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from ds_optim.elementwise.momentum import Flat
 
 logger = logging.getLogger("ds_optim")
 
 _DEVICE = "cuda"
+_LAUNCH = "ds_optim.elementwise.gpu.launch"
 _broken: list[str] = []
+_waiting: ContextVar[list[Any] | None] = ContextVar("slices that wait for one launch", default=None)
 
 
 def ready(device: torch.device) -> bool:
@@ -37,15 +46,42 @@ def wanted() -> bool:
     return True
 
 
-def step(name: str, device: torch.device, *arguments: object) -> bool:
-    """Take the step of this name of ``gpu.launch``, with tensors on ``device``.
+@contextmanager
+def together() -> Iterator[None]:
+    """Let the slices that are stepped or measured here wait, and go in one launch a rule and dtypes at the end.
+
+    They must be different slices, and nothing but these calls may touch them, or read what was measured, before that.
+    What would, in the midst of it, stands in a block of its own.
+    """
+    waiting: list[Any] = []
+    before = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(before)
+    if waiting:
+        import_module(_LAUNCH).launch(waiting)
+
+
+def step(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> bool:
+    """Take the step of this name of ``gpu.rules``, with its tensors and numbers in its order.
 
     False, and nothing touched, where Triton cannot be loaded or cannot compile it, or does not know these tensors.
     """
-    if not ready(device):
+    return _take(name, tensors, numbers) is True
+
+
+def measure(name: str, tensors: Sequence[Flat], numbers: Sequence[Any]) -> Tensor | None:
+    """As :func:`step`, for one that measures: its numbers in fp64, (columns,), or of one column (); None for False."""
+    found = _take(name, tensors, numbers)
+    return found if isinstance(found, Tensor) else None
+
+
+def _take(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> Any:
+    if not ready(next(tensor.device for tensor in tensors if tensor is not None)):
         return False
     try:
-        return bool(getattr(import_module("ds_optim.elementwise.gpu.launch"), name)(*arguments))
+        return import_module(_LAUNCH).take(name, tensors, numbers, _waiting.get())
     except Exception as problem:  # compilers fail in many ways, all before a kernel is launched
         if not _is_compilers(problem):
             raise

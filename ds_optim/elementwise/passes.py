@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import fused
 from ds_optim.elementwise.chunks import Scratch, spans
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.native import rules as native
@@ -39,6 +40,9 @@ def measure(
 
     narrow, wide: buffers that ``eager`` takes, as of :func:`chunks.spans`. join: "sum", "min", or of sizes "max".
     """
+    found = fused.measure(kernel, tensors, numbers)
+    if found is not None:
+        return found
     identity, joined = _JOIN[join]
     shape = (columns,) if columns > 1 else ()
     total = torch.full(shape, identity, dtype=torch.float64, device=tensors[0].device)
@@ -60,6 +64,8 @@ def step(
     wide: int = 0,
 ) -> None:
     """Move the tensors on, in place."""
+    if fused.step(kernel, tensors, numbers):
+        return
     with torch.no_grad():
         for row in spans(*tensors, scratch=scratch, narrow=narrow, wide=wide):
             if not native.step(kernel, row[: len(tensors)], numbers):

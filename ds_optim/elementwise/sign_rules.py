@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise import passes
+from ds_optim.elementwise import fused, passes
 from ds_optim.elementwise.blend import Blend, advance, check_flat, direction, move_on
 from ds_optim.elementwise.chunks import Scratch, spans
 from ds_optim.elementwise.momentum import Flat, read_only
@@ -118,6 +118,8 @@ def stochastic_sign_step(
     bound: B; where it is 0, so is m, and nothing moves. noise: what n is a function of (``noise.uniform_noise``).
     """
     check_flat(p, m=m)
+    if fused.step("stochastic_sign_step", (p, read_only(m)), (bound, lr, 1 - lr * decay, noise)):
+        return
     with torch.no_grad():
         for weights, momentum, a in spans(p, read_only(m), scratch=scratch, narrow=1):
             if not native.step("stochastic_sign_step", (weights, momentum), (bound, lr, 1 - lr * decay, noise)):
@@ -140,6 +142,8 @@ def stochastic_element_step(
 ) -> None:
     """m moves on; B <- max(B, |m|), element by element; the step of :func:`stochastic_sign_step`. bounds: B, (n,)."""
     check_flat(p, m=m, bounds=bounds, g=g)
+    if fused.step("stochastic_element_step", (p, m, bounds, g), (blend.weights, lr, 1 - lr * decay, noise)):
+        return
     with torch.no_grad():
         for weights, momentum, limit, gradient, a in spans(p, m, bounds, g, scratch=scratch, narrow=1):
             numbers = blend.weights, lr, 1 - lr * decay, noise

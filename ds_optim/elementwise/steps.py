@@ -36,7 +36,7 @@ def sign_step(
     """
     check_flat(p, m=m, g=g)
     numbers = (*blend.direction, *blend.momentum), lr * scale, 1 - lr * decay
-    if native.sign_step(p, m, g, *numbers) or fused.step("sign_step", p.device, p, m, g, *numbers):
+    if native.sign_step(p, m, g, *numbers) or fused.step("sign_step", (p, m, g), numbers):
         return
     with torch.no_grad(), (scratch or Scratch()).lend(p, 2) as buffers:
         for weights, momentum, gradient, a, b in chunks(p, m, g, buffers=buffers):
@@ -69,7 +69,7 @@ def adamw_step(
     rate = lr / (1 - betas[0] ** step)
     correction = math.sqrt(1 - betas[1] ** step)
     numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, correction, rate, 1 - lr * decay)
-    if native.adamw_step(p, m, v, g, numbers) or fused.step("adamw_step", p.device, p, m, v, g, numbers):
+    if native.adamw_step(p, m, v, g, numbers) or fused.step("adamw_step", (p, m, v, g), [numbers]):
         return
     with torch.no_grad(), (scratch or Scratch()).lend(p, 2) as buffers:
         for weights, mean, square, gradient, a, b in chunks(p, m, v, g, buffers=buffers):
@@ -91,7 +91,7 @@ def apply_update(
     """
     check_flat(p, update=update)
     numbers = lr * scale, 1 - lr * decay
-    if native.apply_update(p, update, *numbers) or fused.step("apply_update", p.device, p, update, *numbers):
+    if native.apply_update(p, update, *numbers) or fused.step("apply_update", (p, read_only(update)), numbers):
         return
     with torch.no_grad(), (scratch or Scratch()).lend(p, 1) as buffers:
         for weights, change, a in chunks(p, read_only(update), buffers=buffers):

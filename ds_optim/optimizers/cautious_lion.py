@@ -40,7 +40,7 @@ def cautious_lion(group: Group, step: int) -> ParameterUpdate:
         )
 
     agreeing = Measure(op="sum", columns=1, partial=lambda p: [agreement(p.m, p.g, blend, p.scratch)])
-    return ParameterUpdate(measure=agreeing, decide=decide, apply=apply, decay=group["weight_decay"])
+    return ParameterUpdate(measure=agreeing, decide=decide, apply=apply, decay=group["weight_decay"], together=True)
 
 
 @register(

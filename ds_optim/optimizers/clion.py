@@ -32,7 +32,7 @@ def clion_tensor(group: Group, step: int) -> ParameterUpdate:
         step_with(piece.p, piece.m, piece.g, blend=blend, lr=chosen.lr, decay=decay, scratch=piece.scratch)
 
     least = Measure(op="min", columns=1, partial=lambda p: [smallest_nonzero(p.m, p.g, blend, p.scratch)])
-    return ParameterUpdate(measure=least, decide=decide, apply=apply, decay=decay)
+    return ParameterUpdate(measure=least, decide=decide, apply=apply, decay=decay, together=True)
 
 
 @rule("clion_coordinate", hyper=_HYPER)
@@ -48,7 +48,7 @@ def clion_coordinate(group: Group, step: int) -> ParameterUpdate:
     # The step needs no sum; what it did is counted for the diagnostics alone.
     counted = Measure(op="sum", columns=1, partial=lambda p: [count_from(p.m, p.g, blend, nu, p.scratch)])
     measure = counted if group.get("diagnostics") else None
-    return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay)
+    return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay, together=True)
 
 
 @register(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.steps import adamw_step, sign_step
 from ds_optim.optimizers.local import Local, flat
@@ -13,16 +14,17 @@ from ds_optim.optimizers.updates import AdamWUpdate, SignUpdate
 
 def step_elements(local: Local, update: SignUpdate | AdamWUpdate) -> None:
     """Step every tensor of a unit that has a gradient, in one pass over memory."""
-    if local.rounds or local.cautious_decay:
-        for held in local.slices():
-            for piece in map(local.piece, local.parts(held)):
-                with local.decaying(piece, update.lr):
-                    _step(local, update, piece.p, piece.momentum, piece.second, piece.g)
-        return
-    for p, g, state in zip(local.p, local.g, local.states, strict=True):
-        if g is not None:
-            m, v = (flat(state[key]) if key in state else None for key in (MOMENTUM, SECOND_MOMENT))
-            _step(local, update, p, m, v, g)
+    with together():
+        if local.rounds or local.cautious_decay:
+            for held in local.slices():
+                for piece in map(local.piece, local.parts(held)):
+                    with local.decaying(piece, update.lr):
+                        _step(local, update, piece.p, piece.momentum, piece.second, piece.g)
+            return
+        for p, g, state in zip(local.p, local.g, local.states, strict=True):
+            if g is not None:
+                m, v = (flat(state[key]) if key in state else None for key in (MOMENTUM, SECOND_MOMENT))
+                _step(local, update, p, m, v, g)
 
 
 def _step(local: Local, update: SignUpdate | AdamWUpdate, p: Flat, m: Flat | None, v: Tensor | None, g: Flat) -> None:

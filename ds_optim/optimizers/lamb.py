@@ -45,7 +45,7 @@ def lamb(group: Group, step: int) -> ParameterUpdate:
         )
 
     measure = Measure(op="sum", columns=2, partial=partial)
-    return ParameterUpdate(measure=measure, decide=decide, apply=apply)
+    return ParameterUpdate(measure=measure, decide=decide, apply=apply, together=True)
 
 
 @register(

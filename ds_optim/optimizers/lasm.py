@@ -58,7 +58,7 @@ def lasm(group: Group, step: int) -> ParameterUpdate:
         )
 
     surprise = Measure(op="sum", columns=1, partial=lambda p: [lasm_difference(p.m, p.g, p.scratch)])
-    return ParameterUpdate(measure=surprise, decide=decide, apply=apply, decay=group["weight_decay"])
+    return ParameterUpdate(measure=surprise, decide=decide, apply=apply, decay=group["weight_decay"], together=True)
 
 
 @rule("lasm_element", hyper=_HYPER, buffers=(replace(_MEAN, narrow=False), Buffer(SECOND_MOMENT, means=_SURPRISE)))
@@ -77,7 +77,7 @@ def lasm_element(group: Group, step: int) -> ParameterUpdate:
         )
 
     return ParameterUpdate(
-        decide=lambda spec, _, __: Decision(lr=group["lr"]), apply=apply, decay=group["weight_decay"]
+        decide=lambda spec, _, __: Decision(lr=group["lr"]), apply=apply, decay=group["weight_decay"], together=True
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.chunks import Scratch, chunk_elements
+from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.momentum import BLOCK, NARROW, WEIGHTS, Bfloat16, Flat, Int8, scales_numel
 from ds_optim.elementwise.noise import NoiseKey, stream_of
 from ds_optim.optimizers.rules import (
@@ -118,7 +119,8 @@ class Local:
         assert isinstance(weights, Tensor)
         with self.scratch.lend(weights, 2) as (old, moved):
             old.copy_(weights)
-            yield
+            with together():  # what others do in one launch is done here, before it is looked at
+                yield
             torch.sub(old, weights, out=moved).mul_(old).ge_(0)
             weights.sub_(old.mul_(lr * self.cautious_decay).mul_(moved))
 

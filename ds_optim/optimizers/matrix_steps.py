@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from ds_optim.elementwise.blend import Blend, blend_into, direction_into, direction_squares
+from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.sign_rules import move_momentum
 from ds_optim.elementwise.steps import apply_update, sign_step
 from ds_optim.matrix.shapes import smallest_gap
@@ -79,10 +80,14 @@ def step_by_shaped_gradients(local: Local, exchange: Exchange, update: MatrixSig
 
 def _step_raw(local: Local, update: MatrixUpdate) -> None:
     """Every gate is closed: nothing needs to travel."""
-    for held in local.slices():
-        for piece in map(local.piece, local.parts(held)):
+    with together():
+        for held in local.slices():
+            piece = local.piece(held)
             move_momentum(piece.m, piece.g, update.blend, local.scratch)
-            _apply_raw(local, piece, update)
+    with together():
+        for held in local.slices():
+            for piece in map(local.piece, local.parts(held)):
+                _apply_raw(local, piece, update)
 
 
 def _parts(local: Local, held: Slice, result: Tensor) -> Iterator[tuple[Piece, Tensor]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
+from ds_optim.elementwise import fused
 from ds_optim.optimizers.local import Local
 from ds_optim.optimizers.rules import Rule
 from ds_optim.optimizers.updates import Decision, Measure, ParameterUpdate
@@ -18,7 +20,8 @@ Decisions = Mapping[int, Decision]
 
 def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisions:
     """Measure, decide and step every parameter of a unit; the scalars that the rule keeps move on."""
-    rows = measured(local, update.measure) if update.measure else [[] for _ in local.unit.params]
+    alone = not update.together
+    rows = measured(local, update.measure, alone=alone) if update.measure else [[] for _ in local.unit.params]
     decisions: dict[int, Decision] = {}
     for param in local.params():
         spec, row = local.unit.params[param], rows[param]
@@ -28,16 +31,18 @@ def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisi
             scalar = decisions[param].scalar
             assert scalar is not None
             kept[spec.name] = scalar
-    for held in local.slices():
-        for piece in map(local.piece, local.parts(held)):
-            with local.decaying(piece, decisions[held.param].lr):
-                update.apply(piece, decisions[held.param])
+    with nullcontext() if alone else fused.together():
+        for held in local.slices():
+            for piece in map(local.piece, local.parts(held)):
+                with local.decaying(piece, decisions[held.param].lr):
+                    update.apply(piece, decisions[held.param])
     return decisions
 
 
-def measured(local: Local, measure: Measure) -> list[list[float]]:
+def measured(local: Local, measure: Measure, *, alone: bool = False) -> list[list[float]]:
     """The numbers of each parameter of the unit, joined over its slices on all ranks and rounded once.
 
+    alone: one slice is measured before the next is looked at.
     What tensor parallelism cut is joined over its shards; what each of its ranks holds whole is counted once.
     """
 
@@ -45,7 +50,9 @@ def measured(local: Local, measure: Measure) -> list[list[float]]:
         return () if held.tensor in local.absent else measure.partial(local.piece(held))
 
     device = local.comm.device(local.tensors[0].device)
-    totals = reduce_parameters(local.unit, local.comm, partial, columns=measure.columns, op=measure.op, device=device)
+    totals = reduce_parameters(
+        local.unit, local.comm, partial, columns=measure.columns, op=measure.op, device=device, together=not alone
+    )
     cut = [param for param, spec in enumerate(local.unit.params) if spec.shard is not None]
     if local.tensor is not None and cut:
         totals[cut] = local.tensor.all_reduce(totals[cut], measure.op)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.sign_rules import move_momentum
 from ds_optim.elementwise.steps import apply_update
 from ds_optim.optimizers.local import Local
@@ -43,7 +44,7 @@ def step_rows(local: Local, exchange: Exchange, update: RowsUpdate) -> None:
         for piece, elements, place in walk(run):
             with local.scratch.lend(piece.wide_m, 1) as (change,):
                 change.zero_().index_copy_(0, elements, results[0][place].to(change))
-                with local.decaying(piece, update.lr):
+                with local.decaying(piece, update.lr), together():  # a step of its own: ``change`` is used again
                     apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
                 piece.wide_m.mul_(change.fill_(1.0).index_fill_(0, elements, update.kept))
 

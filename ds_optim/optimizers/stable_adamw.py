@@ -34,7 +34,7 @@ def stable_adamw(group: Group, step: int) -> ParameterUpdate:
         stable_step(piece.p, piece.wide_m, piece.v, moments=moments, lr=chosen.lr, decay=decay, scratch=piece.scratch)
 
     measure = Measure(op="sum", columns=1, partial=partial)
-    return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay)
+    return ParameterUpdate(measure=measure, decide=decide, apply=apply, decay=decay, together=True)
 
 
 @register(

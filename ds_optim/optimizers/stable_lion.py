@@ -47,8 +47,10 @@ def stable_lion(group: Group, step: int) -> ParameterUpdate:
             scratch=piece.scratch,
         )
 
-    norms = Measure(op="sum", columns=2, partial=lambda piece: [square_sum(piece.p), square_sum(piece.g)])
-    return ParameterUpdate(measure=norms, decide=decide, apply=apply, decay=group["weight_decay"])
+    norms = Measure(
+        op="sum", columns=2, partial=lambda piece: [square_sum(x, piece.scratch) for x in (piece.p, piece.g)]
+    )
+    return ParameterUpdate(measure=norms, decide=decide, apply=apply, decay=group["weight_decay"], together=True)
 
 
 @register(

@@ -33,7 +33,7 @@ def sto_sign_sgd(group: Group, step: int) -> ParameterUpdate:
         stochastic_sign_step(piece.p, piece.m, chosen.value, **_common(group, step, piece, chosen))
 
     peak = Measure(op="max", columns=1, partial=lambda p: [move_momentum(p.m, p.g, blend, p.scratch)])
-    return ParameterUpdate(measure=peak, decide=decide, apply=apply, decay=group["weight_decay"])
+    return ParameterUpdate(measure=peak, decide=decide, apply=apply, decay=group["weight_decay"], together=True)
 
 
 @rule("sto_sign_sgd_element", hyper=_HYPER, buffers=(WIDE_MEAN, _BOUNDS))
@@ -45,7 +45,7 @@ def sto_sign_sgd_element(group: Group, step: int) -> ParameterUpdate:
         stochastic_element_step(piece.p, piece.m, piece.v, piece.g, blend=blend, **common)
 
     return ParameterUpdate(
-        decide=lambda spec, _, __: Decision(lr=group["lr"]), apply=apply, decay=group["weight_decay"]
+        decide=lambda spec, _, __: Decision(lr=group["lr"]), apply=apply, decay=group["weight_decay"], together=True
     )
 
 

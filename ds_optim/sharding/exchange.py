@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ds_optim.elementwise.fused import together
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm, Pending
@@ -125,8 +126,9 @@ class Exchange:
         """Give every matrix of the plan its update.
 
         ``fill`` is called once for each local slice and ``apply`` once after it, in the same order on
-        every run. ``absent`` names parameters to leave alone; it is for unsharded training, where a
-        parameter may have no gradient and no other rank waits for it.
+        every run; what they ask of ``elementwise``, a GPU may do for several slices at once. ``absent``
+        names parameters to leave alone; it is for unsharded training, where a parameter may have no
+        gradient and no other rank waits for it.
         """
         if absent and self.plan.buckets:
             raise ValueError("only parameters that no other rank shares can be left out of an exchange")
@@ -150,14 +152,16 @@ class Exchange:
         if not batch:
             return
         stacks = self._stacks([held.param for held in batch], self.home)
-        for row, held in enumerate(batch):
-            fill(held, [stack[row] for stack in stacks])
+        with together():
+            for row, held in enumerate(batch):
+                fill(held, [stack[row] for stack in stacks])
         stacks = _moved(stacks, self.device)
         with record_function(SOLVE):
             results = self._solved(solve, self.plan.views[batch[0].param], stacks)
         results = _moved(results, self.home)
-        for row, held in enumerate(batch):
-            apply(held, [result[row] for result in results])
+        with together():
+            for row, held in enumerate(batch):
+                apply(held, [result[row] for result in results])
 
     def _bucket(self, there: _Route, back: _Route, fill: Values, solve: Solve, apply: Values) -> Iterator[None]:
         """The way of a bucket in three stages, that others' stages run between: there, work, back."""
@@ -246,8 +250,9 @@ def _in_messages(places: Sequence[_Place], messages: Sequence[Tensor]) -> _Piece
 
 def _call(function: Values, pieces: _Pieces) -> None:
     # Loops stand in functions of their own: a variable left over from one would keep a message alive.
-    for held, values in pieces:
-        function(held, values)
+    with together():
+        for held, values in pieces:
+            function(held, values)
 
 
 def _copy(sources: _Pieces, targets: _Pieces) -> None:

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise import native
-from ds_optim.elementwise.chunks import chunks
-from ds_optim.elementwise.momentum import Flat, Stored, read_only
+from ds_optim.elementwise import fused, passes
+from ds_optim.elementwise.chunks import Scratch
+from ds_optim.elementwise.momentum import Flat, read_only
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
 
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
-_CHUNK = 1 << 17  # elements converted to fp64 at a time: 2 MiB of scratch, whatever the size of the slice
 
 Partial = Callable[[Slice], Sequence[Tensor | float]]
 
 
 def reduce_parameters(
-    unit: Unit, comm: Comm, partial: Partial, *, columns: int, op: str = "sum", device: torch.device | None = None
+    unit: Unit,
+    comm: Comm,
+    partial: Partial,
+    *,
+    columns: int,
+    op: str = "sum",
+    device: torch.device | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Reduce ``columns`` numbers per parameter of ``unit`` over all ranks.
 
@@ -34,12 +41,14 @@ def reduce_parameters(
         partial: what this rank's slice contributes: ``columns`` numbers, tensors or floats, or nothing.
         op: "sum", "min" or "max"; a parameter of which no rank holds anything keeps the identity.
         device: where the collective runs (the accelerator under NCCL); default the CPU.
+        together: ``partial`` only measures, by functions of ``elementwise``: a GPU may do all slices at once.
 
     Returns:
         (parameters, columns) in fp64 on ``device``: 8 bytes a column and parameter on the wire.
     """
     device = device or torch.device("cpu")
-    found = {held.param: values for held in unit.slices(comm.rank) if len(values := partial(held))}
+    with fused.together() if together else nullcontext():
+        found = {held.param: values for held in unit.slices(comm.rank) if len(values := partial(held))}
     home = next((v.device for values in found.values() for v in values if isinstance(v, Tensor)), device)
     none = [torch.full((), _IDENTITY[op], dtype=torch.float64, device=home)] * columns
     # Joined where the slices lie: one copy to where the collective runs, whatever the number of parameters.
@@ -49,20 +58,13 @@ def reduce_parameters(
     return comm.all_reduce(rows, op)
 
 
-def square_sum(values: Flat) -> Tensor:
+def square_sum(values: Flat, scratch: Scratch | None = None) -> Tensor:
     """The sum of squares of a 1-D tensor in fp64, with bounded scratch."""
-    if isinstance(values, Stored):
-        total = torch.zeros((), dtype=torch.float64, device=values.device)
-        for (chunk,) in chunks(read_only(values), buffers=[]):
-            total += square_sum(chunk).to(total.device)
-        return total
-    compiled = native.rules.measure("square_sums", (values,))
-    if compiled is not None:
-        return compiled
-    total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for chunk in values.split(_CHUNK):
-        total += chunk.double().square().sum()
-    return total
+
+    def eager(chunk: Tensor, d: Tensor) -> Tensor:
+        return d.copy_(chunk).square_().sum()
+
+    return passes.measure("square_sums", [read_only(values)], (), eager, scratch=scratch or Scratch(), narrow=0, wide=1)
 
 
 def rounded_once(value: float) -> float:

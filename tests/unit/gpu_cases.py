@@ -18,16 +18,29 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ds_optim.elementwise import blend, fused, native, steps
+from ds_optim.elementwise import blend, fused, moments, native, passes, sign_rules, steps
 from ds_optim.elementwise.blend import Blend
+from ds_optim.elementwise.chunks import Scratch
+from ds_optim.elementwise.gpu import launch
+from ds_optim.elementwise.moments import Moments
 from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Flat, Int8, scales_numel
 from ds_optim.elementwise.noise import NoiseKey
+from ds_optim.sharding.sums import square_sum
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
 FORMULAS = (LION, SIGNUM)
 KINDS, MOMENTA = ("float32", "bfloat16"), ("none", "float32", "bfloat16", "int8")
 PLACES = ((0, 1), (0, 256), (77, 300), (255, 2), (512, 1024), ((1 << 40) + 257, 1000))
 """(first element in the parameter, elements)."""
+TOGETHER = ((0, 1), (77, 300), (300, 0), (255, 2), (1 << 33, 300), (3, 0))
+"""Slices of one launch, among them empty ones."""
+LONG = (1 << 33) + 5, 4500
+"""One more where they are measured, which several programs do."""
+MIXED = (
+    ("float32", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float32", "int8", "float32"),
+    ("bfloat16", "float32", "bfloat16"), ("bfloat16", "bfloat16", "float32"), ("bfloat16", "int8", "bfloat16"),
+)  # fmt: skip
+"""Kinds of p, m and g, each pair of them."""
 ODD = (float("nan"), float("inf"), -float("inf"), 3.4e38, -3.4e38, 1e-45, -1e-39, 1.1754944e-38, 0.0, -0.0)
 
 
@@ -54,7 +67,8 @@ def stored(kind: str, values: Tensor, start: int, step: int = 2**33 + 1) -> Flat
         return Bfloat16(rounding=rounding, values=values.bfloat16())
     scales = torch.zeros(scales_numel(start, values.numel()))
     made = Int8(rounding=rounding, codes=torch.zeros_like(values, dtype=torch.int8), scales=scales)
-    made.store(0, values.nan_to_num(0.0, 1e30, -1e30))
+    if values.numel():
+        made.store(0, values.nan_to_num(0.0, 1e30, -1e30))
     return made
 
 
@@ -73,34 +87,66 @@ def held(values: Flat | None) -> list[Tensor]:
     return [] if values is None else [values if isinstance(values, Tensor) else values.data]
 
 
+Call = tuple[Callable[..., object], tuple[Flat | None, ...]]
+"""A step or measure, and the tensors of a slice."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """A step and what it is taken with. shift: where the tensors begin in their memory, in elements."""
+    """Slices that go in one launch. shift: where their tensors begin in their memory, in elements."""
 
     name: str
-    step: Callable[..., object]
-    tensors: tuple[Flat | None, ...]
+    calls: tuple[Call, ...]
     shift: int
 
     def complaint(self, device: str) -> str:
-        """Take the step eagerly on the CPU and by a kernel on ``device``: what differs."""
-        expected = [moved(values, "cpu", 0) for values in self.tensors]
-        got = [moved(values, device, self.shift) for values in self.tensors]
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(native.steps, "library", return_value=None))
+        """Take the slices eagerly on the CPU and by a kernel on ``device``: what differs."""
+        expected = [tuple(moved(values, "cpu", 0) for values in tensors) for _, tensors in self.calls]
+        got = [tuple(moved(values, device, self.shift) for values in tensors) for _, tensors in self.calls]
+        steps_ = [step for step, _ in self.calls]
+        with mock.patch.object(native.steps, "library", return_value=None):
             with mock.patch.object(fused, "ready", return_value=False), mock.patch.object(torch, "sqrt", exact_root):
-                self.step(*expected)
-            for module in (steps, blend):
-                stack.enter_context(mock.patch.object(module, "chunks", _no_eager_path))
-            stack.enter_context(mock.patch.object(fused, "ready", return_value=True))
-            self.step(*got)
-        for place, (one, other) in enumerate(zip(expected, got, strict=True)):
-            for a, b in zip(held(one), held(other), strict=True):
-                wrong = (bits(a) != bits(b.cpu())).nonzero().flatten().tolist()
-                if wrong:
-                    first = wrong[0]
-                    return f"tensor {place}: {len(wrong)} of {len(a)} differ, at {first} {a[first]} became {b[first]}"
+                measured = [step(*one) if one[-1].numel() else None for step, one in zip(steps_, expected, strict=True)]
+            with mock.patch.object(launch, "_start", wraps=launch._start) as start, ExitStack() as stack:
+                for module, name in ((steps, "chunks"), (blend, "chunks"), (passes, "spans"), (sign_rules, "spans")):
+                    stack.enter_context(mock.patch.object(module, name, _no_eager_path))
+                stack.enter_context(mock.patch.object(fused, "ready", return_value=True))
+                stack.enter_context(mock.patch.object(launch, "_launched", _All()))
+                stack.enter_context(fused.together())
+                found = [step(*one) for step, one in zip(steps_, got, strict=True)]
+        if start.call_count != 1:
+            return f"{start.call_count} launches"
+        for slice_, (before, after, one, other) in enumerate(zip(measured, found, expected, got, strict=True)):
+            wrong = _differing(before, after) or _first_differing(one, other)
+            if wrong:
+                return f"slice {slice_}: {wrong}"
         return ""
+
+
+class _All:
+    """Kinds of slices that are known to compile: all, so that none is launched by itself."""
+
+    def __contains__(self, kind: object) -> bool:
+        return True
+
+
+def _differing(expected: Any, found: Any) -> str:
+    """Sums to a part in 10^13, as their order is another one; all else to the bit. None of an empty slice."""
+    if expected is None:
+        return ""
+    one, other = (torch.stack(x) if isinstance(x, list) else x for x in (expected, found))
+    same = torch.allclose(one, other.cpu(), rtol=1e-13, atol=0, equal_nan=True)
+    return "" if same else f"{one.tolist()} became {other.tolist()}"
+
+
+def _first_differing(expected: tuple[Flat | None, ...], found: tuple[Flat | None, ...]) -> str:
+    for place, (one, other) in enumerate(zip(expected, found, strict=True)):
+        for a, b in zip(held(one), held(other), strict=True):
+            wrong = (bits(a) != bits(b.cpu())).nonzero().flatten().tolist()
+            if wrong:
+                first = wrong[0]
+                return f"tensor {place}: {len(wrong)} of {len(a)} differ, at {first} {a[first]} became {b[first]}"
+    return ""
 
 
 def exact_root(values: Tensor, *, out: Tensor) -> Tensor:
@@ -124,6 +170,8 @@ def cases() -> Iterator[Case]:
     yield from _sign_steps()
     yield from _blends()
     yield from _updates()
+    yield from _rules_of_one_mean()
+    yield from _rules_of_two()
 
 
 def _sign_steps() -> Iterator[Case]:
@@ -135,7 +183,7 @@ def _sign_steps() -> Iterator[Case]:
             )
             weights = stored(p, gauss(n, 1, odd), start, WEIGHTS + 5)
             tensors = (weights, stored(m, gauss(n, 2, odd), start), stored(g, gauss(n, 3, odd), start))
-            yield Case(f"sign_step {p} {m} {g} {start}+{n}", step, tensors, start % 2 * 3)
+            yield Case(f"sign_step {p} {m} {g} {start}+{n}", ((step, tensors),), start % 2 * 3)
 
 
 def _blends() -> Iterator[Case]:
@@ -145,8 +193,8 @@ def _blends() -> Iterator[Case]:
             gradient = stored(g, gauss(n, 3, odd=out != "float16"), start)
             tensors = (result, stored(m, gauss(n, 2), start), gradient)
             step = partial(blend.blend_into, blend=formula)
-            yield Case(f"blend_into {out} {m} {g} {start}+{n}", step, tensors, start % 2 * 3)
-    yield Case("blend_into g", lambda m, g: blend.blend_into(g, m, g, LION), (gauss(300, 2), gauss(300, 3)), 1)
+            yield Case(f"blend_into {out} {m} {g} {start}+{n}", ((step, tensors),), start % 2 * 3)
+    yield Case("blend_into g", ((lambda m, g: blend.blend_into(g, m, g, LION), (gauss(300, 2), gauss(300, 3))),), 1)
 
 
 def _updates() -> Iterator[Case]:
@@ -158,11 +206,95 @@ def _updates() -> Iterator[Case]:
         for update in updates:
             assert update is not None
             name = f"apply_update {p} {type(update).__name__} {held(update)[0].dtype} {start}+{n}"
-            yield Case(name, step, (weights, update), start % 2 * 3)
+            yield Case(name, ((step, (weights, update)),), start % 2 * 3)
         step = partial(steps.adamw_step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, step=3)
         for g in KINDS:
             tensors = (weights, values, gauss(n, 4).abs(), stored(g, gauss(n, 3), start))
-            yield Case(f"adamw_step {p} {g} {start}+{n}", step, tensors, start % 2 * 3)
+            yield Case(f"adamw_step {p} {g} {start}+{n}", ((step, tensors),), start % 2 * 3)
+
+
+def _rules_of_one_mean() -> Iterator[Case]:
+    common = {"blend": LION, "scratch": Scratch()}
+    steps_of = {
+        "sign_step": partial(steps.sign_step, **common),
+        "cautious_step": partial(sign_rules.cautious_step, scale=0.7, **common),
+        "gated_step": partial(sign_rules.gated_step, nu=0.3, **common),
+        "raw_step": partial(sign_rules.raw_step, **common),
+    }
+    for p, m, g in MIXED:
+        for name, step in steps_of.items():
+            yield _together(f"{name} {p} {m} {g}", (p, m, g), step, decay=0.1)
+        if p == g:
+            yield _together(f"stochastic_sign_step {p} {m}", (p, m), _stochastic, decay=0.1)
+    for _, m, g in MIXED[:3]:
+        for name, measured in {
+            "agreement": partial(sign_rules.agreement, **common),
+            "smallest_nonzero": partial(sign_rules.smallest_nonzero, **common),
+            "count_from": partial(sign_rules.count_from, nu=0.3, **common),
+            "move_momentum": partial(sign_rules.move_momentum, **common),
+            "direction_squares": partial(blend.direction_squares, **common),
+            "lasm_difference": partial(moments.lasm_difference, scratch=Scratch()),
+        }.items():
+            yield _together(f"{name} {m} {g}", (m, g), measured)
+    for name in ("smallest_nonzero", "move_momentum"):
+        measured = partial(getattr(sign_rules, name), **common)
+        for odd in ODD[:2]:
+            values = gauss(400, 3)
+            values[300] = odd
+            yield Case(f"{name} {odd}", ((measured, (gauss(400, 2), values)),), 0)
+    for kind in KINDS:
+        yield _together(f"square_sum {kind}", (kind,), square_sum)
+    for out, m in product((*KINDS, "float16"), MOMENTA[1:]):
+        result = torch.zeros(300, dtype=getattr(torch, out))
+        call = partial(blend.direction_into, **common), (result, stored(m, gauss(300, 2), 77), gauss(300, 3))
+        yield Case(f"direction_into {out} {m}", (call,), 3)
+
+
+def _rules_of_two() -> Iterator[Case]:
+    later = Moments(betas=(0.9, 0.95), eps=1e-3, step=3)
+    for p, g in zip(KINDS, reversed(KINDS), strict=True):
+        two = {"betas": (0.9, 0.95), "scale": 0.7, "scratch": Scratch()}
+        yield _together(
+            f"lasm_element_step {p} {g}", (p, "m", "v", g), partial(moments.lasm_element_step, **two), decay=0.1
+        )
+        yield _together(f"stochastic_element_step {p} {g}", (p, "m", "v", g), _stochastic_element, decay=0.1)
+        for decay in (0.0, 0.1):
+            measured = partial(moments.lamb_measure, moments=later, decay=decay, scratch=Scratch())
+            yield _together(f"lamb_measure {p} {g} {decay}", (p, "m", "v", g), measured)
+            step = partial(moments.lamb_step, moments=later, decay=decay, scratch=Scratch())
+            yield _together(f"lamb_step {p} {decay}", (p, "m", "v"), step, decay=None)
+        measured = partial(moments.stable_measure, moments=later, scratch=Scratch())
+        yield _together(f"stable_measure {g}", ("m", "v", g), measured)
+        step = partial(moments.stable_step, moments=later, scratch=Scratch())
+        yield _together(f"stable_step {p}", (p, "m", "v"), step, decay=0.1)
+
+
+def _together(name: str, kinds: tuple[str, ...], step: Callable[..., object], **rates: float | None) -> Case:
+    """Slices at places of their own, of which each has its own rate if they step. rates: None for none."""
+    calls: list[Call] = []
+    for number, (start, n) in enumerate(TOGETHER if "step" in name else (*TOGETHER, LONG)):
+        own = {**rates, "lr": 1e-3 * (number + 1)} if rates else {}
+        if step in (_stochastic, _stochastic_element):
+            own["noise"] = NoiseKey(seed=2**33 + 3, stream=7 + number, step=2**34 + 1, start=start)
+        tensors = []
+        for place, kind in enumerate(kinds):
+            values = gauss(n, 10 * number + place)
+            weights = place == 0 and "step" in name and kind == "bfloat16"
+            tensors.append(
+                {"m": values, "v": values.abs()}.get(kind)
+                if kind in "mv"
+                else stored(kind, values, start, WEIGHTS + 5 if weights else 2**33 + 1)
+            )
+        calls.append((partial(step, **{key: value for key, value in own.items() if value is not None}), tuple(tensors)))
+    return Case(name, tuple(calls), 3)
+
+
+def _stochastic(p: Flat, m: Flat, **more: Any) -> None:
+    sign_rules.stochastic_sign_step(p, m, 2.0 + 1e3 * more["lr"], **more, scratch=Scratch())
+
+
+def _stochastic_element(p: Flat, m: Flat, bounds: Tensor, g: Flat, **more: Any) -> None:
+    sign_rules.stochastic_element_step(p, m, bounds, g, blend=SIGNUM, **more, scratch=Scratch())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
         def call(*arguments: Any) -> bool:
             raise problem
 
-        monkeypatch.setattr(fused, "import_module", lambda name: SimpleNamespace(sign_step=call))
+        monkeypatch.setattr(fused, "import_module", lambda name: SimpleNamespace(take=call))
 
     monkeypatch.setattr(fused, "_DEVICE", "cpu")
     monkeypatch.setattr(fused, "find_spec", lambda name: True)

@@ -1,4 +1,4 @@
-"""Calls of the kernels. Each answers whether it could do the work; if not, nothing was touched.
+"""Slices to be stepped or measured, and the launches for them: one a rule and its dtypes, however many slices.
 
 A kernel is compiled at the first call with its dtypes, and never for a length, an offset, a rate or a step.
 """
@@ -7,162 +7,231 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ds_optim.elementwise.gpu import kernels
+from ds_optim.elementwise.gpu.rules import RULES, Rule
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Stored
-from ds_optim.elementwise.native.steps import AdamW, Weights
+from ds_optim.elementwise.native.rules import MomentWeights
 from ds_optim.elementwise.noise import NoiseKey
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Of the compiler."""
-_LOADED = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.int8: tl.int8}
+"""Of pointers; a bfloat16's bits are read as int16."""
+_IDENTITY = {"sum": 0.0, "min": float("inf"), "max": 0.0}
 _LANES = BLOCK // 8
 _BYTES = 16
 """What a thread can move at once."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Slice:
-    """What all kernels ask about where they work. key, counter: see ``tiles.rounding_bits``."""
-
-    key: int = 0
-    counter: int = 0
-    n: int
-    head: int = 0
-    aligned: int
+Kind = tuple[str, tuple[Any, ...], torch.device]
+"""What makes slices go in one launch: the rule, the types of p, m, v and g, and the device."""
 
 
-def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, factor: float) -> bool:
-    """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
-    if not _is_weights(p) or not _is_momentum(m) or not _is_gradient(g):
+class Job(NamedTuple):
+    """One slice that waits for its launch. words, numbers: its row of the table, without the place of its programs;
+    tensors are held until then; found: where what it measures goes."""
+
+    kind: Kind
+    words: list[int]
+    numbers: list[float]
+    blocks: int
+    tensors: Sequence[Flat | None]
+    found: Tensor | None
+
+
+_launched: set[Kind] = set()
+"""Kinds that are known to compile."""
+
+
+def take(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any], waiting: list[Job] | None) -> Tensor | bool:
+    """Step or measure a slice, or let it wait for others: True, or the numbers that are measured, (columns,) or ().
+
+    False, and nothing was touched, where the kernels do not know these tensors. What no launch has shown to compile
+    does not wait, so that whoever calls can still do without.
+    """
+    job = _job(RULES[name], tensors, numbers)
+    if job is None:
         return False
-    pointers = _data(p), _data(m), _scales(m), _data(g)
-    return _launch(kernels.sign_step, (p, m, g), pointers, (*weights, lr, factor), rounded=(p, m))
+    if waiting is not None and job.kind in _launched:
+        waiting.append(job)
+    else:
+        launch([job])
+        _launched.add(job.kind)
+    return True if job.found is None else job.found
 
 
-def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
-    """out <- d0 m + d1 g; m <- k0 m + k1 g."""
-    if out.dtype not in _LOADED or not _is_momentum(m) or not _is_gradient(g):
-        return False
-    pointers = _data(out), _data(m), _scales(m), _data(g)
-    return _launch(kernels.blend_into, (out, m, g), pointers, weights, rounded=(m,))
+def launch(jobs: Sequence[Job]) -> None:
+    """One launch for all slices of a kind, in the order in which kinds came."""
+    kinds: dict[Kind, list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault(job.kind, []).append(job)
+    for (name, types, device), alike in kinds.items():
+        rule = RULES[name]
+        each = kernels.EACH if rule.columns else 1
+        ends = list(accumulate((-(-job.blocks // each) for job in alike), initial=0))
+        parts = torch.empty(ends[-1], rule.columns, dtype=torch.float64, device=device) if rule.columns else None
+        _start(rule, types, alike, ends, parts, device)
 
 
-def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
-    """p <- factor p - rate update."""
-    if not _is_weights(p) or (isinstance(update, Tensor) and update.dtype not in (*_LOADED, torch.int8)):
-        return False
-    pointers = _data(p), _data(update), _scales(update)
-    return _launch(kernels.apply_update, (p, update), pointers, (rate, factor), rounded=(p,))
+def _start(
+    rule: Rule, types: tuple[Any, ...], jobs: Sequence[Job], ends: Sequence[int], parts: Tensor | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """ends: the programs of slices before, and of all."""
+    with _on(device):
+        table = _table(jobs, ends, device)
+        if ends[-1]:
+            kernels.run[(ends[-1],)](
+                table, len(jobs), parts, **constants(rule, types), **OPTIONS
+            )  # fmt: skip
+        if parts is not None:
+            joined = rule.columns, rule.join, _IDENTITY[rule.join]
+            kernels.join_parts[(len(jobs),)](table, parts, *joined, **OPTIONS)
 
 
-def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
-    """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
-    if not _is_weights(p) or not _is_gradient(g) or m.dtype != torch.float32 or v.dtype != torch.float32:
-        return False
-    return _launch(kernels.adamw_step, (p, m, v, g), [_data(x) for x in (p, m, v, g)], numbers, rounded=(p,))
+def constants(rule: Rule, types: tuple[Any, ...]) -> dict[str, Any]:
+    """What ``kernels.run`` is compiled for."""
+    return {
+        "rule": rule.formula,
+        "types": types,
+        "writes": tuple(
+            letter in rule.writes and type_ is not None for letter, type_ in zip("pmv", types, strict=False)
+        ),
+        "nearest": "p" in rule.casts,
+        "noisy": rule.noisy,
+        "columns": rule.columns,
+        "join": rule.join,
+        "identity": _IDENTITY[rule.join],
+        "each": kernels.EACH if rule.columns else 1,
+    }
 
 
-def _launch(
-    kernel: Any,
-    tensors: Sequence[Flat | None],
-    pointers: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    *,
-    rounded: Sequence[Flat | None],
-) -> bool:
-    """Call a kernel, if the tensors lie in step. rounded: those that it asks the step of, in its order."""
-    place = _slice(*tensors)
-    if place is None or pointers[0] is None:
-        return False
-    with _on(pointers[0].device):
-        kernel[(-(-(place.head + place.n) // BLOCK),)](
-            *pointers,
-            *map(float, numbers),
-            place.key,
-            *map(_step, rounded),
-            place.counter,
-            place.n,
-            place.head,
-            place.aligned,
-            **OPTIONS,
-        )
-    return True
+def _table(jobs: Sequence[Job], ends: Sequence[int], device: torch.device) -> Tensor:
+    """(slices + 1, WIDTH) of int64, brought to ``device`` in one copy that nobody waits for."""
+    rows = torch.empty(len(ends), kernels.WIDTH, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    rows[:, 0] = torch.tensor(ends, dtype=torch.int64, device="cpu")
+    rows[:-1, 1 : kernels.WORDS] = torch.tensor([job.words for job in jobs], dtype=torch.int64, device="cpu")
+    numbers = torch.tensor([job.numbers for job in jobs], dtype=torch.float64, device="cpu")
+    rows[:-1, kernels.WORDS :] = numbers.view(torch.int64)
+    return rows.to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _slice(*tensors: Flat | None) -> _Slice | None:
-    """Where the work lies; None where there is none, or the tensors do not lie in step on one device."""
-    flat = [tensor for tensor in tensors if tensor is not None]
-    data = [tensor if isinstance(tensor, Tensor) else tensor.data for tensor in flat]
-    if data[0].numel() == 0 or any(one.device != data[0].device or not one.is_contiguous() for one in data):
+def _job(rule: Rule, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> Job | None:
+    """None where the tensors do not lie in step on one device, or are none that the kernels know."""
+    by_letter: dict[str, Flat | None] = dict.fromkeys("pmvg")
+    by_letter.update(zip(rule.tensors, tensors, strict=True))
+    if rule.casts == "g" and isinstance(
+        by_letter["g"], Int8
+    ):  # an update: read like momentum, which may be of that kind
+        by_letter["m"], by_letter["g"] = by_letter["g"], None
+    types, data, stored = [], [], []
+    for letter, values in by_letter.items():
+        type_ = None if values is None else _type(rule, letter, values)
+        types.append(type_)
+        if values is None:
+            continue
+        if type_ is None:
+            return None
+        if isinstance(values, Tensor):
+            data.append(values)
+        else:
+            data.append(values.data)
+            if letter in rule.writes or isinstance(values, Int8):
+                stored.append(values.rounding)
+    device, n = data[0].device, data[0].numel()
+    if any(one.device != device or not one.is_contiguous() for one in data) or not _alike(stored):
         return None
-    places = {replace(tensor.rounding, step=0) for tensor in flat if isinstance(tensor, Stored) and _in_blocks(tensor)}
-    if len(places) > 1:
+    start = stored[0].start if stored else 0 if rule.columns else _aligned_start(data)
+    head = start % BLOCK
+    found = torch.empty(rule.columns, dtype=torch.float64, device=device) if rule.columns else None
+    words, floats = _words(by_letter, stored[0] if stored else None), _numbers(numbers)
+    words[:3] = n, head, int(_is_aligned(data, head))
+    if isinstance(numbers[-1] if numbers else None, NoiseKey):
+        noise = numbers[-1]
+        words[12:15] = _key(noise.seed, noise.stream), _signed(noise.step), noise.start
+    if found is not None:
+        words[15] = _address(found)
+        found = found if rule.columns > 1 else found[0]
+    return Job((rule.name, tuple(types), device), words, floats, -(-(head + n) // BLOCK) if n else 0, tensors, found)
+
+
+def _words(by_letter: dict[str, Flat | None], rounding: NoiseKey | None) -> list[int]:
+    """A row of the table from its second word on, but for what ``_job`` fills in."""
+    words = [0] * (kernels.WORDS - 1)
+    if rounding is not None:
+        words[3] = _key(rounding.seed, ~rounding.stream)
+        words[4] = rounding.start // BLOCK * _LANES
+    for letter, place in (("p", 7), ("m", 8), ("v", 10), ("g", 11)):
+        values = by_letter[letter]
+        if values is None:
+            continue
+        words[place] = _address(values if isinstance(values, Tensor) else values.data)
+        if isinstance(values, Stored) and letter in "pm":
+            words[5 if letter == "p" else 6] = _signed(values.rounding.step)
+        if isinstance(values, Int8):
+            words[9] = _address(values.scales)
+    return words
+
+
+def _numbers(given: Sequence[Any]) -> list[float]:
+    found: list[float] = []
+    for number in given:
+        if isinstance(number, tuple):
+            found.extend(number)
+        elif isinstance(number, MomentWeights):
+            found.extend(number.values)
+        elif not isinstance(number, NoiseKey):
+            found.append(number)
+    return found + [0.0] * (kernels.NUMBERS - len(found))
+
+
+def _type(rule: Rule, letter: str, values: Flat) -> Any:
+    """Of the pointer to the values; None where the kernels do not know them."""
+    if isinstance(values, Stored):
+        if letter == "v" or (letter in rule.writes and not values.writable):
+            return None
+        known = isinstance(values, Bfloat16) or (isinstance(values, Int8) and letter == "m")
+        return _TYPES[values.data.dtype] if known else None
+    if values.dtype == torch.float32:
+        return tl.float32
+    if letter not in rule.casts or (letter in rule.writes and values.dtype == torch.int8):
         return None
-    rounding = places.pop() if places else _anywhere(data)
-    head = rounding.start % BLOCK
-    return _Slice(
-        key=_signed((rounding.seed & 0xFFFFFFFF) | (~rounding.stream & 0xFFFFFFFF) << 32),
-        counter=rounding.start // BLOCK * _LANES,
-        n=data[0].numel(),
-        head=head,
-        aligned=int(_is_aligned(data, head)),
+    return _TYPES.get(values.dtype)
+
+
+def _alike(stored: Sequence[NoiseKey]) -> bool:
+    """Whether they are one slice of one parameter, whatever the step that each is rounded at."""
+    return all(
+        (one.seed, one.stream, one.start) == (stored[0].seed, stored[0].stream, stored[0].start) for one in stored[1:]
     )
 
 
-def _anywhere(data: list[Tensor]) -> NoiseKey:
+def _aligned_start(data: Sequence[Tensor]) -> int:
     """A place for tensors whose blocks nobody asks about: one where they are aligned, if there is any."""
-    start = next((start for start in range(_BYTES) if _is_aligned(data, start)), 0)
-    return NoiseKey(seed=0, stream=0, step=0, start=start)
+    return next((start for start in range(_BYTES) if _is_aligned(data, start)), 0)
 
 
-def _is_aligned(data: list[Tensor], head: int) -> bool:
+def _is_aligned(data: Sequence[Tensor], head: int) -> bool:
     """Whether whole tiles begin at multiples of what a thread moves at once."""
-    return all((one.data_ptr() - head * one.element_size()) % _BYTES == 0 for one in data)
+    return all((_address(one) - head * one.element_size()) % _BYTES == 0 for one in data)
 
 
-def _in_blocks(tensor: Stored) -> bool:
-    """Whether it matters where the blocks of its parameter begin."""
-    return tensor.writable or isinstance(tensor, Int8)
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
 
 
-def _is_weights(p: Flat) -> bool:
-    return p.dtype == torch.float32 if isinstance(p, Tensor) else isinstance(p, Bfloat16) and p.writable
-
-
-def _is_momentum(m: Flat | None) -> bool:
-    if isinstance(m, Stored):
-        return isinstance(m, Bfloat16 | Int8) and m.writable
-    return m is None or m.dtype == torch.float32
-
-
-def _is_gradient(g: Flat) -> bool:
-    return g.dtype == torch.float32 if isinstance(g, Tensor) else isinstance(g, Bfloat16)
-
-
-def _data(values: Flat | None) -> Tensor | None:
-    """The memory behind ``values``; a bfloat16's bits as int16."""
-    if values is None:
-        return None
-    data = values if isinstance(values, Tensor) else values.data
-    return data.view(torch.int16) if data.dtype == torch.bfloat16 else data
-
-
-def _scales(values: Flat | None) -> Tensor | None:
-    return values.scales if isinstance(values, Int8) else None
-
-
-def _step(values: Flat | None) -> int:
-    return _signed(values.rounding.step) if isinstance(values, Stored) else 0
+def _key(seed: int, stream: int) -> int:
+    return _signed((seed & 0xFFFFFFFF) | (stream & 0xFFFFFFFF) << 32)
 
 
 def _signed(word: int) -> int:

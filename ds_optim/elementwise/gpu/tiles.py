@@ -24,15 +24,12 @@ _SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
 
 @triton.jit
-def inside(base: tl.tensor, n: tl.tensor, masked: tl.constexpr) -> tl.tensor:
-    """Which elements of the tile that begins at ``base`` lie in the slice [0, n); None for all, unless ``masked``."""
-    if masked:
-        low = tl.maximum(-base, 0).to(tl.int32)
-        high = tl.minimum(n - base, BLOCK).to(tl.int32)
-        offsets = tl.arange(0, BLOCK)
-        return (offsets >= low) & (offsets < high)
-    else:
-        return None
+def inside(base: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """Which elements of the tile that begins at ``base`` lie in the slice [0, n)."""
+    low = tl.maximum(-base, 0).to(tl.int32)
+    high = tl.minimum(n - base, BLOCK).to(tl.int32)
+    offsets = tl.arange(0, BLOCK)
+    return (offsets >= low) & (offsets < high)
 
 
 @triton.jit
@@ -99,9 +96,21 @@ def rounding_bits(key: tl.tensor, step: tl.tensor, counter: tl.tensor) -> tl.ten
 
 
 @triton.jit
-def signed(size: tl.tensor, x: tl.tensor) -> tl.tensor:
-    """size sign(x), 0 where x is no number."""
-    return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
+def uniform(key: tl.tensor, step: tl.tensor, first: tl.tensor) -> tl.tensor:
+    """``noise.uniform_noise`` of a block whose first element is ``first``: key is seed + 2^32 stream."""
+    element = first + tl.arange(0, BLOCK)
+    a, _, _, _ = tl.philox(
+        key, step.to(tl.uint32), (step >> 32).to(tl.uint32), element.to(tl.uint32), (element >> 32).to(tl.uint32)
+    )
+    # (a + 1/2) / 2^31 - 1 is exact before it is rounded to fp32: a - 2^31 is a with its first bit turned over, signed.
+    signed = (a ^ 0x80000000).to(tl.int32, bitcast=True)
+    return (signed.to(tl.float64) + 0.5).to(tl.float32) * 4.656612873077393e-10
+
+
+@triton.jit
+def at(word: tl.tensor, dtype: tl.constexpr, place: tl.tensor) -> tl.tensor:
+    """The element ``place`` behind an address."""
+    return word.to(tl.pointer_type(dtype)) + place
 
 
 @triton.jit

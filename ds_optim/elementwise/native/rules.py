@@ -39,6 +39,10 @@ class MomentWeights(ctypes.Structure):
         ("deviation", c_float),
     )
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name, _ in self._fields_)
+
 
 def suits(*tensors: Any) -> bool:
     """Whether the kernels are there and know these tensors."""
