@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Any
 
 from ds_optim.bench.tables import bars
 from ds_optim.errors import UserError
-from ds_optim.machine.files import write_atomic
 from ds_optim.machine.kept_results import refuse
+from ds_optim.report.blocks import to_terminal
 from ds_optim.report.machine import describe_machine
-from ds_optim.report.plots import colour_map, draw
-from ds_optim.report.schema import Row, append_row, write_rows
-from ds_optim.report.table import TableSpec, build_table, markdown_text, to_markdown, to_rich
+from ds_optim.report.render import Report, render
+from ds_optim.report.schema import Row, RunInfo, append_row, write_rows
+from ds_optim.report.table import TableSpec, build_table
 
-ROWS, TABLE = "rows.jsonl", "table.md"
-_FILE_WIDTH = 140
+ROWS = "rows.jsonl"
+_FILE_WIDTH = 120
 _MOST_NAMES = 4
 
 
@@ -58,29 +59,20 @@ def show(title: str, rows: Sequence[Row], spec: TableSpec) -> None:
     """The table on the terminal; beneath it the limits, and why what was not measured was not."""
     from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
-    console.print(to_rich(build_table(rows, spec), title))
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    for table in to_terminal(build_table(rows, spec), title, console.width):
+        console.print(table)
     for line in remarks(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write(title: str, rows: Sequence[Row], spec: TableSpec, out: Path) -> None:
-    """``table.md`` and, where there is something to draw, ``plots/*.png`` in ``out``."""
-    parts = [
-        f"# {title}",
-        rows[0].extra["date"],
-        to_markdown(build_table(rows, spec)),
-        "\n".join(f"- {markdown_text(line)}" for line in remarks(rows)),
-    ]
+def write(title: str, rows: Sequence[Row], spec: TableSpec, out: Path) -> Report:
+    """``report.md`` and ``report.html``, with what there is to draw."""
     plot = bars(title, rows)
-    if plot is not None:
-        labels = [label for group in plot.groups.values() for label, _ in group]
-        parts.append(f"![{markdown_text(title)}]({draw(plot, out, colour_map(labels)).png})")
-    parts.append("## Machine")
-    parts.append("\n".join(markdown_text(f"- {name}: {value}") for name, value in rows[0].extra["machine"].items()))
-    write_atomic(out / TABLE, "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n")
+    machine = {name: str(value) for name, value in rows[0].extra["machine"].items()}
+    info = RunInfo(title=title, started=rows[0].extra["date"], machine=machine, notes=remarks(rows))
+    unmarked = [row.model_copy(update={"notes": []}) for row in rows]  # the remarks name their rows
+    return render(unmarked, info, out, spec, plots=[] if plot is None else [plot])
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Out = Annotated[Path | None, typer.Option(help="Folder for rows.jsonl, table.md and a plot.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for rows.jsonl and the report.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace rows of before in --out.")]
 Ranks = Annotated[int | None, typer.Option(help="Processes. [a GPU each; 4 where there is none]")]
 Stages = Annotated[str, typer.Option(help="ZeRO stages, comma-separated.")]
@@ -174,6 +174,7 @@ def _run(title: str, measure: Callable[[], Iterable[Row]], spec: TableSpec, out:
     rows = output.collect(measure(), out)
     output.show(title, rows, spec)
     if out is not None:
-        output.write(title, rows, spec, out)
-        typer.echo(f"rows, table and plot: {out}")
+        report = output.write(title, rows, spec, out)
+        for name, path in (("rows", out / output.ROWS), ("report", report.markdown), ("report", report.html)):
+            typer.echo(f"{name}: {path}")
     return int(all("not_measured" in row.extra for row in rows))

@@ -1,4 +1,4 @@
-"""Tables that stand on end: a column for each thing compared, a line for each number, in lines of any width."""
+"""Tables for a terminal of any width: those that are too wide stand on end, a column for each thing compared."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ds_optim.report.table import Cell, Line, to_rich
+from ds_optim.report.table import Table as Results
+from ds_optim.report.units import MISSING
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 _NUMBER, _FRAME = 7, 3
 """Characters of a number at least, and of what stands around a cell."""
+_MOST_COLUMNS, _WIDE = 6, 140
+"""A table of more columns is shown as it is from so many characters on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +28,51 @@ class Column:
 
     @property
     def width(self) -> int:
-        return max(_NUMBER, *map(len, self.name.splitlines()), *map(len, self.cells)) + _FRAME
+        return max(_NUMBER, *(len(line) for text in (self.name, *self.cells) for line in text.splitlines())) + _FRAME
+
+
+def to_terminal(table: Results, title: str, width: int) -> Iterator[Table]:
+    """The table as it is where a line has room for it, else a block for each group of its lines, standing on end.
+
+    A failed line has no numbers and is left out of such blocks: ``failures`` names it.
+    """
+    from rich.console import Console
+
+    whole = to_rich(table, title)
+    asked = Console(width=10_000).measure(whole).maximum
+    if asked <= width and (width >= _WIDE or len(table.titles) <= _MOST_COLUMNS):
+        yield whole
+        return
+    for lines in _groups([line for line in table.lines if not line.failure]):
+        keys = list(zip(*(line.cells[: table.key_columns] for line in lines), strict=True))
+        same = [len(lines) > 1 and len({cell.text for cell in cells}) == 1 for cells in keys]
+        named = zip(table.titles, keys, same, strict=False)
+        parts = [f"{name} {cells[0].text}" for name, cells, alike in named if alike and cells[0].text != MISSING]
+        own = [cells for cells, alike in zip(keys, same, strict=True) if not alike]
+        columns = [
+            Column(
+                name="\n".join(cells[i].text for cells in own if cells[i].text != MISSING),
+                cells=[_in_lines(cell) for cell in line.cells[table.key_columns :]],
+            )
+            for i, line in enumerate(lines)
+        ]
+        yield from blocks(", ".join([title, *parts]), [table.titles[table.key_columns :]], columns, width)
+
+
+def _groups(lines: Sequence[Line]) -> Iterator[list[Line]]:
+    group: list[Line] = []
+    for line in lines:
+        if line.starts_group and group:
+            yield group
+            group = []
+        group.append(line)
+    if group:
+        yield group
+
+
+def _in_lines(cell: Cell) -> str:
+    """A cell with its change beneath it, and its detail."""
+    return "\n".join(part for part in (cell.text, cell.change, cell.detail) if part)
 
 
 def blocks(title: str, labels: Sequence[Sequence[str]], columns: Sequence[Column], width: int) -> Iterator[Table]:

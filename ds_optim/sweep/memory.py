@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
+from ds_optim.report.blocks import to_terminal
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.memory import render_memory
 from ds_optim.report.schema import RESULTS, Row, RunInfo
-from ds_optim.report.table import failures, to_rich
+from ds_optim.report.table import failures
 from ds_optim.report.units import size
 from ds_optim.sweep.cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce
 from ds_optim.sweep.launch import CellLauncher
@@ -101,8 +102,9 @@ def _report(rows: Sequence[Row], info: RunInfo, settings: MemorySettings) -> Non
     from rich.console import Console
 
     report = render_memory(rows, info, settings.out)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(to_rich(report.table, info.title))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in to_terminal(report.table, info.title, console.width):
+        console.print(table)
     for line in failures(report.table):
         console.print(f"failed: {line}", markup=False, soft_wrap=True)
     written = (settings.out / RESULTS, settings.out / "results.csv", report.markdown, report.html)

@@ -23,13 +23,13 @@ MODEL = ("--ranks", "2", "--stages", "3", "--width", "32", "--layers", "2", "--v
 
 
 def bench(out: Path, *arguments: str) -> list[Row]:
-    """The rows that a command leaves, with its table and plot."""
+    """The rows that a command leaves, with its report and plot."""
     with pytest.raises(SystemExit) as caught:
         main(["bench", *arguments, "--out", str(out)])
     assert not caught.value.code
     assert len(list((out / "plots").glob("*.png"))) == 1
     rows = read_rows(out / "rows.jsonl")
-    table = (out / "table.md").read_text()
+    table = (out / "report.md").read_text()
     today = stamp()
     for row in rows:
         assert row.optimizer in table

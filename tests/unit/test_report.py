@@ -22,6 +22,7 @@ from ds_optim.report import (
     units,
     write_rows,
 )
+from ds_optim.report.blocks import to_terminal
 from ds_optim.report.compare import (
     compare_answers,
     compare_plots,
@@ -182,6 +183,29 @@ def test_a_terminal_of_80_columns_cuts_no_number() -> None:
     for text in ("lion_muon", "1,230 ms", "1,200 to 1,300", "3.00 MiB", "43.0 MiB", "2.000"):
         assert shown.get().count(text) >= (1 if text == "lion_muon" else 2), text
     assert "…" not in shown.get()
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 139, 200])
+def test_a_table_that_is_too_wide_stands_on_end_a_block_a_stage(width: int) -> None:
+    from rich.console import Console
+
+    times = {"ms_per_step": 1234.5, "ms_low": 1200.0, "ms_high": 1300.0, "tokens_per_s": 12_345.0}
+    rows = [row(name, stage, **times) for stage in (1, 3) for name in ("adamw", "lion_muon", "spectral_lion", "lion")]
+    rows.append(failed("muon", 3, "no"))
+    table = build_table(rows, table_spec(rows))
+    console = Console(width=width)
+    with console.capture() as shown:
+        for part in to_terminal(table, "all", width):
+            console.print(part)
+    text = shown.get()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert text.count("12,345") == 8
+    if width == 200:
+        assert "failed" in text
+    else:
+        assert "Stage 1" in text.replace("\n", " ")
+        assert "muon" not in text.replace("lion_muon", "")
 
 
 def test_no_change_is_shown_where_the_baseline_failed() -> None:
