@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def reshard(
     source: Annotated[Path, typer.Argument(help="A checkpoint: a tag's folder, or the folder with `latest`.")],
     target: Annotated[Path, typer.Argument(help="A new folder for the tag's folder and `latest`.")],
-    ranks: Annotated[int | None, typer.Option(help="Ranks that are to load it. [as it is]")] = None,
+    ranks: Annotated[int | None, typer.Option(help="All ranks of the job that is to load it. [as it is]")] = None,
     stage: Annotated[int | None, typer.Option(help="Their ZeRO stage, 0 to 3. [as it is]")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Their DeepSpeed JSON, for the stage and what ZeRO cuts by.")
@@ -53,8 +53,9 @@ def reshard(
         seal=seal_like(notes, handed_over=optimizer is not None),
         state=not reset_optimizer,
     )
-    typer.echo(f"found:   {summary(done.source, done.source.stage, done.source.ranks)}")
-    typer.echo(f"written: {summary(done.written, done.target.stage, done.target.ranks)}")
+    before = done.source.ranks * done.source.column.tensor_ranks
+    typer.echo(f"found:   {summary(done.source, done.source.stage, before)}")
+    typer.echo(f"written: {summary(done.written, done.target.stage, done.target.processes)}")
     alone = of_one_rank(done.source, done.target.stage, done.target.ranks)
     if alone:
         typer.echo(f"of the first rank alone, where each had its own: {', '.join(alone)}")
@@ -64,15 +65,22 @@ def reshard(
 
 
 def summary(portable: Portable, stage: int, ranks: int) -> str:
-    """One line on a checkpoint: optimizer, stage, ranks, parameters, dtypes, step."""
+    """One line on a checkpoint: optimizer, stage, ranks, parameters of each rank, dtypes, step."""
     specs = portable.specs
     weights = {str(portable.weights_dtype(spec.name)).removeprefix("torch.") for spec in specs}
     count = sum(spec.numel for spec in specs)
     return (
         f"{portable.optimizer}, stage {stage}, {ranks} rank{'s' if ranks > 1 else ''}, "
-        f"{count:,} parameters in {len(specs)} tensors, weights {'/'.join(sorted(weights))}, "
+        f"{_columns(portable)}{count:,} parameters in {len(specs)} tensors, weights {'/'.join(sorted(weights))}, "
         f"momentum {_momentum(portable)}, step {portable.step}"
     )
+
+
+def _columns(portable: Portable) -> str:
+    column = portable.column
+    if column.count == 1:
+        return ""
+    return f"on each of {column.count} {'with experts of their own' if column.experts else 'with shards'} "
 
 
 def _momentum(portable: Portable) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_optim.errors import UserError
-from ds_optim.job.deepspeed_json import deepspeed_config
+from ds_optim.job.deepspeed_json import data_ranks, deepspeed_config
 from ds_optim.job.settings import TrainSettings
 from ds_optim.survival.reshard_seal import seal_like, sealed_notes
 from ds_optim.zero.checkpoints.load import take_away
@@ -60,5 +60,5 @@ def forget(settings: TrainSettings) -> None:
 
 def line(step: int, was: Shape, shape: Shape, settings: TrainSettings) -> str:
     """What is to be said of it."""
-    batch = settings.micro_batch * settings.accumulation * shape.ranks
+    batch = settings.micro_batch * settings.accumulation * data_ranks(settings.deepspeed, shape.ranks)
     return f"the checkpoint of step {step} is of {was}: cut anew for {shape}, {batch} sequences a step"

@@ -62,7 +62,7 @@ def seal_like(notes: Mapping[str, Any] | None, *, handed_over: bool = False) -> 
         return None
 
     def seal(target: Target) -> Sealing:
-        changed = notes_for(notes, target.ranks, target.stage, handed_over=handed_over)
+        changed = notes_for(notes, target.processes, target.stage, handed_over=handed_over)
         return Sealing(stamps=stamps_of(changed), finish=lambda folder: manifest.seal_folder(folder, changed))
 
     return seal

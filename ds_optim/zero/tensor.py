@@ -80,6 +80,11 @@ def _with_shard(member: Member, tensor: Comm, *, is_live: bool) -> Member:
             f"{name} is {shape} on tensor-parallel rank {tensor.rank}, and its marks say {tuple(local)}: how it was "
             "cut is not known"
         )
+    if 0 in shard.sizes:
+        raise UserError(
+            f"{name} is cut into unequal parts {list(shard.sizes)} over tensor-parallel ranks, of which some hold "
+            "nothing: take a tensor parallel size that divides it (its heads, for queries, keys and values)"
+        )
     view = member.view
     if view is not None:
         whole = view if view.shape == shard.whole else replace(view, shape=shard.whole)

@@ -12,6 +12,7 @@ import pytest
 from ds_optim.errors import UserError
 from ds_optim.job.results import TrainResult
 from ds_optim.job.settings import make_settings
+from ds_optim.survival import recut
 from ds_optim.survival.reshard_seal import seal_like, sealed_notes
 from ds_optim.train.loop import train
 from ds_optim.zero.checkpoints import reshard
@@ -78,6 +79,20 @@ def test_the_next_losses_are_those_after_a_reshard(place: Path, before: Shape, a
     assert notes is not None
     assert notes["world_size"] == before[0]
     assert [line["step"] for line in log_of(place / "out") if "loss" in line] == [*range(1, STEPS + 1)]
+
+
+@pytest.mark.full
+def test_shards_are_cut_anew_for_other_data_parallel_ranks(place: Path) -> None:
+    """Four ranks of which two have the shards of a model, then two."""
+    shards = {"out": "out", "deepspeed": {"tensor_parallel": {"autotp_size": 2}}, "model": None, "preset": "qwen3-tiny"}
+    whole = run_ranks(4, run, place, {**shards, "micro_batch": 2, "stage": 1})[0]
+    assert isinstance(whole, TrainResult)
+    shutil.rmtree(place / f"out/checkpoints/step-{STEPS}")
+    resumed = run_ranks(2, run, place, {**shards, "micro_batch": 4, "stage": 3, "resume": True})[0]
+    assert isinstance(resumed, TrainResult)
+    assert resumed.losses == pytest.approx(whole.losses[3:], rel=1e-2)
+    said = recut.line(3, recut.Shape(4, 1), recut.Shape(2, 3), make_settings(**tiny(**shards, micro_batch=4)))
+    assert said.endswith("is of 4 ranks at stage 1: cut anew for 2 ranks at stage 3, 4 sequences a step")
 
 
 @pytest.mark.full

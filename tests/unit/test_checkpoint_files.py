@@ -343,10 +343,10 @@ def folder_linked(folder: Path) -> str:
     return "is a link to a place outside"
 
 
-def tensor_parallel(folder: Path) -> str:
+def of_a_shard(folder: Path) -> str:
     path = folder / "step-3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     path.rename(path.with_name("zero_pp_rank_1_mp_rank_01_optim_states.pt"))
-    return "tensor-parallel"
+    return "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"
 
 
 def universal(folder: Path) -> str:
@@ -409,7 +409,7 @@ def older(folder: Path) -> str:
 
 
 DAMAGES = [
-    *(removed, last_removed, model_removed, truncated, outside, linked, folder_linked, tensor_parallel, universal),
+    *(removed, last_removed, model_removed, truncated, outside, linked, folder_linked, of_a_shard, universal),
     *(other_addresses, not_by_element, other_weights, of_two_steps, elastic, older),
 ]
 

@@ -18,13 +18,13 @@ from ds_optim.machine.files import Unreadable, read_line, short
 
 LATEST = "latest"
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-_ONE_MODEL = "mp_rank_00_model_states.pt"
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
+_WHOLE_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_00_model_states\.pt")
+_EXPERTS_OPTIM = re.compile(r"expp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 _OTHERS = {
-    "layer_": "a pipeline's or an expert's file",
-    "expp_rank_": "an expert's file",
+    "layer_": "a pipeline's file",
     "offloaded_tensors": "state that was offloaded to NVMe",
     "zero": "a universal checkpoint",
 }
@@ -38,13 +38,19 @@ Stamps = Callable[[str], Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """A checkpoint's files: ``models`` and ``optimizers`` by rank (one model file, and none of the optimizer's own,
-    where it was saved so), and ``prefix``, what optimizer files of this dtype begin with."""
+    """The files of one tensor-parallel rank: ``models`` and ``optimizers`` by data-parallel rank (one model file, and
+    none of the optimizer's own, where it was saved so), and ``prefix``, what optimizer files of this dtype begin with.
+
+    experts: a file for each expert of each layer. expert_optimizers: at stage 0, one for each rank among which experts
+    are dealt out.
+    """
 
     folder: Path
     models: tuple[Path, ...]
     optimizers: tuple[Path, ...]
     prefix: str
+    experts: tuple[Path, ...] = ()
+    expert_optimizers: tuple[Path, ...] = ()
 
 
 def find_folder(source: Path) -> Path:
@@ -78,76 +84,60 @@ def _is_dir(folder: Path) -> bool:
         return False
 
 
-def find_files(folder: Path) -> Files:
-    """The files of a checkpoint, none of them missing.
+def find_files(folder: Path) -> list[Files]:
+    """The files of a checkpoint by tensor-parallel rank, none of them missing.
 
     Raises:
         UserError: naming what is missing, or what makes it a checkpoint of another kind.
     """
     entries = sorted(folder.iterdir())
+    experts = [entry for entry in entries if _EXPERT.fullmatch(entry.name)]
     for entry in entries:
         _check_inside(entry, folder)
         for beginning, what in _OTHERS.items():
-            if entry.name == beginning or (beginning.endswith("_") and entry.name.startswith(beginning)):
+            begins = beginning.endswith("_") and entry.name.startswith(beginning) and entry not in experts
+            if begins or entry.name == beginning:
                 raise UserError(f"{entry} is {what}, which ds-optim reshard does not read")
     optim = {entry: match for entry in entries if (match := _OPTIM.fullmatch(entry.name))}
     model = {entry: match for entry in entries if (match := _MODEL.fullmatch(entry.name))}
-    if any(int(m[3]) for m in optim.values()) or any(int(m[2]) for m in model.values()):
-        raise UserError(f"{folder} is of a tensor-parallel run, whose shards are no whole parameters")
-    one = folder / _ONE_MODEL
-    if not model and not one.is_file():
+    one = {int(match[1]): entry for entry in entries if (match := _WHOLE_MODEL.fullmatch(entry.name))}
+    if not model and not one:
         raise UserError(f"{folder} holds no DeepSpeed checkpoint: there is no *_model_states.pt in it")
     prefixes = {match[1] or "" for match in optim.values()}
     if len(prefixes) > 1:
         raise UserError(f"{folder} holds files of two checkpoints, with and without the prefix bf16_: remove one")
     prefix = prefixes.pop() if prefixes else ""
-    ranks = {int(match[2]): entry for entry, match in optim.items()}
-    models = {int(match[1]): entry for entry, match in model.items()}
-    for rank in range(max([*ranks, *models], default=-1) + 1):
-        if rank not in ranks:
-            raise UserError(f"{folder / optimizer_file(rank, prefix)} is missing: the checkpoint is not whole")
-        if models and rank not in models:
-            raise UserError(f"{folder / model_file(rank, 3)} is missing: the checkpoint is not whole")
-    return Files(
-        folder=folder,
-        models=tuple(models[rank] for rank in sorted(models)) or (one,),
-        optimizers=tuple(ranks[rank] for rank in sorted(ranks)),
-        prefix=prefix,
-    )
-
-
-def shape_of(folder: Path) -> tuple[int, int, int]:
-    """(tensor-parallel ranks, data-parallel ranks, a stage of ZeRO) that a checkpoint's files are named by.
-
-    Stages 1 and 2 name them alike, which are the same borders: 2 for both. Stage 0 has no data-parallel ranks.
-    """
-    names = [entry.name for entry in folder.iterdir()]
-    optim = [match for match in map(_OPTIM.fullmatch, names) if match]
-    model = [match for match in map(_MODEL.fullmatch, names) if match]
-    tensor = {int(found[1]) for found in (re.search(r"mp_rank_(\d+)_", name) for name in names) if found}
-    data = {int(match[2]) for match in optim}
-    return max(tensor, default=0) + 1, max(data, default=-1) + 1, 3 if model else 2 if optim else 0
-
-
-def has_experts(folder: Path) -> bool:
-    """Whether a checkpoint is of experts in groups of their own, which DeepSpeed keeps in files of their own."""
-    return any(_EXPERT.fullmatch(entry.name) for entry in folder.iterdir())
-
-
-def check_experts(folder: Path, ranks: int, stage: int) -> None:
-    """Refuse a checkpoint of experts that a run of other ranks saved, or at stage 0 for one that shards.
-
-    Raises:
-        UserError: with what to load it with.
-    """
-    _, saved, _ = shape_of(folder)
-    if saved != (ranks if stage else 0):
-        was = f"{saved} ranks" if saved else "ranks at stage 0"
-        now = f"by {ranks} ranks" if stage else "at stage 0"
-        raise UserError(
-            f"{folder} was saved by {was} and is to be loaded {now}: experts in groups of their own are not cut anew; "
-            "train with as many ranks, the same ep_size, and at stage 1 or 2 as it was saved (0 if at 0)"
+    ranks = {(int(match[3]), int(match[2])): entry for entry, match in optim.items()}
+    models = {(int(match[2]), int(match[1])): entry for entry, match in model.items()}
+    own = {int(m[1]): entry for entry in entries if (m := _EXPERTS_OPTIM.fullmatch(entry.name))}
+    tensor = max(number for number, _ in (*ranks, *models, *((number, 0) for number in one))) + 1
+    data = max([rank for _, rank in (*ranks, *models)], default=-1) + 1
+    found = []
+    for number in range(tensor):
+        for rank in range(data):
+            if (number, rank) not in ranks:
+                raise _missing(folder, optimizer_file(rank, prefix, number))
+            if models and (number, rank) not in models:
+                raise _missing(folder, model_file(rank, 3, number))
+        if not models and number not in one:
+            raise _missing(folder, model_file(0, 0, number))
+        found.append(
+            Files(
+                folder=folder,
+                models=tuple(models[number, rank] for rank in range(data)) if models else (one[number],),
+                optimizers=tuple(ranks[number, rank] for rank in range(data)),
+                prefix=prefix,
+                experts=tuple(experts),
+                expert_optimizers=tuple(own[rank] for rank in sorted(own)),
+            )
         )
+    if tensor > 1 and experts:
+        raise UserError(f"{folder} is of experts beside tensor parallelism, which ds-optim reshard does not read")
+    return found
+
+
+def _missing(folder: Path, name: str) -> UserError:
+    return UserError(f"{folder / name} is missing: the checkpoint is not whole")
 
 
 def _check_inside(entry: Path, folder: Path) -> None:
@@ -159,12 +149,21 @@ def _check_inside(entry: Path, folder: Path) -> None:
         raise UserError(f"{entry} is a link to a place outside of the checkpoint: put the file itself there")
 
 
-def model_file(rank: int, stage: int) -> str:
-    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else _ONE_MODEL
+def model_file(rank: int, stage: int, tensor: int = 0) -> str:
+    own = f"mp_rank_{tensor:02d}_model_states.pt"
+    return f"zero_pp_rank_{rank}_{own}" if stage == 3 else own
 
 
-def optimizer_file(rank: int, prefix: str) -> str:
-    return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+def optimizer_file(rank: int, prefix: str, tensor: int = 0) -> str:
+    return f"{prefix}zero_pp_rank_{rank}_mp_rank_{tensor:02d}_optim_states.pt"
+
+
+def expert_file(layer: int, expert: int) -> str:
+    return f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+
+
+def expert_optimizer_file(number: int) -> str:
+    return f"expp_rank_{number}_mp_rank_00_optim_states.pt"
 
 
 def stamped(content: Mapping[str, Any], name: str, stamps: Stamps | None) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from ds_optim.machine import ranks
 from ds_optim.machine.files import drop_link
 from ds_optim.optimizers.routing import in_stages
 from ds_optim.zero.caller import tensor_ranks
-from ds_optim.zero.checkpoints.folder import check_experts, find_folder, has_experts, shape_of
+from ds_optim.zero.checkpoints.columns import Column, experts_over
+from ds_optim.zero.checkpoints.folder import find_folder
 from ds_optim.zero.checkpoints.portable import Portable
-from ds_optim.zero.checkpoints.reader import open_checkpoint
+from ds_optim.zero.checkpoints.reader import open_columns
 from ds_optim.zero.checkpoints.reshard import reshard
 from ds_optim.zero.checkpoints.target import SETTINGS, Target, choose_target
 from ds_optim.zero.pipeline import check_folder
@@ -29,8 +30,8 @@ def load_checkpoint(
 
     Where its shape is the engine's, that is all. Otherwise rank 0 first cuts it anew as ``ds-optim reshard`` does,
     verified, with one rank's state in memory at a time; all ranks load that, and it is taken away. The checkpoint stays
-    as it is. All ranks must make this call, and see the same folders. Under tensor parallelism nothing is cut anew, and
-    of a pipeline neither.
+    as it is. All ranks must make this call, and see the same folders. Tensor-parallel ranks, and ranks among which
+    experts are dealt out, must be as many as they were; what a pipeline saved is not cut anew.
 
     Args:
         engine: made with the optimizer that wrote the checkpoint; ``ds-optim reshard --optimizer`` changes it.
@@ -44,9 +45,6 @@ def load_checkpoint(
     Raises:
         UserError: on every rank: it is damaged, or cannot have this shape; what is cut cannot be written.
     """
-    tensor = tensor_ranks(engine)
-    if tensor is not None:
-        return _load_plainly(engine, tensor.world_size, Path(folder), tag, options)
     place = Path(folder)
     source: Path = ranks.from_first(lambda: find_folder(place if tag is None else place / tag))
     made = Path(place if scratch is None else scratch) / _CUT.format(tag=source.name)
@@ -62,50 +60,47 @@ def load_checkpoint(
     return str(source), state
 
 
-def _load_plainly(engine: Any, tensor: int, folder: Path, tag: str | None, options: dict[str, Any]) -> tuple[str, Any]:
-    """Under tensor parallelism of so many ranks, whose shards are not cut anew."""
-
-    def find() -> Path:
-        source = find_folder(folder if tag is None else folder / tag)
-        data, stage = int(engine.seq_dp_world_size), int(engine._config.zero_config.stage)
-        saved = shape_of(source)
-        if saved != (tensor, data if stage else 0, 2 if stage == 1 else stage):
-            there = "0" if saved[2] == 0 else f"{'3' if saved[2] == 3 else '1 or 2'} on {saved[1]} data-parallel ranks"
-            raise UserError(
-                f"{source} was saved by {saved[0]} tensor-parallel ranks at ZeRO stage {there}, and this run has "
-                f"{tensor} at stage {stage} on {data}: shards are not cut anew; start as the run was that saved it"
-            )
-        return source
-
-    source: Path = ranks.from_first(find)
-    path, state = engine.load_checkpoint(str(source.parent), tag=source.name, **options)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed loaded nothing of {source}: see what it says above")
-    return str(source), state
-
-
 def _cut(source: Path, made: Path, engine: Any) -> bool:
     """Cut it where its shape is another one; whether it was."""
     if in_stages(engine.module):
         check_folder(engine.module, source)
         return False
-    if has_experts(source) or engine.has_moe_layers:
-        check_experts(source, int(engine.dp_world_size), int(engine.zero_optimization_stage()))
-        return False
-    found = open_checkpoint(source, state=False)
+    found = open_columns(source, state=False)[0]
+    _check_columns(found.column, engine, source)
     target = _target(found, engine)
     if target == choose_target(found, None, None):
         return False
     take_away(made)
     config = {"zero_optimization": target.settings()}
-    reshard(source, made, ranks=target.ranks, stage=target.stage, config=config)
+    reshard(source, made, ranks=target.processes, stage=target.stage, config=config)
     return True
 
 
 def _target(found: Portable, engine: Any) -> Target:
     zero = engine._config.zero_config
     config = {"zero_optimization": {**zero.model_dump(include=set(SETTINGS)), "stage": int(zero.stage)}}
-    return choose_target(found, int(engine.seq_dp_world_size), None, config)
+    return choose_target(found, int(engine.seq_dp_world_size) * found.column.tensor_ranks, None, config)
+
+
+def _check_columns(column: Column, engine: Any, source: Path) -> None:
+    """Refuse a checkpoint of other parameters on each rank than the engine's ranks have.
+
+    Raises:
+        UserError: with what to load it with.
+    """
+    tensor = tensor_ranks(engine)
+    here = 1 if tensor is None else tensor.world_size
+    if column.tensor_ranks != here:
+        raise UserError(
+            f"{source} is of {column.tensor_ranks} tensor-parallel ranks, and this run has {here}: shards are cut anew "
+            "for other data-parallel ranks and stages alone; start with as many"
+        )
+    over, there = experts_over(engine.optimizer.param_groups, source) or 1, column.count if column.experts else 1
+    if over != there:
+        raise UserError(
+            f"{source} has experts over {there} ranks, and this run over {over}: they are cut anew for other ranks and "
+            f"stages alone; train with ep_size (autoep_size) {there}"
+        )
 
 
 def take_away(made: Path) -> None:

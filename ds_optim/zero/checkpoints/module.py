@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.zero.checkpoints.experts import LAYERS, UNIVERSAL
 from ds_optim.zero.checkpoints.folder import STAMP
-from ds_optim.zero.checkpoints.portable import MASTER, Portable
+from ds_optim.zero.checkpoints.portable import Portable
 from ds_optim.zero.checkpoints.same import same
 
 _PER_CUT = (
     *("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"),
-    *("dp_world_size", "ds_config", STAMP),
+    *("dp_world_size", "ds_config", LAYERS, STAMP),
 )
 
 
@@ -27,7 +28,10 @@ def common_entries(portable: Portable, stage: int, ranks: int, rank: int) -> dic
     """
     own = portable.stage == stage == 3 and portable.ranks == ranks
     model = portable.models[rank if own else 0]
-    return {key: value for key, value in model.items() if key not in _PER_CUT}
+    found = {key: value for key, value in model.items() if key not in _PER_CUT}
+    if isinstance(found.get(UNIVERSAL), Mapping):
+        found[UNIVERSAL] = {key: value for key, value in found[UNIVERSAL].items() if key != LAYERS}
+    return found
 
 
 def of_one_rank(portable: Portable, stage: int, ranks: int) -> list[str]:
@@ -45,7 +49,7 @@ class Module:
         self._portable = portable
         self._model = portable.models[0]
         self._saved: Mapping[str, Tensor] = self._model["module"]
-        self._shapes = {spec.name: spec.shape for spec in portable.specs}
+        self._shapes = {spec.name: spec.shape for spec in portable.model_specs}
         self.shared: dict[str, str] = self._find_shared()
         self._frozen = self._frozen_shapes()
 
@@ -68,7 +72,7 @@ class Module:
             elif source in filled:
                 filled[name] = filled[source]
             elif source in self._shapes:
-                filled[name] = self._weights(source)
+                filled[name] = self._portable.weights(source)
             elif source in self._frozen:
                 filled[name] = self.frozen(source)
             elif name not in self.shared and tensor is not None:
@@ -80,7 +84,7 @@ class Module:
         parameters = {*self._shapes, *self.shared, *self._frozen}
         filled: OrderedDict[str, Tensor] = OrderedDict()
         for name in self.names:
-            tensor = self._saved[name] if name in self._saved else self._weights(name)
+            tensor = self._saved[name] if name in self._saved else self._portable.weights(name)
             filled[name] = tensor.new_empty(0) if name in parameters else tensor
         return filled
 
@@ -105,10 +109,6 @@ class Module:
         part = weights[rank * shard : (rank + 1) * shard]
         held[: part.numel()] = part
         return held
-
-    def _weights(self, name: str) -> Tensor:
-        shape, dtype = self._shapes[name], self._portable.weights_dtype(name)
-        return self._portable.shards.read(name, MASTER, 0, math.prod(shape)).to(dtype, copy=True).view(shape)
 
     def _find_shared(self) -> dict[str, str]:
         """The other names of tied parameters, with the names that they are kept under."""

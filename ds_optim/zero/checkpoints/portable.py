@@ -19,6 +19,8 @@ from ds_optim.elementwise.momentum import BLOCK
 from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import MOMENTUM, SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Layout, ParamSpec, Slice, Unit
+from ds_optim.zero.checkpoints.columns import Column, is_of_experts
+from ds_optim.zero.checkpoints.experts import Experts
 
 MASTER = "master"
 """The key of fp32 master weights beside the names of an optimizer's buffers."""
@@ -61,6 +63,10 @@ class Shards:
 
     def unit_of(self, name: str) -> Unit:
         return self.layout.units[self._places[name][0]]
+
+    def spec_of(self, name: str) -> ParamSpec:
+        unit, param = self._places[name]
+        return self.layout.units[unit].params[param]
 
     def first(self, name: str) -> Flats:
         """The tensors that hold the parameter's first element."""
@@ -105,15 +111,16 @@ class Shards:
 
 @dataclass(frozen=True, kw_only=True)
 class Portable:
-    """A checkpoint by parameter.
+    """A checkpoint by parameter, or one column of one.
 
-    stage, ranks: of the run that saved it. groups: of its optimizer. description: what ``ds_optim.optimizers.saved``
-    wrote, if it did. shards: master weights and buffers. scalars: by parameter, where the rule keeps a number for
-    each. rows: by key and parameter, values for each row of its matrices. entries: by parameter the rest of its state,
-    such as the step count. has_state: False before a first step. wrapper: loss scale and such of DeepSpeed's wrapper.
-    models: the model files' contents, one a rank at stage 3. prefix: of the names of optimizer files. version: of
-    DeepSpeed. buffers: by parameter the names of its optimizer's buffers. stored_as: by parameter the dtype that its
-    momentum is to have, where not as it is.
+    stage, ranks: of the run that saved it, the latter those of one tensor-parallel rank. groups: of its optimizer.
+    description: what ``ds_optim.optimizers.saved`` wrote, if it did. shards: master weights and buffers. scalars: by
+    parameter, where the rule keeps a number for each. rows: by key and parameter, values for each row of its matrices.
+    entries: by parameter the rest of its state, such as the step count. has_state: False before a first step. wrapper:
+    loss scale and such of DeepSpeed's wrapper. models: the model files' contents, one a rank at stage 3. prefix: of the
+    names of optimizer files. version: of DeepSpeed. buffers: by parameter the names of its optimizer's buffers.
+    stored_as: by parameter the dtype that its momentum is to have, where not as it is. column: which one it is.
+    experts: what lies in files of theirs.
     """
 
     stage: int
@@ -131,10 +138,28 @@ class Portable:
     version: str
     buffers: Mapping[str, tuple[str, ...]]
     stored_as: Mapping[str, torch.dtype] = field(default_factory=dict)
+    column: Column = field(default_factory=Column)
+    experts: Experts | None = None
 
     @property
     def specs(self) -> list[ParamSpec]:
         return [spec for group in self.groups for spec in group.params]
+
+    @property
+    def model_specs(self) -> list[ParamSpec]:
+        """Those whose weights are in the model's own files, where weights are: not the experts'."""
+        return [spec for group in self.groups if not is_of_experts(group.hyper) for spec in group.params]
+
+    def sharing(self, unit: Unit, ranks: int) -> list[int]:
+        """Which of so many data-parallel ranks cut a unit's parameters."""
+        return self.column.sharing(self.groups[unit.group].hyper, ranks)
+
+    def saved_weights(self, name: str) -> Tensor | None:
+        """A parameter's weights, where the files of stages 0 to 2 have them."""
+        if self.experts is not None and name in self.experts.names:
+            return self.experts.weights(name)
+        found: Tensor | None = self.models[0]["module"].get(name)
+        return found
 
     @property
     def config(self) -> dict[str, Any]:
@@ -168,6 +193,12 @@ class Portable:
             if isinstance(asked, Mapping) and asked.get("enabled") is True:
                 return dtype
         return torch.float32
+
+    def weights(self, name: str) -> Tensor:
+        """A parameter of the optimizer's as the model computes with it, from its master weights."""
+        spec = self.shards.spec_of(name)
+        whole = self.shards.read(name, MASTER, 0, spec.numel)
+        return whole.to(self.weights_dtype(name), copy=True).view(spec.shape)
 
     def momentum_dtype(self, name: str) -> torch.dtype | None:
         flats = self.shards.first(name)

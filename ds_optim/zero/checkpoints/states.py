@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ds_optim.matrix.views import row_range
 from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, RULES, SCALARS, SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import PARAMETERS, SAVED
 from ds_optim.sharding.layout import Layout, ParamSpec, Unit
+from ds_optim.zero.checkpoints.columns import Column
+from ds_optim.zero.checkpoints.experts import Experts
 from ds_optim.zero.checkpoints.folder import Files
 from ds_optim.zero.checkpoints.portable import MASTER, Flats, Portable, SavedGroup, Shards
 
@@ -24,6 +26,7 @@ class Saved:
 
     params: of each group, in its order. flats, states: ``[unit][rank][tensor]``, what has a value for each element, and
     all of the tensor's state. groups, description: as torch and this package saved them. wrapper: of DeepSpeed's.
+    column, experts: as in a Portable.
     """
 
     layout: Layout
@@ -34,6 +37,8 @@ class Saved:
     description: dict[str, Any] | None
     has_state: bool
     wrapper: dict[str, Any]
+    column: Column = field(default_factory=Column)
+    experts: Experts | None = None
 
     def portable(self, files: Files, models: Sequence[Mapping[str, Any]], prefix: str) -> Portable:
         """The checkpoint by parameter.
@@ -48,7 +53,8 @@ class Saved:
         for unit, flats, states in zip(self.layout.units, self.flats, self.states, strict=True):
             for rank, of_rank in enumerate(states):
                 if list(map(_plain_values, of_rank)) != list(map(_plain_values, states[0])):
-                    raise UserError(f"{files.optimizers[rank]} and the first rank's file are of different steps")
+                    number = self.column.sharing(self.groups[unit.group], len(files.optimizers))[rank]
+                    raise UserError(f"{files.optimizers[number]} and the first rank's file are of different steps")
             for own in states[0]:
                 scalars |= own.get(SCALARS, {})
             for key, by_name in _joined_rows(unit, states, files.folder).items():
@@ -72,6 +78,8 @@ class Saved:
             prefix=prefix,
             version=str(models[0].get("ds_version", "")),
             buffers=buffers,
+            column=self.column,
+            experts=self.experts,
         )
 
 

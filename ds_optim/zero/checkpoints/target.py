@@ -11,6 +11,9 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.sharding.layout import MOST_RANKS, Layout, build_layout
+from ds_optim.zero.auto import at
+from ds_optim.zero.checkpoints.columns import Column
+from ds_optim.zero.checkpoints.experts import LAYERS
 from ds_optim.zero.checkpoints.portable import Portable
 
 SETTINGS = ("stage", "sub_group_size", "parameter_alignment", "round_robin_gradients")
@@ -19,14 +22,20 @@ SETTINGS = ("stage", "sub_group_size", "parameter_alignment", "round_robin_gradi
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """ranks, stage: of the run that is to load it. The rest: its settings of these names under zero_optimization, which
-    stage 3 (sub_group_size) and stages 1 and 2 cut by."""
+    """ranks, stage: of the run that is to load it, and tensor: how many ranks have the shards of one of them. The rest:
+    its settings of these names under zero_optimization, which stage 3 (sub_group_size) and stages 1 and 2 cut by."""
 
     ranks: int
     stage: int
     sub_group_size: int
     parameter_alignment: bool
     round_robin_gradients: bool = False
+    tensor: int = 1
+
+    @property
+    def processes(self) -> int:
+        """All ranks of the job."""
+        return self.ranks * self.tensor
 
     def settings(self) -> dict[str, Any]:
         """The same under zero_optimization."""
@@ -42,6 +51,7 @@ class Target:
             param_alignment=element_alignment(dtype) if self.parameter_alignment else 1,
             sub_group_size=self.sub_group_size,
             round_robin=self.round_robin_gradients,
+            group_ranks=[len(portable.column.sharing(group.hyper, self.ranks)) for group in portable.groups],
         )
 
 
@@ -55,7 +65,7 @@ def choose_target(
 ) -> Target:
     """What flags say, then the new run's DeepSpeed JSON; without one, what the checkpoint's says.
 
-    What a JSON leaves out is DeepSpeed's default, as it is for the run.
+    What a JSON leaves out is DeepSpeed's default, as it is for the run. ranks: all of the job.
 
     Raises:
         UserError: a number that is none, or a shape that this checkpoint cannot have.
@@ -66,18 +76,37 @@ def choose_target(
     if given.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"--stage is {given['stage']}: write 0, 1, 2 or 3")
     zero = _parsed(given)
+    count = portable.ranks * portable.column.tensor_ranks if ranks is None else ranks
+    if not 1 <= count <= MOST_RANKS:
+        raise UserError(f"--ranks is {count}: write a number of ranks from 1 to {MOST_RANKS:,}")
+    _check_columns(portable.column, count, config)
     target = Target(
-        ranks=portable.ranks if ranks is None else ranks,
+        ranks=count // portable.column.tensor_ranks,
+        tensor=portable.column.tensor_ranks,
         stage=int(zero.stage),
         sub_group_size=zero.sub_group_size,
         parameter_alignment=zero.parameter_alignment,
         round_robin_gradients=zero.round_robin_gradients,
     )
-    if not 1 <= target.ranks <= MOST_RANKS:
-        raise UserError(f"--ranks is {target.ranks}: write a number of ranks from 1 to {MOST_RANKS:,}")
     if target.stage == 0:
         _check_unsharded(portable)
+    if target.stage == 3 and portable.column.experts and not isinstance(portable.models[0].get(LAYERS), list):
+        raise UserError("DeepSpeed 0.19 does not train its MoE layers at stage 3: write --stage 2")
     return target
+
+
+def _check_columns(column: Column, ranks: int, config: Mapping[str, Any] | None) -> None:
+    """Refuse another number of columns, and of ranks in which they do not come out even."""
+    what = "experts are dealt out to" if column.experts else "shards of parameters are on"
+    if ranks % column.count:
+        raise UserError(
+            f"--ranks is {ranks}, and the {what} {column.count} ranks, which stay as many: write a multiple of "
+            f"{column.count}"
+        )
+    setting = "expert_parallel.autoep_size" if column.experts else "tensor_parallel.autotp_size"
+    asked = None if config is None else at(config, setting)
+    if type(asked) is int and asked not in (0, column.count):
+        raise UserError(f"{setting} is {asked}, and the checkpoint's {what} {column.count} ranks: write {column.count}")
 
 
 def _section(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from ds_optim.elementwise.quantized import largest_step
 from ds_optim.errors import UserError
 from ds_optim.optimizers.rules import MOMENTUM
+from ds_optim.zero.checkpoints.columns import is_of_experts
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import dtype_of, values
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
@@ -28,18 +29,26 @@ def check_masters(portable: Portable) -> None:
     """
     if portable.stage == 3:
         return
-    module = portable.models[0]["module"]
+    found = unlike_masters(portable)
+    if found is not None:
+        raise UserError(
+            f"the master weights of {found} in the checkpoint are not the model's: weights were changed in "
+            "place before it was saved, or its layout is not one that ds-optim knows"
+        )
+
+
+def unlike_masters(portable: Portable) -> str | None:
+    """The first parameter whose master weights, cast down, are not its weights in the files of stages 0 to 2."""
     for spec in portable.specs:
-        if spec.name not in module:  # left out as frozen
+        weights = portable.saved_weights(spec.name)
+        if weights is None:  # left out as frozen
             continue
-        own = module[spec.name].reshape(-1)
+        own = weights.reshape(-1)
         for start, numel in _chunks(spec.numel):
             master = portable.shards.read(spec.name, MASTER, start, numel).to(own.dtype)
             if not torch.equal(master.nan_to_num(), own[start : start + numel].nan_to_num()):
-                raise UserError(
-                    f"the master weights of {spec.name} in the checkpoint are not the model's: weights were changed in "
-                    "place before it was saved, or its layout is not one that ds-optim knows"
-                )
+                return spec.name
+    return None
 
 
 def differences(made: Portable, original: Portable, target: Target) -> list[str]:
@@ -64,10 +73,17 @@ def differences(made: Portable, original: Portable, target: Target) -> list[str]
     for spec in original.specs:
         keys = (MASTER, *original.buffers[spec.name])
         found += [f"{key} of {spec.name}" for key in keys if not _same(made, original, spec.name, key, spec.numel)]
+    if made.column.experts and made.stage < 3:
+        wrong = set(made.experts.names if made.experts is not None else ()) ^ set(_of_experts(original))
+        found += [f"weights of {name}" for name in (*sorted(wrong), unlike_masters(made)) if name is not None]
     module = Module(original)
     for rank in range(len(made.models)):
         found += _missing(made, module, original, target, rank)
     return found
+
+
+def _of_experts(portable: Portable) -> list[str]:
+    return [spec.name for group in portable.groups if is_of_experts(group.hyper) for spec in group.params]
 
 
 def _missing(made: Portable, module: Module, original: Portable, target: Target, rank: int) -> Iterator[str]:

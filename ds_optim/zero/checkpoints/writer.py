@@ -1,4 +1,4 @@
-"""From a :class:`Portable` to the files that so many ranks at such a stage would have saved, one rank at a time."""
+"""From the columns of a checkpoint to the files that so many ranks at a stage would have saved, one rank at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import errno
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,23 @@ from torch import Tensor
 
 from ds_optim.errors import UserError
 from ds_optim.machine.files import write_reason
+from ds_optim.optimizers.experts import SHARED_BY
 from ds_optim.optimizers.rules import RULES, SCALARS, STEP
 from ds_optim.optimizers.saved import SAVED, with_placeholders
 from ds_optim.sharding.layout import Layout
-from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS, Stamps, model_file, optimizer_file, stamped
+from ds_optim.zero.checkpoints.columns import is_of_experts
+from ds_optim.zero.checkpoints.expert_columns import partition_groups
+from ds_optim.zero.checkpoints.experts import LAYERS, UNIVERSAL, placed, single
+from ds_optim.zero.checkpoints.folder import (
+    LATEST,
+    SCRIPTS,
+    Stamps,
+    expert_file,
+    expert_optimizer_file,
+    model_file,
+    optimizer_file,
+    stamped,
+)
 from ds_optim.zero.checkpoints.module import Module, common_entries
 from ds_optim.zero.checkpoints.pieces import flat_state, rows_held, whole_state
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
@@ -28,10 +41,12 @@ from ds_optim.zero.checkpoints.target import Target
 State = dict[int, dict[str, Any]]
 
 
-def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str, stamps: Stamps | None = None) -> None:
+def write_checkpoint(
+    columns: Sequence[Portable], target: Target, place: Path, tag: str, stamps: Stamps | None = None
+) -> None:
     """Write ``place``/``tag``, and ``latest`` and DeepSpeed's own recovery scripts beside it.
 
-    stamps: what each file is to say of itself.
+    columns: all of the checkpoint. stamps: what each file is to say of itself.
 
     Raises:
         UserError: the checkpoint has what a run of this shape cannot have.
@@ -39,17 +54,41 @@ def write_checkpoint(portable: Portable, target: Target, place: Path, tag: str, 
     """
     folder = place / tag
     folder.mkdir(parents=True)
-    layout = target.layout(portable)
-    for rank in range(target.ranks if target.stage else 0):
-        name = optimizer_file(rank, portable.prefix)
-        _save(_optimizer_states(portable, target, layout, rank), folder / name, stamps)
-    module = Module(portable)
-    for rank in range(target.ranks if target.stage == 3 else 1):
-        name = model_file(rank, target.stage)
-        _save(_model_states(portable, target, layout, module, rank), folder / name, stamps)
+    layouts = [target.layout(portable) for portable in columns]
+    for number, rank in _writers(columns, target.ranks if target.stage else 0, target):
+        name = optimizer_file(rank, columns[number].prefix, columns[number].column.tensor)
+        _save(_optimizer_states(columns[number], target, layouts[number], rank), folder / name, stamps)
+    modules = [Module(portable) for portable in columns]
+    for number, rank in _writers(columns, target.ranks if target.stage == 3 else 1, target):
+        name = model_file(rank, target.stage, columns[number].column.tensor)
+        _save(_model_states(columns[number], target, layouts[number], modules[number], rank), folder / name, stamps)
+    for name, content in _expert_states(columns, target, layouts):
+        _save(content, folder / name, stamps)
     (place / LATEST).write_text(tag, encoding="utf-8")
     if target.stage:
         _copy_scripts(place)
+
+
+def _writers(columns: Sequence[Portable], ranks: int, target: Target) -> Iterator[tuple[int, int]]:
+    """(column, data-parallel rank) of whoever writes a file, where each of so many ranks does."""
+    for number, portable in enumerate(columns):
+        own = portable.column.ranks(target.ranks) if portable.column.experts else range(ranks)
+        yield from ((number, rank) for rank in own if rank < ranks)
+
+
+def _expert_states(
+    columns: Sequence[Portable], target: Target, layouts: Sequence[Layout]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of the files of experts: their weights below stage 3, their ranks' optimizers at stage 0."""
+    for portable, layout in zip(columns, layouts, strict=True):
+        if not portable.column.experts or target.stage == 3:
+            continue
+        if target.stage == 0:
+            yield expert_optimizer_file(portable.column.number), {"optimizer": _stage0(portable, layout, target)}
+        if portable.stage == 3:
+            yield from single(portable.models[0][LAYERS], portable.column, portable.weights)
+        elif portable.experts is not None and portable.column.number == 0:  # each column knows all of them
+            yield from ((expert_file(*place), dict(own)) for place, own in portable.experts.files.items())
 
 
 def _save(content: Mapping[str, Any], path: Path, stamps: Stamps | None) -> None:
@@ -80,7 +119,8 @@ def config_of(portable: Portable, target: Target) -> dict[str, Any]:
 
 
 def _optimizer_states(portable: Portable, target: Target, layout: Layout, rank: int) -> dict[str, Any]:
-    flats = [flat_state(portable, unit, rank) for unit in layout.units]
+    places = [portable.sharing(unit, target.ranks).index(rank) for unit in layout.units]
+    flats = [flat_state(portable, unit, place) for unit, place in zip(layout.units, places, strict=True)]
     state: State = {}
     numbers: list[list[int]] = [[] for _ in portable.groups]
     for number, unit in enumerate(layout.units):
@@ -88,23 +128,33 @@ def _optimizer_states(portable: Portable, target: Target, layout: Layout, rank: 
     for number, (unit, own) in enumerate(zip(layout.units, flats, strict=True)):
         if portable.has_state:
             names = [spec.name for spec in unit.params]
-            state[number] = _tensor_state(portable, names, rows_held(portable, unit, rank), own)
+            state[number] = _tensor_state(portable, names, rows_held(portable, unit, places[number]), own)
             rule = portable.groups[unit.group].rule
             if rule is not None:
                 state[number] = with_placeholders(state[number], RULES[rule], own[MASTER])
     build = _stage3 if target.stage == 3 else _stages_1_2
-    base = {"state": state, "param_groups": _packed(portable, numbers)}
-    states = build(portable, layout, rank, [own[MASTER] for own in flats], base)
+    base = {"state": state, "param_groups": _packed(portable, numbers, target)}
+    states = build(portable, layout, places, [own[MASTER] for own in flats], base)
+    if portable.column.experts and target.stage == 3:
+        states["ds_zero_partition_groups"] = partition_groups(portable, layout, target.ranks, rank)
     config = config_of(portable, target)
     return {"optimizer_state_dict": states, "ds_config": config, "ds_version": portable.version}
 
 
-def _packed(portable: Portable, numbers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def _packed(portable: Portable, numbers: Sequence[Sequence[int]], target: Target) -> list[dict[str, Any]]:
     """The groups as torch packs them, with the numbers of their tensors."""
-    described = {} if portable.description is None else {SAVED: portable.description}
+    described = {} if portable.description is None else {SAVED: _described(portable, target)}
     return [
         {**group.hyper, "params": list(own), **described} for group, own in zip(portable.groups, numbers, strict=True)
     ]
+
+
+def _described(portable: Portable, target: Target) -> dict[str, Any]:
+    """The description, with the ranks that share experts."""
+    assert portable.description is not None
+    shared = {SHARED_BY: tuple(portable.column.ranks(target.ranks))} if target.stage else {}
+    groups = [{**g, **(shared if is_of_experts(g) else {})} for g in portable.description["groups"]]
+    return {**portable.description, "groups": groups}
 
 
 def _tensor_state(
@@ -132,13 +182,14 @@ def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _stages_1_2(
-    portable: Portable, layout: Layout, rank: int, masters: Sequence[Tensor], base: dict[str, Any]
+    portable: Portable, layout: Layout, places: Sequence[int], masters: Sequence[Tensor], base: dict[str, Any]
 ) -> dict[str, Any]:
+    """places: this rank's among those that share each unit."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     paddings, lean, alignments, addresses = [], [], [], []
-    for unit, master in zip(layout.units, masters, strict=True):
+    for unit, master, rank in zip(layout.units, masters, places, strict=True):
         ends = unit.starts[-1] + unit.params[-1].numel
         padding = unit.world_size * unit.partition_numel - ends if rank == unit.world_size - 1 else 0
         paddings.append(padding)
@@ -164,7 +215,7 @@ def _stages_1_2(
 
 
 def _stage3(
-    portable: Portable, layout: Layout, rank: int, masters: Sequence[Tensor], base: dict[str, Any]
+    portable: Portable, layout: Layout, places: Sequence[int], masters: Sequence[Tensor], base: dict[str, Any]
 ) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -198,7 +249,7 @@ def wrapper_of(portable: Portable) -> dict[str, Any]:
 def _model_states(portable: Portable, target: Target, layout: Layout, module: Module, rank: int) -> dict[str, Any]:
     states: dict[str, Any] = {
         "module": module.buffers_alone() if target.stage == 3 else module.whole(),
-        "optimizer": None if target.stage else _stage0(portable, layout),
+        "optimizer": None if target.stage else _stage0(portable, layout, target),
         "param_shapes": None,
         "frozen_param_shapes": None,
         "shared_params": None,
@@ -217,10 +268,14 @@ def _model_states(portable: Portable, target: Target, layout: Layout, module: Mo
             for name in shapes
         )
     common = common_entries(portable, target.stage, target.ranks, rank)
+    if LAYERS in portable.models[0]:
+        common[LAYERS] = placed(portable.models[0][LAYERS], portable.column, rank, target.ranks, target.stage)
+        if isinstance(common[LAYERS], list) and isinstance(common.get(UNIVERSAL), Mapping):
+            common[UNIVERSAL] = {**common[UNIVERSAL], LAYERS: common[LAYERS]}
     return {**states, **common, "dp_world_size": target.ranks, "ds_config": config_of(portable, target)}
 
 
-def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
+def _stage0(portable: Portable, layout: Layout, target: Target) -> dict[str, Any]:
     """The optimizer of a run without ZeRO: torch's own dict in fp32, that of DeepSpeed's wrapper in 16 bits."""
     state: State = {}
     masters: list[list[Tensor]] = [[] for _ in portable.groups]
@@ -235,7 +290,7 @@ def _stage0(portable: Portable, layout: Layout) -> dict[str, Any]:
                 by_key = portable.rows.items()
                 rows = {key: {spec.name: own[spec.name].clone()} for key, own in by_key if spec.name in own}
                 state[number] = _tensor_state(portable, [spec.name], rows, flats)
-    base = {"state": state, "param_groups": _packed(portable, numbers)}
+    base = {"state": state, "param_groups": _packed(portable, numbers, target)}
     if portable.weights_dtype(portable.specs[0].name) == torch.float32:
         return base
     return {
