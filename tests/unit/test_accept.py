@@ -1,0 +1,103 @@
+"""``ds-optim accept``: what its checks find, and that a part which ends badly costs the others nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_optim.accept import given, kernels, run
+from ds_optim.accept.checks import AcceptSettings, Check, page_rows, within
+from ds_optim.accept.optimizers import Place, places
+from ds_optim.accept.parts import MINUTES, PARTS
+from ds_optim.cli.app import main
+from ds_optim.elementwise import native
+from tests.cases import CASES
+
+QUICK = AcceptSettings(gpus=0, ranks=2, quick=True)
+
+
+def test_parts_take_a_quarter_of_an_hour_and_are_those_that_the_help_names() -> None:
+    assert MINUTES == 15
+    for part in PARTS.values():
+        part.run(QUICK, Path())  # there is such a function
+
+
+def test_every_rule_is_a_subject() -> None:
+    assert {subject.rule.name for subject in given.subjects()} == {case.rule.name for case in CASES.values()}
+
+
+def test_given_gradients_are_those_of_the_loss_and_exact_as_means() -> None:
+    model, wanted = given.new_model(), given.gradients(1, torch.device("cpu"))
+    total = {name: torch.zeros_like(g) for name, g in wanted.items()}
+    for rank in range(4):
+        model.zero_grad()
+        model({name: given.share_of(rank, 4) * g for name, g in wanted.items()}).backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            total[name] += p.grad.bfloat16().float() / 4
+    assert all(torch.equal(total[name], g) for name, g in wanted.items())
+
+
+def test_every_kernel_holds_here() -> None:
+    found = list(kernels.run(QUICK, Path()))
+    assert len(found) > 100
+    assert [check for check in found if not check.ok] == []
+
+
+def test_a_kernel_that_is_off_by_a_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = native.blend_into
+
+    def broken(out: torch.Tensor, *rest: object) -> bool:
+        done = whole(out, *rest)  # type: ignore[arg-type]
+        if done:
+            out[-1:] = torch.nextafter(out[-1:], out[-1:] + 1)
+        return done
+
+    monkeypatch.setattr(native, "blend_into", broken)
+    wrong = {check.name for check in kernels.run(QUICK, Path()) if not check.ok}
+    assert "blend_into" in wrong
+    assert not wrong & {"sign_step", "apply_update", "adamw_step", "Lion, alone"}
+
+
+def test_ranks_of_places() -> None:
+    several = [Place(ranks=4, backend="nccl")]
+    assert places(AcceptSettings(gpus=6, ranks=6)) == several, "means are exact over powers of two"
+    assert places(AcceptSettings(gpus=0, ranks=3)) == [Place(ranks=2, backend="gloo")]
+    alone, shared = places(AcceptSettings(gpus=1, ranks=1))
+    assert (alone.ranks, alone.backend, shared.ranks, shared.backend, shared.one_device) == (1, "nccl", 2, "gloo", True)
+
+
+def test_the_page_shows_what_is_nearest_to_its_limit_and_all_that_failed() -> None:
+    checks = [within("a", 0.1, 1.0, where="x"), within("a", 0.9, 1.0, where="y"), Check(name="b", ok=True, note="none")]
+    checks += [within("c", float("nan"), 1.0, where="z"), within("c", 2.0, 1.0), within("c", 0.0, 1.0)]
+    a, b, c = page_rows([check.row("part") for check in checks])
+    assert (a.extra["where"], a.extra["held"], a.extra["text"]) == ("y", "2 of 2", "0.900 (limit 1.00)")
+    assert (b.status, b.extra["text"]) == ("ok", "")
+    assert c.status == "failed"
+    assert c.reason == "z, nan (limit 1.00), and 1 more of 3"
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    rows, seconds = run._run_part("wire", QUICK, tmp_path, 0.2)
+    assert [(row.optimizer, row.status) for row in rows] == [("all of wire", "failed")]
+    assert "ended after 0 s" in (rows[0].reason or "")
+    assert seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--only", "kernel"], "--only: unknown 'kernel'; did you mean 'kernels'"),
+        (["--ranks", "0"], "--ranks: 0 is too few; write 1 or more"),
+        (["--minutes", "0"], "--minutes: 0 is too few"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["accept", *arguments, "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert line in capsys.readouterr().err.replace("\n", " ")
