@@ -10,6 +10,8 @@ from ds_optim.accept.parts import PARTS
 from ds_optim.cli.app import main
 from ds_optim.report.schema import Row, read_rows
 
+pytestmark = pytest.mark.full
+
 BROKEN = """
 import os
 from ds_optim.accept import measured
@@ -36,7 +38,6 @@ def accept(out: Path, *arguments: str) -> tuple[int, list[Row], str]:
     return ended.value.code, read_rows(out / "results.jsonl"), (out / "report.md").read_text()
 
 
-@pytest.mark.full
 def test_it_runs_to_its_end_on_ranks_of_a_cpu(tmp_path: Path) -> None:
     status, rows, page = accept(tmp_path / "out", "--minutes", "60")
     assert [(row.optimizer, row.reason) for row in rows if row.status != "ok"] == []

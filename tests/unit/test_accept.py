@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from ds_optim.accept import given, kernels, run
+from ds_optim.accept import given, kernels, measured, run, worker
 from ds_optim.accept.checks import AcceptSettings, Check, page_rows, within
 from ds_optim.accept.optimizers import Place, places
 from ds_optim.accept.parts import MINUTES, PARTS
 from ds_optim.cli.app import main
 from ds_optim.elementwise import native
+from ds_optim.errors import UserError
+from ds_optim.report.schema import Row, read_rows
 from tests.cases import CASES
 
 QUICK = AcceptSettings(gpus=0, ranks=2, quick=True)
@@ -56,9 +60,9 @@ def test_a_kernel_that_is_off_by_a_bit_is_found(monkeypatch: pytest.MonkeyPatch)
         return done
 
     monkeypatch.setattr(native, "blend_into", broken)
-    wrong = {check.name for check in kernels.run(QUICK, Path()) if not check.ok}
-    assert "blend_into" in wrong
-    assert not wrong & {"sign_step", "apply_update", "adamw_step", "Lion, alone"}
+    found = list(islice(kernels.run(QUICK, Path()), 105))
+    assert {check.name for check in found if not check.ok} == {"blend_into"}
+    assert {check.name for check in found if check.ok} == {"compiled steps", "sign_step", "apply_update", "adamw_step"}
 
 
 def test_ranks_of_places() -> None:
@@ -77,6 +81,40 @@ def test_the_page_shows_what_is_nearest_to_its_limit_and_all_that_failed() -> No
     assert (b.status, b.extra["text"]) == ("ok", "")
     assert c.status == "failed"
     assert c.reason == "z, nan (limit 1.00), and 1 more of 3"
+
+
+def test_what_a_part_finds_is_told_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(settings: AcceptSettings, folder: Path) -> Iterator[Check]:
+        yield within("copy", 2.0, 1.0, where="here", unit="ms")
+        raise RuntimeError("no memory is left")
+
+    def in_process(name: str, settings: AcceptSettings, out: Path, limit_s: float) -> tuple[list[Row], float]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / worker.SETTINGS).write_text(settings.model_dump_json())
+        worker.main(name, tmp_path / name)
+        return read_rows(tmp_path / name / worker.CHECKS), limit_s
+
+    monkeypatch.setattr(run, "_run_part", in_process)
+    monkeypatch.setattr(measured, "polar", found)
+    monkeypatch.setattr(measured, "wire", lambda settings, folder: iter([Check(name="Lion", ok=True)]))
+    out = tmp_path / "out"
+    assert run.accept(QUICK, ["polar", "wire"], out, minutes=30, force=False) == 1
+    rows = read_rows(out / "results.jsonl")
+    assert [(row.extra["part"], row.optimizer, row.reason) for row in rows] == [
+        ("polar", "copy", "here, 2.00 ms (limit 1.00)"),
+        ("polar", "all of polar", "RuntimeError: no memory is left"),
+        ("wire", "Lion", None),
+    ]
+    page = (out / "report.md").read_text()
+    for text in ("Not every check holds.", "polar: 0 of 2 hold in 120 s", "- CPU: ", "- torch: ", "Left out: kernels"):
+        assert text in page
+    assert "failed: copy: here, 2.00 ms (limit 1.00)" in capsys.readouterr().err
+    (tmp_path / "wire").rename(tmp_path / "before")
+    assert run.accept(QUICK, ["wire"], tmp_path / "again", minutes=30, force=False) == 0
+    with pytest.raises(UserError, match=r"holds results\.jsonl of an earlier run: add --force"):
+        run.accept(QUICK, ["wire"], out, minutes=30, force=False)
 
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
 from ds_optim.elementwise.native import library
 from ds_optim.optimizers import steps
+from ds_optim.optimizers.steps import finite
 from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate
 from tests.cases import CASES, NARROW, Case, one_of_each_kind, update_of
-from tests.fake_cuda import Counts, dry_steps, small
+from tests.fake_cuda import CUDA, Counts, dry_cuda, dry_steps, small
 from tests.tiers import cells
 
 GROUPS = 3
@@ -73,6 +75,17 @@ def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: i
     assert {line for line in counts.syncs if counts.syncs[line] > allowed.get(line, 0)} == set(), counts.syncs
     assert without_tables(counts) == CROSSINGS.get(case.type, {})
     assert all(kind.split()[1:] in (["cuda"], ["cuda", "cuda"]) for kind in counts.messages)
+
+
+def test_the_host_asks_once_for_all_gradients_of_a_device() -> None:
+    with dry_cuda() as dry:
+        made = [
+            torch.empty(n, device=CUDA, dtype=dtype) for n in range(1, 30) for dtype in (torch.float32, torch.bfloat16)
+        ]
+        for p in made:
+            p.grad = torch.empty_like(p)
+        assert finite([{"params": made[:20]}, {"params": made[20:]}])
+        assert dict(dry.counts.syncs) == {"optimizers/steps.py:<genexpr>": 1}
 
 
 @pytest.mark.parametrize("name", cells(["StableLion", "NorMuon", "Dion2"], one_of_each_kind(), CASES))
