@@ -32,8 +32,8 @@ def doctor(
     """Check this machine, or under a launcher every node: each line is fine, or says what to do.
 
     Exits with 0 if all is fine, 1 if there is something to do, 2 for a mistake in the command. Over nodes:
-    bash launch/hostfile.sh --hostfile FILE doctor --config ds.json. Whether kernels, optimizers and memory are right on a
-    machine's devices is what ds-optim accept finds out.
+    bash launch/hostfile.sh --hostfile FILE doctor --config ds.json. Whether kernels, optimizers and memory are right on
+    a machine's devices is what ds-optim accept finds out.
     """
     if not 0 < timeout <= _MOST_S:
         raise UserError(f"--timeout is {timeout:g}: write seconds, more than 0 and up to {_MOST_S:g}")
