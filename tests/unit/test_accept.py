@@ -56,12 +56,13 @@ def test_a_kernel_that_is_off_by_a_bit_is_found(monkeypatch: pytest.MonkeyPatch)
     def broken(out: torch.Tensor, *rest: object) -> bool:
         done = whole(out, *rest)  # type: ignore[arg-type]
         if done:
-            out[-1:] = torch.nextafter(out[-1:], out[-1:] + 1)
+            out[-1:] = torch.nextafter(out[-1:], torch.full_like(out[-1:], float("inf")))
         return done
 
     monkeypatch.setattr(native, "blend_into", broken)
     found = list(islice(kernels.run(QUICK, Path()), 105))
     assert {check.name for check in found if not check.ok} == {"blend_into"}
+    found = [check for check in found if not check.where.startswith("float16")]  # eager on a CPU
     assert {check.name for check in found if check.ok} == {"compiled steps", "sign_step", "apply_update", "adamw_step"}
 
 

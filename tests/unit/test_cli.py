@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from deepspeed.accelerator import get_accelerator
 
 from ds_optim.bench.arguments import names
 from ds_optim.cli.app import app, main, take_local_rank
@@ -176,6 +177,7 @@ def test_more_ranks_than_gpus_are_a_line_before_anything_starts(
     def started(*_: object, **__: object) -> None:
         raise AssertionError("ranks were started")
 
+    get_accelerator()  # it stays what it was at the first call
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(forked.forkserver, "ensure_running", started)
     monkeypatch.delenv("DS_ACCELERATOR")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from ds_optim.bench.arguments import device
 from ds_optim.bench.ranks import default_ranks
@@ -239,7 +240,8 @@ def test_memory_is_that_of_the_accelerator_that_deepspeed_computes_on(monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with MemoryWatch() as watch:
         held = torch.zeros(1000)
-        assert (watch.kind, watch.held(), watch.peak().allocated) == ("live tensors", held.nbytes, held.nbytes)
+        assert watch.kind == "live tensors"
+        assert watch.held() == watch.peak().allocated == pytest.approx(held.nbytes, abs=100), "but for what hooks make"
     xpu = Allocator("xpu")
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: xpu)
     with MemoryWatch() as watch:
@@ -252,6 +254,7 @@ def test_memory_is_that_of_the_accelerator_that_deepspeed_computes_on(monkeypatc
 def test_gpus_that_nobody_computes_on_do_not_count(
     monkeypatch: pytest.MonkeyPatch, chosen: str | None, gpus: int
 ) -> None:
+    get_accelerator()  # it stays what it was at the first call
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if chosen is None:
