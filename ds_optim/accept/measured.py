@@ -25,7 +25,10 @@ _FILLING: dict[str, Any] = {"micro_batch": 32, "seq_len": 512}
 """What makes a tiny model fill so much of a GPU that workspaces are not most of it."""
 _OFF_THE_WIRE, _AGREEING = 0.02, 64
 """A share of the formula, and bytes with which ranks agree now and then."""
-_OTHERS = (ADAMW, DEEPSPEED_MUON, elementwise_bench.TORCH_ADAMW, elementwise_bench.DEEPSPEED_ADAMW)
+_OTHERS = (
+    *(ADAMW, DEEPSPEED_MUON, elementwise_bench.TORCH_ADAMW, elementwise_bench.DEEPSPEED_ADAMW),
+    *(polar_bench.DEEPSPEED, polar_bench.DEEPSPEED_EAGER),
+)
 """Yardsticks: where a machine cannot run one, nothing of ours is amiss."""
 _SMALL = ModelShape(width=64, layers=2, vocabulary=128)
 

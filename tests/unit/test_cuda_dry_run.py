@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from ds_optim.elementwise.native import library
+from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers import steps
 from ds_optim.optimizers.steps import finite
 from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate
+from ds_optim.sharding.selection import add_row_sums
 from tests.cases import CASES, NARROW, Case, one_of_each_kind, update_of
 from tests.fake_cuda import CUDA, Counts, dry_cuda, dry_steps, small
 from tests.tiers import cells
@@ -162,3 +164,18 @@ def test_the_dry_run_sees_what_it_is_there_for() -> None:
     assert sum(counts.syncs.values()) == GROUPS
     assert sum(counts.doubles.values()) == 2 * GROUPS
     assert {line.split()[0:3:2] == ["cuda", "cpu"] for line in without_tables(counts)} == {True}
+
+
+def test_sums_of_rows_take_few_launches_and_one_fp64_value_an_element() -> None:
+    """A slice of 16 million elements was 128 pieces of five launches each."""
+    rows, columns = 4096, 4096
+    view = MatrixView(shape=(rows, columns))
+    with dry_cuda() as dry:
+        values = torch.empty(rows * columns - 100, device=CUDA)
+        sums = torch.zeros(rows, dtype=torch.float64, device=CUDA)
+        before = dry.counts.live
+        dry.counts.peak = before
+        dry.counts.kernels.clear()
+        add_row_sums(view, 100, values, sums)
+        assert dry.counts.launches <= 5 * (16 // 4 + 2)
+        assert dry.counts.peak - before <= 8 * ((1 << 22) + rows)
