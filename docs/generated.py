@@ -42,7 +42,7 @@ WRITTEN = ("README.md", "docs/optimizers.md", "docs/support.md")
 #: The packages inside ds_optim, from the ground up, as tests/unit/test_imports.py orders them.
 PACKAGES = (
     *("matrix", "elementwise", "sharding", "optimizers", "zero", "hf", "machine", "job", "memory", "report", "data"),
-    *("cluster", "survival", "train", "sweep", "bench", "chaos", "cli"),
+    *("cluster", "survival", "train", "sweep", "bench", "chaos", "accept", "cli"),
 )
 _PART = re.compile(r"(<!-- generated: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

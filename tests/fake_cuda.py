@@ -102,7 +102,8 @@ class DryCuda(FakeTensorMode):
                 self._hold(tensor)
                 if tensor.dtype == torch.float64:
                     self.counts.doubles[_line()] += 1
-        if func.is_view or func.name() in _NO_KERNEL:
+        # prim and prims: questions about a tensor, and parts of operations that are counted themselves.
+        if func.is_view or func.name() in _NO_KERNEL or func.namespace in ("prim", "prims"):
             return
         if any(t.device.type == CUDA.type for t in made) or _on_cuda(args):
             self.counts.kernels[func.name()] += 1

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_optim.errors import UserError, instead
+from ds_optim.machine.forked import usable_gpus
 
 LEAST_ROUNDS = 2
 
@@ -54,7 +55,7 @@ def shapes(text: str) -> list[tuple[int, int]]:
 def device(name: str) -> tuple[torch.device, str | None]:
     """(device, None), or where this machine has no such device (device, why nothing can be measured)."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+        return torch.device("cuda" if usable_gpus() else "cpu"), None
     if name not in ("cpu", "cuda"):
         raise UserError(f"--device: unknown '{name}'; {instead(name, ('auto', 'cpu', 'cuda'))}")
     missing = name == "cuda" and not torch.cuda.is_available()

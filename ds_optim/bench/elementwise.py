@@ -182,14 +182,14 @@ def _flat(settings: ElementwiseSettings) -> Flat:
 
 
 def _case(item: Pass, flat: Flat) -> Case:
-    prepare = partial(_choose, item.path)
+    prepare = partial(choose, item.path)
     prepare()
     return Case(name=item.key, run=item.made(flat), prepare=prepare)
 
 
 def no_compiled_path(device: torch.device) -> str | None:
     """Why a step on ``device`` is not taken by the compiled kernels, if it is not."""
-    _choose(COMPILED)
+    choose(COMPILED)
     p, m, g = (torch.zeros(BLOCK, dtype=torch.float32, device=device) for _ in range(3))
     arguments = p, m, g, (*LION.direction, *LION.momentum), 0.0, 1.0
     if native.sign_step(*arguments) or fused.step("sign_step", arguments[:3], arguments[3:]):
@@ -198,7 +198,7 @@ def no_compiled_path(device: torch.device) -> str | None:
     return missing.get(device.type, f"there are no compiled kernels for {device.type}")
 
 
-def _choose(path: str) -> None:
+def choose(path: str) -> None:
     """Let the next steps take ``path``, whatever they took before."""
     if path:
         _use(dict.fromkeys(_SWITCHES, "0" if path == EAGER else "1"))

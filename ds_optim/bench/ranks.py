@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.machine.child import LOG_FILE, begin, last_line, leave, reason_line
-from ds_optim.machine.forked import ForkedRanks, end
+from ds_optim.machine.forked import ForkedRanks, end, usable_gpus
 
 #: A shell that has a loopback interface and no other; its arguments are the command.
 _NAMESPACE = ("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
@@ -26,24 +26,25 @@ class RankFailedError(RuntimeError):
 
 def default_ranks() -> int:
     """A rank a GPU; four on a machine that has none."""
-    import torch
-
-    return torch.cuda.device_count() or 4
+    return usable_gpus() or 4
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *args: Any, one_device: bool = False) -> list[Any]:
     """``function(rank, world_size, *args)`` on each rank; the results by rank.
 
-    ``function`` is a module's own, by name. Raises RankFailedError if a rank fails; no rank is left
-    behind.
+    ``function`` is a module's own, by name. one_device: all ranks on the first accelerator, over gloo. Raises
+    RankFailedError if a rank fails; no rank is left behind.
     """
-    forked = ForkedRanks(world_size, ("ds_optim.train.loop", "ds_optim.bench.ranks"))
+    forked = ForkedRanks(world_size, ("ds_optim.train.loop", "ds_optim.bench.ranks"), one_device=one_device)
+    backend = "gloo" if one_device else None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         forked.build_ops(folder, ["adamw"])
         ends = [multiprocessing.get_context("forkserver").Pipe(duplex=False) for _ in range(world_size)]
         logs = [folder / LOG_FILE.format(rank=rank) for rank in range(world_size)]
-        processes = forked.start(_work, lambda rank: (rank, world_size, str(logs[rank]), ends[rank][1], function, args))
+        processes = forked.start(
+            _work, lambda rank: (rank, world_size, str(logs[rank]), ends[rank][1], backend, function, args)
+        )
         pipes: dict[Connection, int] = {}
         for rank, (receiver, sender) in enumerate(ends):
             sender.close()  # the rank has the only one: when it dies, reading ends
@@ -80,6 +81,7 @@ def _work(
     world_size: int,
     log: str,
     sender: Any,
+    backend: str | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -88,10 +90,12 @@ def _work(
     import torch
 
     from ds_optim.machine import ranks
+    from ds_optim.optimizers.registry import load_plugins
 
     try:
+        load_plugins()
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        ranks.join()
+        ranks.join(backend=backend)
         sender.send((None, function(rank, world_size, *args)))
         ranks.leave()
     except BaseException as problem:

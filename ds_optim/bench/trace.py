@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ds_optim.machine.forked import usable_gpus
 from ds_optim.sharding.exchange import SOLVE
 
 Span = tuple[float, float]
@@ -30,11 +31,12 @@ class Overlap:
 def traced(steps: Callable[[], object], path: Path) -> Overlap:
     """Run ``steps`` under a profiler, leave a Chrome trace at ``path`` (.json or .json.gz), and read the overlap."""
     activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    on_gpu = usable_gpus() > 0
+    if on_gpu:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         steps()
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))

@@ -22,6 +22,7 @@ import torch
 from ds_optim.bench import engines, ranks
 from ds_optim.bench.engines import ADAMW, RunSettings
 from ds_optim.bench.timing import without_times
+from ds_optim.machine.forked import usable_gpus
 from ds_optim.memory.traffic import TrafficCounter, sent_bytes
 from ds_optim.report.schema import Row
 
@@ -38,7 +39,7 @@ class WireSettings(RunSettings):
 
 def rows(settings: WireSettings, stamp: Mapping[str, Any]) -> Iterator[Row]:
     """A row for each case and stage; those of stages whose ranks failed say why they have no numbers."""
-    prefix = () if torch.cuda.is_available() else ranks.private_network()
+    prefix = () if usable_gpus() else ranks.private_network()
     left = list(settings.stages)
     try:
         for stage, by_rank in _in_namespace(prefix, settings) if prefix else _here(settings, False):

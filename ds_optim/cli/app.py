@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from ds_optim.cli.accept import accept
 from ds_optim.cli.bench import app as bench_app
 from ds_optim.cli.chaos import chaos
 from ds_optim.cli.compare import compare
@@ -35,7 +36,7 @@ from ds_optim.optimizers.registry import PLUGINS, load_plugins
 from ds_optim.zero.versions import EXTRA_OF, check_extra, missing
 
 NEEDS = {"train": ("train",), "compare": ("train", "report"), "memory": ("train", "report")}
-NEEDS |= {"chaos": ("train",), "report": ("report",)}
+NEEDS |= {"chaos": ("train",), "report": ("report",), "accept": ("train", "report")}
 """By command the extras without which it could not end well, looked at before it begins."""
 INTERRUPTED = 130
 """What shells say of a command that Ctrl-C ended."""
@@ -60,6 +61,7 @@ COMMANDS = (
     reshard,
     chaos,
     doctor,
+    accept,
     hostfile,
 )
 for command in COMMANDS:

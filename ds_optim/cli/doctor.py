@@ -32,7 +32,8 @@ def doctor(
     """Check this machine, or under a launcher every node: each line is fine, or says what to do.
 
     Exits with 0 if all is fine, 1 if there is something to do, 2 for a mistake in the command. Over nodes:
-    bash launch/hostfile.sh --hostfile FILE doctor --config ds.json
+    bash launch/hostfile.sh --hostfile FILE doctor --config ds.json. Whether kernels, optimizers and memory are right on
+    a machine's devices is what ds-optim accept finds out.
     """
     if not 0 < timeout <= _MOST_S:
         raise UserError(f"--timeout is {timeout:g}: write seconds, more than 0 and up to {_MOST_S:g}")
@@ -71,6 +72,8 @@ def _text(found: Examination) -> str:
     lines = [f"{'ok  ' if f.fine else 'TODO'}  {f.check:<{width}}  {f.line}" for f in found.findings]
     open_points = sum(not f.fine for f in found.findings)
     end = "all fine" if not open_points else f"{open_points} to do"
+    if any("GPU" in fact["versions"] for fact in found.facts):
+        lines.append("      ds-optim accept --out DIR checks kernels, optimizers and memory on a machine's GPUs")
     return "\n".join([*lines, f"{found.ranks} rank(s) on {', '.join(found.nodes)}: {end}"])
 
 

@@ -48,11 +48,20 @@ class ForkedRanks:
         ranks: processes of a run; each computes with an equal share of the cores.
         preload: modules that the parent imports, besides torch, DeepSpeed and the presets' model.
         fixed: environment variables of all of them.
+        one_device: they share the first accelerator, as no NCCL can: their group's backend must be gloo.
     """
 
-    def __init__(self, ranks: int, preload: Sequence[str], fixed: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        preload: Sequence[str],
+        fixed: Mapping[str, str] | None = None,
+        *,
+        one_device: bool = False,
+    ) -> None:
         self._ranks = ranks
         self._fixed = fixed or {}
+        self._one_device = one_device
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*_PRELOAD, *preload])
         use_own_folder()
@@ -76,12 +85,13 @@ class ForkedRanks:
     def start(self, function: Callable[..., None], arguments: Callable[[int], tuple[Any, ...]]) -> list[BaseProcess]:
         """``function(environment, *arguments(rank))`` in a process for each rank; its first call is ``child.begin``."""
         size = str(self._ranks)
-        shared = {**worker_environment(self._ranks), **self._fixed, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        local_size = "1" if self._one_device else size
+        shared = {**worker_environment(self._ranks), **self._fixed, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local_size}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes: list[BaseProcess] = []
         try:
             for rank in range(self._ranks):
-                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own = {**shared, "RANK": str(rank), "LOCAL_RANK": "0" if self._one_device else str(rank)}
                 process = self._context.Process(target=function, args=(own, *arguments(rank)), name=f"rank{rank}")
                 process.start()
                 processes.append(process)
@@ -104,16 +114,24 @@ def end(processes: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-def check_ranks(ranks: int) -> None:
-    """Raise UserError where so many ranks cannot run on this machine."""
+def usable_gpus() -> int:
+    """How many GPUs ranks of this machine will compute on: none where DeepSpeed is told to take the CPU."""
     import torch
 
-    gpus = torch.cuda.device_count()
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise UserError where so many ranks cannot run on this machine."""
+    gpus = usable_gpus()
     most = max(_LEAST_MOST_RANKS, _RANKS_A_CORE * (os.cpu_count() or 1))
     if ranks < 1:
         raise UserError(f"--ranks: {ranks} is too few; write 1 or more")
-    if gpus and ranks > gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise UserError(f"--ranks: {ranks} ranks need as many GPUs and there are {gpus}; write {gpus} or fewer")
+    if gpus and ranks > gpus:
+        raise UserError(
+            f"--ranks: {ranks} ranks need as many GPUs and there are {gpus}; write {gpus} or fewer, or set "
+            "DS_ACCELERATOR=cpu"
+        )
     if ranks > most:
         raise UserError(f"--ranks: {ranks} ranks are too many for this machine's cores; write {most} or fewer")
 

@@ -37,12 +37,18 @@ _JOIN_TIMEOUT_S = "300"
 _BROKEN = ("connection", "closed by peer", "timed out", "socket", "broken pipe", "no longer", "gloo", "nccl")
 
 
-def join(meeting: Meeting | None = None, *, limit_s: float | None = None, check_code: bool = True) -> None:
+def join(
+    meeting: Meeting | None = None,
+    *,
+    limit_s: float | None = None,
+    check_code: bool = True,
+    backend: str | None = None,
+) -> None:
     """Join the process group through DeepSpeed; a process that no launcher started is a group of one.
 
     ``meeting`` is held before they ask each other anything. Raises UserError where a rank does not come within
     ``limit_s`` (None: the usual), where rank 0 cannot be reached or its port is in use, and, unless not ``check_code``,
-    on every rank where one of them runs other code.
+    on every rank where one of them runs other code. ``backend``: of the group, where it is not to be the accelerator's.
     """
     import deepspeed
 
@@ -71,7 +77,7 @@ def join(meeting: Meeting | None = None, *, limit_s: float | None = None, check_
         if told := launched():
             meeting.hold(limit_s)
         deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
+            dist_backend=backend or accelerator.communication_backend_name(),
             # DeepSpeed's discovery of MPI ranks takes no port from the environment.
             distributed_port=int(port),
             verbose=False,

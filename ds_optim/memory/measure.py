@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,14 +34,18 @@ class Peak:
 class MemoryWatch:
     """Bytes of this rank's device while it is entered: now (``held``) and at most since ``reset`` (``peak``).
 
-    On CUDA the allocator keeps count, which costs nothing. On the CPU, where nothing does, live tensor storages are
-    counted, which slows steps down: leave them out of timings.
+    On the accelerator that DeepSpeed computes on, torch's allocator keeps count, which costs nothing. On the CPU, be
+    there a GPU beside it or not, nothing does: live tensor storages are counted, which slows steps down: leave them out
+    of timings.
     """
 
     def __init__(self) -> None:
-        self._cuda = torch.cuda.is_available()
-        self._tracker = None if self._cuda else TensorTracker()
-        self.kind = "the CUDA allocator" if self._cuda else "live tensors"
+        from deepspeed.accelerator import get_accelerator
+
+        self._accelerator: Any = get_accelerator()
+        name = self._accelerator.device_name()
+        self._tracker = TensorTracker() if name == "cpu" else None
+        self.kind = "live tensors" if name == "cpu" else f"the {name.upper()} allocator"
 
     def __enter__(self) -> MemoryWatch:
         if self._tracker is not None:
@@ -56,32 +62,35 @@ class MemoryWatch:
         if self._tracker is not None:
             self._tracker.peak_bytes = self._tracker.live_bytes
         else:
-            torch.cuda.reset_peak_memory_stats()
+            self._accelerator.reset_peak_memory_stats()
 
     def held(self) -> int:
         """Bytes of live tensors now."""
-        return int(torch.cuda.memory_allocated()) if self._tracker is None else self._tracker.live_bytes
+        return int(self._accelerator.memory_allocated()) if self._tracker is None else self._tracker.live_bytes
 
     def peak(self) -> Peak:
         """The most since the last ``reset``."""
         if self._tracker is not None:
             return Peak(allocated=self._tracker.peak_bytes)
-        statistics = torch.cuda.memory_stats()
+        device = self._accelerator
+        statistics = device.memory_stats()
         return Peak(
-            allocated=int(torch.cuda.max_memory_allocated()),
+            allocated=int(device.max_memory_allocated()),
             active=int(statistics.get("active_bytes.all.peak", 0)),
-            reserved=int(torch.cuda.max_memory_reserved()),
-            outside=device_used_bytes() - int(torch.cuda.memory_reserved()),
+            reserved=int(device.max_memory_reserved()),
+            outside=device_used_bytes(device) - int(device.memory_reserved()),
         )
 
 
-def device_used_bytes() -> int:
-    """Bytes in use on this rank's CUDA device, by all processes: as NVML counts them, or else the driver."""
-    try:
-        return int(torch.cuda.device_memory_used())
-    except (ImportError, RuntimeError, AttributeError):  # no NVML bindings here
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
+def device_used_bytes(accelerator: Any) -> int:
+    """Bytes in use on this rank's device, by all processes: as NVML counts them, or else the driver.
+
+    ``accelerator``: DeepSpeed's, none of the CPU.
+    """
+    if accelerator.device_name() == "cuda":
+        with suppress(ImportError, RuntimeError, AttributeError):  # no NVML bindings here
+            return int(torch.cuda.device_memory_used())
+    return int(accelerator.total_memory() - accelerator.available_memory())
 
 
 def resident_bytes(status: Path = Path("/proc/self/status")) -> int | None:

@@ -40,13 +40,16 @@ def carry_out(local: Local, rule: Rule, exchange: Exchange | None, update: Updat
 def finite(groups: Sequence[Group], peers: Comm | None = None) -> bool:
     """Whether every gradient is: the ranks hold the same bits here, so they agree without asking.
 
-    peers: the ranks to ask, where each has shards or experts of its own. The host waits for the device once a dtype.
+    peers: the ranks to ask, where each has shards or experts of its own. The host waits for a device once.
     """
     gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
     extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
     for g in gradients:  # a NaN is both of the extremes, an infinity one of them: a pass over memory, not three
         extremes[g.device, g.dtype] += torch.aminmax(g.detach())
-    own = all(bool(torch.isfinite(torch.stack(found)).all()) for found in extremes.values())
+    flags: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    for (device, _), found in extremes.items():
+        flags[device].append(torch.isfinite(torch.stack(found)).all())
+    own = all(bool(torch.stack(of_dtypes).all()) for of_dtypes in flags.values())
     if peers is None:
         return own
     flag = torch.tensor([float(own)], dtype=torch.float32, device=peers.device(torch.device("cpu")))

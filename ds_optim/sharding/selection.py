@@ -18,7 +18,8 @@ from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, Slice, Unit
 from ds_optim.sharding.plan import Bucket, ExchangePlan
 
-_CHUNK = 1 << 17  # elements that are added up in fp64 at a time
+#: Elements that are added up in fp64 at a time, by kind of device: on CUDA as few launches as 32 MiB of scratch allow.
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -133,25 +134,25 @@ def _largest(view: MatrixView, sums: Tensor, fraction: float) -> Tensor:
 
 def add_row_sums(view: MatrixView, start: int, values: Tensor, out: Tensor) -> None:
     """Add the magnitudes of a slice's ``values``, which begins at ``start``, to the sums of their rows, in fp64."""
-    for begin, end in _runs(view, start, len(values)):
+    for begin, end in _runs(view, start, len(values), _CHUNK.get(values.device.type, _CHUNK["cuda"])):
         part, first = values[begin:end], start + begin
         if view.transpose:
             rows = view.spread(torch.arange(len(out), dtype=torch.int64, device=out.device), first, len(part))
             out.index_add_(0, rows, part.abs().double())
         elif len(part) < view.columns:
-            out[first // view.columns] += part.double().abs().sum()
+            out[first // view.columns] += part.double().abs_().sum()
         else:
             lines = part.view(-1, view.columns)
-            out[first // view.columns :][: len(lines)] += lines.double().abs().sum(dim=1)
+            out[first // view.columns :][: len(lines)] += lines.double().abs_().sum(dim=1)
 
 
-def _runs(view: MatrixView, start: int, numel: int) -> Iterator[tuple[int, int]]:
+def _runs(view: MatrixView, start: int, numel: int, most: int) -> Iterator[tuple[int, int]]:
     """A slice in runs that are added up at once: what a border leaves of a row, and as many whole rows as fit."""
     if view.transpose:
-        yield from ((begin, min(begin + _CHUNK, numel)) for begin in range(0, numel, _CHUNK))
+        yield from ((begin, min(begin + most, numel)) for begin in range(0, numel, most))
         return
     head = min(-start % view.columns, numel)
     tail = max(head, numel - (start + numel) % view.columns)
-    step = max(1, _CHUNK // view.columns) * view.columns
+    step = max(1, most // view.columns) * view.columns
     whole = [(begin, min(begin + step, tail)) for begin in range(head, tail, step)]
     yield from ((begin, end) for begin, end in [(0, head), *whole, (tail, numel)] if begin < end)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import torch
 from pydantic import Field, model_validator
 
+from ds_optim.machine.forked import usable_gpus
 from ds_optim.report.blocks import to_terminal
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.memory import render_memory
@@ -37,8 +37,10 @@ class MemorySettings(CompareSettings):
 
     @model_validator(mode="after")
     def _has_what_it_asks_for(self) -> MemorySettings:
-        if self.snapshot and not torch.cuda.is_available():
-            raise ValueError("snapshot is the CUDA allocator's history, and there is no CUDA device: leave it out")
+        if self.snapshot and not usable_gpus():
+            raise ValueError(
+                "snapshot is the CUDA allocator's history, and ranks will use no CUDA device: leave it out"
+            )
         return self
 
 

@@ -83,12 +83,12 @@ def _run_sweep(sweep: Sweep, launcher: CellLauncher | None) -> tuple[list[Row], 
     settings = sweep.settings
     if not (settings.resume or settings.force):
         refuse(settings.out, HELD, "add --resume to go on, --force to replace it, or give another --out")
-    # Started before the checks: the parent of all ranks imports what they need meanwhile.
+    if launcher is None:
+        check_ranks(settings.ranks)
+    # Started before the other checks: the parent of all ranks imports what they need meanwhile.
     local = ForkserverLauncher(settings.ranks) if launcher is None else None
     launch = launcher or local
     assert launch is not None
-    if local is not None:
-        check_ranks(settings.ranks)
     cells = sweep.plan()
     info = sweep.describe(cells[0])
     rows = _kept(info, settings) if settings.resume else []

@@ -271,7 +271,7 @@ def test_elementwise_rows_have_ratios_of_their_medians(monkeypatch: pytest.Monke
 
 def test_each_path_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_OPTIM_NATIVE", "1")
-    elementwise._choose(elementwise.EAGER)
+    elementwise.choose(elementwise.EAGER)
     p, m, g = torch.zeros(256), torch.zeros(256), torch.ones(256)
     assert not elementwise.native.sign_step(p, m, g, (0.9, 0.1, 0.99, 0.01), 0.0, 1.0)
     compiled = elementwise.no_compiled_path(CPU) is None

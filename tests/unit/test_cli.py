@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from deepspeed.accelerator import get_accelerator
 
 from ds_optim.bench.arguments import names
 from ds_optim.cli.app import app, main, take_local_rank
@@ -20,7 +22,7 @@ from ds_optim.cli.train import print_result, train
 from ds_optim.errors import UserError
 from ds_optim.job.results import TrainResult
 from ds_optim.job.settings import WITHOUT_FLAG, TrainSettings, make_settings, split_list
-from ds_optim.machine import ranks
+from ds_optim.machine import forked, ranks
 from ds_optim.machine.said import is_first_to_say
 
 
@@ -166,6 +168,24 @@ def test_mistake_in_another_command_is_one_line(
 def test_bench_takes_the_names_of_the_other_commands() -> None:
     known = ("AdamW", "deepspeed:Muon", "LionMuon", "SpectralLion-momentum")
     assert names("--cases", "adamw,lion_muon,DeepSpeed:muon,AdamW", known) == ["AdamW", "LionMuon", "deepspeed:Muon"]
+
+
+@pytest.mark.parametrize("command", ["compare", "memory", "accept", "bench step", "bench wire"])
+def test_more_ranks_than_gpus_are_a_line_before_anything_starts(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("ranks were started")
+
+    get_accelerator()  # it stays what it was at the first call
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(forked.forkserver, "ensure_running", started)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--ranks", "2", "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    line = "--ranks: 2 ranks need as many GPUs and there are 1; write 1 or fewer, or set DS_ACCELERATOR=cpu"
+    assert capsys.readouterr().err == f"ds-optim: error: {line}\n"
 
 
 def test_a_benchmark_of_nothing_has_a_status(capsys: pytest.CaptureFixture[str]) -> None:

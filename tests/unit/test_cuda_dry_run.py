@@ -6,12 +6,16 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
 from ds_optim.elementwise.native import library
+from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers import steps
+from ds_optim.optimizers.steps import finite
 from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate
+from ds_optim.sharding.selection import add_row_sums
 from tests.cases import CASES, NARROW, Case, one_of_each_kind, update_of
-from tests.fake_cuda import Counts, dry_steps, small
+from tests.fake_cuda import CUDA, Counts, dry_cuda, dry_steps, small
 from tests.tiers import cells
 
 GROUPS = 3
@@ -73,6 +77,17 @@ def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: i
     assert {line for line in counts.syncs if counts.syncs[line] > allowed.get(line, 0)} == set(), counts.syncs
     assert without_tables(counts) == CROSSINGS.get(case.type, {})
     assert all(kind.split()[1:] in (["cuda"], ["cuda", "cuda"]) for kind in counts.messages)
+
+
+def test_the_host_asks_once_for_all_gradients_of_a_device() -> None:
+    with dry_cuda() as dry:
+        made = [
+            torch.empty(n, device=CUDA, dtype=dtype) for n in range(1, 30) for dtype in (torch.float32, torch.bfloat16)
+        ]
+        for p in made:
+            p.grad = torch.empty_like(p)
+        assert finite([{"params": made[:20]}, {"params": made[20:]}])
+        assert dict(dry.counts.syncs) == {"optimizers/steps.py:<genexpr>": 1}
 
 
 @pytest.mark.parametrize("name", cells(["StableLion", "NorMuon", "Dion2"], one_of_each_kind(), CASES))
@@ -149,3 +164,18 @@ def test_the_dry_run_sees_what_it_is_there_for() -> None:
     assert sum(counts.syncs.values()) == GROUPS
     assert sum(counts.doubles.values()) == 2 * GROUPS
     assert {line.split()[0:3:2] == ["cuda", "cpu"] for line in without_tables(counts)} == {True}
+
+
+def test_sums_of_rows_take_few_launches_and_one_fp64_value_an_element() -> None:
+    """A slice of 16 million elements was 128 pieces of five launches each."""
+    rows, columns = 4096, 4096
+    view = MatrixView(shape=(rows, columns))
+    with dry_cuda() as dry:
+        values = torch.empty(rows * columns - 100, device=CUDA)
+        sums = torch.zeros(rows, dtype=torch.float64, device=CUDA)
+        before = dry.counts.live
+        dry.counts.peak = before
+        dry.counts.kernels.clear()
+        add_row_sums(view, 100, values, sums)
+        assert dry.counts.launches <= 5 * (16 // 4 + 2)
+        assert dry.counts.peak - before <= 8 * ((1 << 22) + rows)

@@ -30,6 +30,7 @@ LEVELS = (
     {"train"},
     {"sweep"},
     {"bench", "chaos"},
+    {"accept"},
     {"cli"},
     {"__main__"},
 )

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
-from ds_optim.memory import TensorTracker, TrafficCounter, account, peak_resident_bytes
+from ds_optim.bench.arguments import device
+from ds_optim.bench.ranks import default_ranks
+from ds_optim.memory import MemoryWatch, TensorTracker, TrafficCounter, account, peak_resident_bytes
 from ds_optim.memory.account import innermost_optimizer, parameter_count
 from ds_optim.memory.traffic import SentBytes, sent_bytes
 
@@ -209,3 +212,54 @@ def test_bytes_of_interfaces_are_told_apart(tmp_path: Any) -> None:
     later = SentBytes(inside=150, between=30)
     assert later.since(before) == SentBytes(inside=50, between=7)
     assert sent_bytes(tmp_path / "none") is None
+
+
+class Allocator:
+    """An accelerator of DeepSpeed's, whose allocator says these numbers."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.resets = name, 0
+
+    def device_name(self) -> str:
+        return self.name
+
+    def reset_peak_memory_stats(self) -> None:
+        self.resets += 1
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"active_bytes.all.peak": 6}
+
+    def __getattr__(self, name: str) -> Any:
+        numbers = {"memory_allocated": 4, "max_memory_allocated": 5, "max_memory_reserved": 7, "memory_reserved": 7}
+        numbers |= {"total_memory": 100, "available_memory": 60}
+        return lambda: numbers[name]
+
+
+def test_memory_is_that_of_the_accelerator_that_deepspeed_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of whatever GPU there is: with DS_ACCELERATOR=cpu nothing is allocated on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with MemoryWatch() as watch:
+        held = torch.zeros(1000)
+        assert watch.kind == "live tensors"
+        assert watch.held() == watch.peak().allocated == pytest.approx(held.nbytes, abs=100), "but for what hooks make"
+    xpu = Allocator("xpu")
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: xpu)
+    with MemoryWatch() as watch:
+        peak = watch.peak()
+        assert (watch.kind, watch.held(), xpu.resets) == ("the XPU allocator", 4, 1)
+        assert (peak.allocated, peak.active, peak.reserved, peak.outside) == (5, 6, 7, 100 - 60 - 7)
+
+
+@pytest.mark.parametrize(("chosen", "gpus"), [("cpu", 0), ("cuda", 3), (None, 3)])
+def test_gpus_that_nobody_computes_on_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, gpus: int
+) -> None:
+    get_accelerator()  # it stays what it was at the first call
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if chosen is None:
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    else:
+        monkeypatch.setenv("DS_ACCELERATOR", chosen)
+    assert default_ranks() == (gpus or 4)
+    assert device("auto")[0].type == ("cuda" if gpus else "cpu")
