@@ -25,14 +25,16 @@ def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     """Write ``report.md``, ``report.html``, ``plots/`` and ``results.csv``; repeats of a cell become one row."""
     merged = with_savings(merge_repeats(rows))
     write_csv(merged, out_dir / CSV)
+    differences, causes = reconciliation(merged)
+    info = info.model_copy(update={"notes": [*info.notes, *causes]})
     return render(
         merged,
         info,
         out_dir,
         _table_spec(merged),
         plots=memory_plots(merged),
-        summary=summary(merged),
-        tables={"Differences between what was estimated, accounted and measured": reconciliation(merged)},
+        summary=[*memory_answers(merged), *summary(merged)],
+        tables={"Differences between what was estimated, accounted and measured": differences},
     )
 
 
@@ -103,18 +105,39 @@ def _table_spec(rows: Sequence[Row]) -> TableSpec:
     return TableSpec(
         columns=(
             *keys,
+            *(_saved(name) for name in reversed(_SIZES)),
             Column(title="State B/param", value=lambda r: r.state_bytes_per_param, text=lambda v: fixed(v, 2)),
             Column(title="State/rank", value=lambda row: row.extra.get("optimizer_state_bytes"), text=size),
             Column(title="Model states/rank", value=lambda row: row.model_state_bytes, text=size),
             Column(title="Peak/rank", value=lambda row: row.peak_bytes, text=size, detail=_spread),
             Column(title="First step", value=lambda row: row.extra.get("first_step_peak"), text=size),
-            *(_saved(name) for name in _SIZES),
             Column(title="RSS/rank", value=lambda row: row.rss_peak_bytes, text=size),
         ),
         group=group_of,
         baseline_name="AdamW",
         key_columns=len(keys),
     )
+
+
+def memory_answers(rows: Sequence[Row]) -> list[str]:
+    """What each optimizer saves, a sentence a stage, and how much of a peak that can be at all."""
+    found = []
+    for base in (row for row in rows if row.status == "ok" and row.optimizer.lower() == BASELINE and row.peak_bytes):
+        saved = [_saving_in_words(row) for row in rows if group_of(row) == group_of(base) and row.extra.get("saving")]
+        if saved:
+            share = (base.model_state_bytes or 0) / (base.peak_bytes or 1)
+            found.append(
+                f"{_group_title(base, rows)} against AdamW: {'; '.join(saved)}. Of AdamW's peak {share:.0%} are model "
+                "states; the rest is activations, logits, gathered layers and buckets, which no optimizer changes."
+            )
+    return found
+
+
+def _saving_in_words(row: Row) -> str:
+    """Of peak first."""
+    saving = row.extra["saving"]
+    parts = [f"{size(saving[name])} of {name} ({fixed(saving['percent'][name], 1)} %)" for name in reversed(_SIZES)]
+    return f"{row.label} saves {', '.join(parts)}"
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -140,8 +163,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def reconciliation(rows: Sequence[Row]) -> Table:
-    """Of each cell, estimated minus accounted and accounted minus measured, and why where they differ."""
+def reconciliation(rows: Sequence[Row]) -> tuple[Table, list[str]]:
+    """Of each cell, estimated minus accounted and accounted minus measured; and why, each cause with its letter."""
+    letters: dict[str, str] = {}
     ran = [row for row in rows if row.extra.get("reconciliation")]
     first = ran[0].extra["reconciliation"] if ran else []
     titles = ["Optimizer", "Stage", "Ranks", *(f"{entry['what']}: {' − '.join(entry['sides'])}" for entry in first)]
@@ -153,10 +177,17 @@ def reconciliation(rows: Sequence[Row]) -> Table:
             left, right = (entry[side] for side in entry["sides"])
             verdict: Literal["worse", ""] = "worse" if entry["flagged"] else ""
             cells.append(Cell(text=size(entry["difference"]), change=percent_change(left, right), verdict=verdict))
-            causes += [f"{entry['what']}: {entry['cause']}"] * entry["flagged"]
-        cells.append(Cell(text="; ".join(causes), numeric=False))
+            if entry["flagged"]:
+                cause = f"{entry['what']}: {entry['cause']}"
+                causes.append(letters.setdefault(cause, _letter(len(letters))))
+        cells.append(Cell(text=", ".join(causes), numeric=False))
         lines.append(Line(cells=cells, starts_group=bool(number) and group_of(row) != group_of(ran[number - 1])))
-    return Table(titles=[*titles, "Cause"], lines=lines, unmeasured=(), key_columns=3)
+    table = Table(titles=[*titles, "Cause"], lines=lines, unmeasured=(), key_columns=3)
+    return table, [f"Cause {letter}: {cause}" for cause, letter in letters.items()]
+
+
+def _letter(number: int) -> str:
+    return chr(ord("a") + number) if number < 26 else str(number)
 
 
 def memory_plots(rows: Sequence[Row]) -> list[Plot]:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from ds_optim.machine.forked import usable_gpus
 from ds_optim.report.blocks import to_terminal
 from ds_optim.report.machine import describe_machine
-from ds_optim.report.memory import render_memory
+from ds_optim.report.memory import memory_answers, merge_repeats, render_memory, with_savings
 from ds_optim.report.schema import RESULTS, Row, RunInfo
 from ds_optim.report.table import failures
 from ds_optim.report.units import size
@@ -105,6 +105,8 @@ def _report(rows: Sequence[Row], info: RunInfo, settings: MemorySettings) -> Non
 
     report = render_memory(rows, info, settings.out)
     console = Console(width=None if sys.stdout.isatty() else 120)
+    for line in memory_answers(with_savings(merge_repeats(rows))):
+        console.print(line, markup=False, highlight=False)
     for table in to_terminal(report.table, info.title, console.width):
         console.print(table)
     for line in failures(report.table):

@@ -13,7 +13,7 @@ import pytest
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate import MemoryEstimate
 from ds_optim.report import Row, RunInfo, read_rows, write_rows
-from ds_optim.report.memory import merge_repeats, reconciliation, render_memory, with_savings
+from ds_optim.report.memory import memory_answers, merge_repeats, reconciliation, render_memory, with_savings
 from ds_optim.report.merge import merge_runs
 from ds_optim.sweep.memory_estimate import CellEstimate
 from ds_optim.sweep.memory_rows import reconcile
@@ -106,11 +106,21 @@ def test_the_report_is_one_page_with_its_plots_and_a_csv(tmp_path: Path) -> None
 
 
 def test_only_what_differs_by_more_than_two_percent_is_named(tmp_path: Path) -> None:
-    table = reconciliation([row("lion", MIB)])
+    table, causes = reconciliation([row("lion", MIB), row("adamw", MIB)])
     states, peak, cause = table.lines[0].cells[3:]
     assert (states.verdict, states.change) == ("", "0 %")
     assert (peak.verdict, peak.change) == ("worse", "−10 %")
-    assert cause.text == "peak: by activations"
+    assert [line.cells[-1].text for line in table.lines] == [cause.text, "a"] == ["a", "a"]
+    assert causes == ["Cause a: peak: by activations"], "a cause is said once"
+
+
+def test_what_is_saved_of_the_peak_stands_first() -> None:
+    (said,) = memory_answers(with_savings([row("adamw", 3 * MIB), row("lion", MIB, 38 * MIB)]))
+    assert said.startswith(
+        "ZeRO-1 against AdamW: lion saves 2.00 MiB of peak (5.0 %), 2.00 MiB of model states (20.0 %), 2.00 MiB of "
+        "optimizer state (66.7 %). Of AdamW's peak 25% are model states"
+    )
+    assert memory_answers(with_savings([row("lion", MIB)])) == []
 
 
 def test_reconciliation_takes_the_rank_that_lies_farthest_apart() -> None:
