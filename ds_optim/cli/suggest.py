@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ds_optim.machine.kept_results import write_one
+
+if TYPE_CHECKING:
+    from ds_optim.memory.suggest import Suggestion
 
 
 def suggest(
@@ -34,15 +37,9 @@ def suggest(
 
     ds-optim suggest --from ds.json --model meta-llama/Llama-3.1-8B --ranks 8 --gpu-memory 80GiB
     """
-    import sys
-
-    from rich.console import Console
-
     from ds_optim.memory.estimate_fit import parse_size
     from ds_optim.memory.estimate_sources import load_shape
     from ds_optim.memory.suggest import suggest as suggestion
-    from ds_optim.report.estimate_table import to_tables
-    from ds_optim.report.suggest import sentences
     from ds_optim.zero.reading import load_config
 
     found = suggestion(
@@ -59,18 +56,29 @@ def suggest(
     text = json.dumps(found.converted.config, indent=2) + "\n"
     if out is not None:
         write_one(out, text, "config", force=force)
-    # The JSON alone is what stdout is read for.
-    stream = sys.stderr if out is None else sys.stdout
+    _explain(found, on_stderr=out is None)  # the JSON alone is what stdout is read for
+    if out is None:
+        typer.echo(text, nl=False)
+    return 0
+
+
+def _explain(found: Suggestion, *, on_stderr: bool) -> None:
+    """The choice and its reasons, the figures, and each change of the JSON."""
+    import sys
+
+    from rich.console import Console
+
+    from ds_optim.report.estimate_table import to_tables
+    from ds_optim.report.suggest import sentences
+
+    stream = sys.stderr if on_stderr else sys.stdout
     console = Console(file=stream, width=None if stream.isatty() else 120)
     for line in sentences(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in to_tables(found.rows, console.width):
         console.print(table)
-    for line in found.converted.changes:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    lines = [*found.converted.changes]
     if found.converted.left:
-        names = ", ".join(found.converted.left)
-        console.print(f'"auto", which a trainer fills in: {names}', markup=False, highlight=False, soft_wrap=True)
-    if out is None:
-        typer.echo(text, nl=False)
-    return 0
+        lines.append(f'"auto", which a trainer fills in: {", ".join(found.converted.left)}')
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
