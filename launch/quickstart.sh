@@ -3,7 +3,8 @@
 #
 #   bash launch/quickstart.sh [options of ds-optim compare that replace the ones below]
 #
-# Two GPUs or more: NCCL. Otherwise: two CPU ranks over gloo. Ends with the table and the report's path.
+# Two GPUs or more: NCCL. Otherwise: two CPU ranks over gloo. Ends with the table, the report's path, and what the
+# same optimizers would hold of a model of 8B parameters.
 set -euo pipefail
 
 # shellcheck source=launch/setup_env.sh
@@ -27,5 +28,7 @@ for ((number = 2; ; number++)); do
     [[ -e $out ]] || break
     out="runs/quickstart-$number"
 done
-exec ds-optim compare --optimizers adamw,lion,muon,lion_muon --stages 1,2,3 --ranks "$ranks" \
+ds-optim compare --optimizers adamw,lion,muon,lion_muon --stages 1,2,3 --ranks "$ranks" \
     --steps 40 --out "$out" "$@"
+say "a model this small is mostly activations; of Llama 8B, estimated, a rank of 8 would hold, in GiB:"
+exec ds-optim estimate --model docs/models/llama-8b.json --optimizers adamw,lion,muon,lion_muon --stages 3 --ranks 8
