@@ -23,8 +23,12 @@ from ds_optim.elementwise.momentum import Flat, Stored
 CPU_CHUNK = 1 << 17
 # ATen gives a thread at least so many elements: with many threads a chunk must be larger for all to work.
 CPU_GRAIN = 1 << 15
-# CUDA: a launch costs the same for any size; bounded so that scratch is (128 MiB a float32 buffer).
-CUDA_CHUNK = 1 << 25
+# CUDA, where no kernel does the work: a launch costs the same for any size, and a chunk is bounded so that scratch is.
+CUDA_CHUNK = 1 << 22
+CUDA_SCRATCH = 1 << 28
+"""Bytes that such a step allocates at most, with buffers and what each operation makes."""
+CUDA_SCRATCH_ELEMENT = 84
+"""The same for an element of a short slice: with noise, momentum in int8 and weights in bfloat16."""
 
 
 def chunk_elements(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ds_optim.elementwise.chunks import CPU_CHUNK, CUDA_CHUNK
+from ds_optim.elementwise.chunks import CPU_CHUNK, CUDA_CHUNK, CUDA_SCRATCH, CUDA_SCRATCH_ELEMENT
 from ds_optim.elementwise.momentum import scales_numel
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import row_range
@@ -221,8 +221,11 @@ def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
 
 def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool, kept: int = 0) -> int:
     """Bytes of the fp32 chunks that an elementwise step works in: two, one that rounded momentum is read to, and with
-    bf16 masters two that weights and gradient are read to; ``kept`` more.
+    bf16 masters two that weights and gradient are read to; ``kept`` more. On a GPU, what all of this comes to at most,
+    where no kernel does the work.
     """
-    chunk = CPU_CHUNK if zero.offload or zero.device == "cpu" else CUDA_CHUNK
     lengths = [max(s.numel for s in u.params) if u.cut == "none" else u.partition_numel for u in units]
-    return min(chunk, max(lengths, default=0)) * _FP32 * (2 + stored + kept + 2 * zero.bf16_masters)
+    longest = max(lengths, default=0)
+    if zero.offload or zero.device == "cpu":
+        return min(CPU_CHUNK, longest) * _FP32 * (2 + stored + kept + 2 * zero.bf16_masters)
+    return min(CUDA_SCRATCH, longest * CUDA_SCRATCH_ELEMENT) + min(CUDA_CHUNK, longest) * _FP32 * kept

@@ -25,6 +25,7 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.int8: tl.int8}
 """Of pointers; a bfloat16's bits are read as int16."""
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": 0.0}
+_PLACES = {letter: kernels.NAMES.index(letter) - 1 for letter in "pmvg"}
 _LANES = BLOCK // 8
 _BYTES = 16
 """What a thread can move at once."""
@@ -134,7 +135,11 @@ def _job(rule: Rule, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> 
         by_letter["g"], Int8
     ):  # an update: read like momentum, which may be of that kind
         by_letter["m"], by_letter["g"] = by_letter["g"], None
-    types, data, stored = [], [], []
+    types: list[Any] = []
+    words = [0] * (kernels.WORDS - 1)  # a row of the table from its second word on
+    data: list[Tensor] = []
+    places: list[tuple[int, int]] = []  # addresses, and bytes of an element there
+    stored: list[NoiseKey] = []
     for letter, values in by_letter.items():
         type_ = None if values is None else _type(rule, letter, values)
         types.append(type_)
@@ -142,45 +147,38 @@ def _job(rule: Rule, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> 
             continue
         if type_ is None:
             return None
-        if isinstance(values, Tensor):
-            data.append(values)
-        else:
-            data.append(values.data)
-            if letter in rule.writes or isinstance(values, Int8):
+        if isinstance(values, Stored):
+            one = values.data
+            if isinstance(values, Int8):
+                words[9] = _address(values.scales)
                 stored.append(values.rounding)
+            elif letter in rule.writes:
+                stored.append(values.rounding)
+            if letter != "g":
+                words[5 if letter == "p" else 6] = _signed(values.rounding.step)
+        else:
+            one = values
+        data.append(one)
+        words[_PLACES[letter]] = address = _address(one)
+        places.append((address, one.element_size()))
     device, n = data[0].device, data[0].numel()
     if any(one.device != device or not one.is_contiguous() for one in data) or not _alike(stored):
         return None
-    start = stored[0].start if stored else 0 if rule.columns else _aligned_start(data)
+    start = stored[0].start if stored else 0 if rule.columns else _aligned_start(places)
     head = start % BLOCK
-    found = torch.empty(rule.columns, dtype=torch.float64, device=device) if rule.columns else None
-    words, floats = _words(by_letter, stored[0] if stored else None), _numbers(numbers)
-    words[:3] = n, head, int(_is_aligned(data, head))
-    if isinstance(numbers[-1] if numbers else None, NoiseKey):
+    words[:3] = n, head, int(_is_aligned(places, head))
+    if stored:
+        words[3:5] = _key(stored[0].seed, ~stored[0].stream), start // BLOCK * _LANES
+    if rule.noisy:
         noise = numbers[-1]
         words[12:15] = _key(noise.seed, noise.stream), _signed(noise.step), noise.start
-    if found is not None:
+    found = None
+    if rule.columns:
+        found = torch.empty(rule.columns, dtype=torch.float64, device=device)
         words[15] = _address(found)
         found = found if rule.columns > 1 else found[0]
-    return Job((rule.name, tuple(types), device), words, floats, -(-(head + n) // BLOCK) if n else 0, tensors, found)
-
-
-def _words(by_letter: dict[str, Flat | None], rounding: NoiseKey | None) -> list[int]:
-    """A row of the table from its second word on, but for what ``_job`` fills in."""
-    words = [0] * (kernels.WORDS - 1)
-    if rounding is not None:
-        words[3] = _key(rounding.seed, ~rounding.stream)
-        words[4] = rounding.start // BLOCK * _LANES
-    for letter, place in (("p", 7), ("m", 8), ("v", 10), ("g", 11)):
-        values = by_letter[letter]
-        if values is None:
-            continue
-        words[place] = _address(values if isinstance(values, Tensor) else values.data)
-        if isinstance(values, Stored) and letter in "pm":
-            words[5 if letter == "p" else 6] = _signed(values.rounding.step)
-        if isinstance(values, Int8):
-            words[9] = _address(values.scales)
-    return words
+    blocks = -(-(head + n) // BLOCK) if n else 0
+    return Job((rule.name, tuple(types), device), words, _numbers(numbers), blocks, tensors, found)
 
 
 def _numbers(given: Sequence[Any]) -> list[float]:
@@ -216,14 +214,14 @@ def _alike(stored: Sequence[NoiseKey]) -> bool:
     )
 
 
-def _aligned_start(data: Sequence[Tensor]) -> int:
+def _aligned_start(places: Sequence[tuple[int, int]]) -> int:
     """A place for tensors whose blocks nobody asks about: one where they are aligned, if there is any."""
-    return next((start for start in range(_BYTES) if _is_aligned(data, start)), 0)
+    return next((start for start in range(_BYTES) if _is_aligned(places, start)), 0)
 
 
-def _is_aligned(data: Sequence[Tensor], head: int) -> bool:
+def _is_aligned(places: Sequence[tuple[int, int]], head: int) -> bool:
     """Whether whole tiles begin at multiples of what a thread moves at once."""
-    return all((_address(one) - head * one.element_size()) % _BYTES == 0 for one in data)
+    return all(not (address - head * size) % _BYTES for address, size in places)
 
 
 def _address(tensor: Tensor) -> int:
