@@ -38,7 +38,8 @@ for ((i = 1; i <= $#; i++)); do
 done
 beside=()
 if [[ $gpus == 0 ]]; then
-    build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
+    # (async_io, for state in files, needs libaio-dev: its tests are skipped without)
+    build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder AsyncIOBuilder
     # (without --all it answers OMP_NUM_THREADS)
     (($(nproc --all) > 1)) && beside=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi

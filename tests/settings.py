@@ -169,8 +169,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         name="`offload_optimizer` to NVMe",
-        stages=(3,),
+        stages=SHARDED,
         config=_zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
+        losses="tests.distributed.nvme:losses",
     ),
     Setting(
         name="`offload_param` to NVMe",

@@ -42,6 +42,7 @@ def estimate(
     nodes: Annotated[str | None, typer.Option(help="In place of ranks, numbers of nodes.")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
     offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
+    nvme: Annotated[bool, typer.Option("--nvme", help="The same in files, at stage 3; other stages keep it.")] = False,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     bf16_masters: _Bf16Masters = False,
     accumulation: _Accumulation = 2,
@@ -76,7 +77,7 @@ def estimate(
         momentum_dtypes=tuple(dict.fromkeys(_parts("--momentum-dtype", momentum_dtype))),
         stages=tuple(dict.fromkeys(numbers("--stages", stages, least=0, most=3))),
         ranks=_ranks(ranks, nodes, gpus_per_node),
-        zero=_sharded(zero, offload=offload, bf16_masters=bf16_masters or _bf16_masters(loaded)),
+        zero=_sharded(zero, offload=offload or nvme, nvme=nvme, bf16_masters=bf16_masters or _bf16_masters(loaded)),
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
         micro_batch=micro_batch,
@@ -121,7 +122,7 @@ def _sharded(zero: Any, **settings: bool) -> Any:
     """The settings with what stage 0 has not: rows of that stage are estimated without."""
     from dataclasses import replace
 
-    return replace(zero, stage=1, **settings) if any(settings.values()) else zero
+    return replace(zero, stage=3, **settings) if any(settings.values()) else zero
 
 
 def _read(config: Path | None) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _zero_keys(loaded: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     from ds_optim.memory.estimate_sources import zero_settings
 
     settings = zero_settings(loaded, shape)
-    return {name: value for name, value in settings.items() if name not in ("offload", "bf16_masters")}
+    return {name: value for name, value in settings.items() if name not in ("offload", "nvme", "bf16_masters")}
 
 
 def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
+from ds_optim.memory.estimate_files import gradient_files, in_files, pinned, stored_numel
 from ds_optim.memory.estimate_model import ModelShape, numel_of
 from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
 from ds_optim.memory.estimate_terms import (
@@ -50,6 +51,7 @@ class RankMemory:
         step_gradients: gradients made for the step. exchange: messages, stacks and scratch of matrices in
         work. chunks: scratch of elementwise steps.
         host: the part of gradients, master and state that lies in the host's memory. host_buckets: there too.
+        files: the part of them that lies in files, of NVMe.
         persistent_buckets: the buckets are held all the time.
     """
 
@@ -67,6 +69,7 @@ class RankMemory:
     chunks: int
     host: int = 0
     host_buckets: int = 0
+    files: int = 0
     persistent_buckets: bool = False
 
     @property
@@ -85,7 +88,7 @@ class RankMemory:
 
     def peak(self, activations: int = 0) -> int:
         """The most that the accelerator holds: in backward, with all gradients made, or in the step."""
-        held = self.model_states + self.scalars - self.host
+        held = self.model_states + self.scalars - self.host - self.files
         backward = self.accumulating + self.buckets + self.gathered + activations
         step = self.step_gradients + self.exchange + self.chunks + (self.buckets if self.persistent_buckets else 0)
         return held + max(backward, step)
@@ -175,16 +178,22 @@ def _rank(
     scratch: Mapping[int, int],
 ) -> RankMemory:
     state: dict[str, int] = {}
-    padding = scalars = extra_gradients = staging = 0
+    padding = scalars = extra_gradients = staging = in_swap = 0
     for unit, plan in zip(units, plans, strict=True):
         share = shares(unit)[rank]
-        empty = unit.partition_numel - share.held
+        partition = stored_numel(unit, zero)
+        empty = partition - share.held
+        in_swap += partition * zero.master_itemsize if in_files(unit, zero) else 0
         for key, itemsize in plan.buffers.items():
-            numel = share.touched if plan.whole and zero.stage in (1, 2) else unit.partition_numel
+            swaps = in_files(unit, zero) and itemsize == zero.master_itemsize  # others stay in memory
+            numel = partition if swaps else unit.partition_numel
+            in_swap += numel * itemsize if swaps else 0
+            if plan.whole and zero.stage in (1, 2):
+                numel = share.touched
             if zero.bf16_masters and not optimizer.ours:
                 itemsize = min(itemsize, zero.master_itemsize)  # others keep state in the dtype of what they step
             state[key] = state.get(key, 0) + numel * itemsize
-            padding += 0 if plan.whole else empty * itemsize
+            padding += 0 if plan.whole else (numel - share.held) * itemsize
             if plan.whole and zero.stage in (1, 2):  # DeepSpeed's Muon: a copy until the step is known to be sound,
                 staging += numel * itemsize
                 extra_gradients += numel * itemsize  # and updates beside the gradients that they were made from
@@ -199,11 +208,13 @@ def _rank(
         scalars += plan.scalar * len(unit.params)
         scalars += optimizer.step_scalar * (len(unit.params) if unit.cut == "none" else 1)
     partitions = sum(unit.partition_numel for unit in units)
-    master = 0 if zero.stage == 0 and zero.dtype == "fp32" else partitions * zero.master_itemsize
+    stored = sum(stored_numel(unit, zero) for unit in units)
+    master = 0 if zero.stage == 0 and zero.dtype == "fp32" else stored * zero.master_itemsize
     before_step = gradients(units, rank, zero) + extra_gradients
     on_device, on_host = buckets(units, rank, zero)
     nearest = max((sampled for sampled in scratch if sampled <= rank), default=0)
-    stored = optimizer.momentum_dtype != "float32" and optimizer.ours
+    narrow = optimizer.momentum_dtype != "float32" and optimizer.ours
+    in_swap += gradient_files(units, rank, zero)
     return RankMemory(
         weights=_weights(model, zero, partitions),
         gradients=before_step,
@@ -216,11 +227,12 @@ def _rank(
         gathered=_gathered(model, zero),
         step_gradients=step_gradients(units, zero),
         exchange=scratch.get(nearest, 0),
-        chunks=chunk_scratch(units, zero, stored=stored, kept=2 * optimizer.cautious)
+        chunks=chunk_scratch(units, zero, stored=narrow, kept=2 * optimizer.cautious)
         if optimizer.ours and not zero.offload
         else 0,
-        host=master + before_step + sum(state.values()) if zero.offload else 0,
-        host_buckets=on_host,
+        host=master + before_step + sum(state.values()) - in_swap if zero.offload else 0,
+        host_buckets=on_host + pinned(units, zero),
+        files=in_swap,
         persistent_buckets=zero.stage == 3,
     )
 

@@ -14,7 +14,7 @@ from ds_optim.job.presets import PRESETS
 from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_list, shape_of_module
 from ds_optim.zero.auto import AUTO, at, sizes_by_width
 from ds_optim.zero.reading import read_json
-from ds_optim.zero.refused import is_true
+from ds_optim.zero.refused import is_nvme, is_true
 from ds_optim.zero.support import tensor_parallel_size, uses_autocast, uses_bf16_masters
 
 #: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
@@ -85,6 +85,9 @@ def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any
     found = {name: section[key] for key, name in _ZERO_KEYS.items() if section.get(key) not in (None, AUTO)}
     if at(section, "offload_optimizer.device") not in (None, AUTO, "none"):
         found["offload"] = True
+        if is_nvme(at(section, "offload_optimizer.device")):
+            found["nvme"] = True
+            found["swap_buffers"] = int(at(section, "offload_optimizer.buffer_count") or 4)
     if uses_bf16_masters(config):
         found["bf16_masters"] = True
     if uses_autocast(config):

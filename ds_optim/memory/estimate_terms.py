@@ -31,6 +31,7 @@ class ZeroSettings:
         accumulation: micro-batches a step. The default stands for "several": then stage 1 holds whole gradients.
         grad_accum_dtype: ``data_types.grad_accum_dtype``; None for the model's dtype.
         offload: ``offload_optimizer`` to the CPU.
+        nvme: to files, which is at stage 3 alone, with ``offload``. swap_buffers: its ``buffer_count``.
         overlap_comm: None for DeepSpeed's default, which is true at stage 3.
         bf16_masters: ``bf16_master_weights_and_grads`` with ``bf16_optimizer_states``.
         autocast: ``torch_autocast`` over fp32 weights, of which linear layers' gradients travel in its dtype.
@@ -42,6 +43,8 @@ class ZeroSettings:
     ranks: int
     dtype: str = "bf16"
     offload: bool = False
+    nvme: bool = False
+    swap_buffers: int = 4
     accumulation: int = 2
     grad_accum_dtype: str | None = None
     reduce_bucket_size: int = 500_000_000
@@ -75,6 +78,8 @@ class ZeroSettings:
                 raise UserError(f"{key} is {value!r}: write {', '.join(WEIGHT_BYTES)}")
         if self.offload and self.stage == 0:
             raise UserError("the optimizer is offloaded at stages 1 to 3 only: take offload out or raise the stage")
+        if self.nvme and not (self.offload and self.stage == 3):
+            raise UserError("state is offloaded to NVMe at stage 3 only: take nvme out or write stage 3")
         if self.bf16_masters:
             self._check_bf16_masters()
 

@@ -18,7 +18,17 @@ BASELINE = "adamw"
 #: Terms of a row, in the order of the table.
 TERMS = (
     *("weights", "gradients", "accumulating", "master", "optimizer_state", "scalars", "padding", "buckets"),
-    *("gathered", "step_gradients", "exchange", "chunks", "host", "host_buckets", "model_states", "most_model_states"),
+    *(
+        "gathered",
+        "step_gradients",
+        "exchange",
+        "chunks",
+        "host",
+        "host_buckets",
+        "files",
+        "model_states",
+        "most_model_states",
+    ),
 )
 
 
@@ -82,13 +92,15 @@ class EstimateRequest:
         )
 
     def at(self, stage: int, ranks: int) -> ZeroSettings:
-        """The settings of a stage and a number of ranks; stage 0 has neither offload nor bf16 master weights."""
+        """The settings of a stage and a number of ranks; stage 0 has neither offload nor bf16 master weights, and NVMe
+        is for stage 3."""
         sharded = stage > 0
         return replace(
             self.zero,
             stage=stage,
             ranks=ranks,
-            offload=self.zero.offload and sharded,
+            offload=self.zero.offload and sharded and (stage == 3 or not self.zero.nvme),
+            nvme=self.zero.nvme and stage == 3,
             bf16_masters=self.zero.bf16_masters and sharded,
         )
 

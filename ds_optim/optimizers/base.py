@@ -117,6 +117,8 @@ class ZeroOptimizer(GroupedOptimizer):
         DeepSpeed's universal checkpoints ask for and this optimizer has not (see ``ds_optim.optimizers.saved``).
         """
         self._settle_groups()
+        if self._binding is not None and self._binding.files is not None:
+            self._binding.files.release(self.state)
         parameters = (m.parameter for members in self._members for m in members)
         return with_description(super().state_dict(), self.identity(), self.param_groups, parameters, self._costs)
 
@@ -182,6 +184,11 @@ class ZeroOptimizer(GroupedOptimizer):
         return True
 
     @property
+    def has_loaded(self) -> bool:
+        """Whether it was given the state of a checkpoint."""
+        return self._alike.loaded != NOTHING
+
+    @property
     def polar(self) -> PolarSpec:
         """How matrices are orthogonalized, as the user wrote it."""
         return self._polar
@@ -221,6 +228,8 @@ class ZeroOptimizer(GroupedOptimizer):
             if not finite(self.param_groups, binding.differing):
                 self.skipped_steps += 1  # under ZeRO, DeepSpeed decides this before it calls
                 return loss
+        if binding.files is not None:
+            binding.files.check()
         self.settle_rates()
         if any(binding.unit_of(t) == 0 for group in self.param_groups for t in group["params"][:1]):
             self._alike.count(binding.peers, lambda: self._meant(binding))
@@ -262,6 +271,13 @@ class ZeroOptimizer(GroupedOptimizer):
         init_states(binding, self._all_groups, self.state, self._momentum_dtype, carried=self._universal)
         return binding
 
+    def _settle_files(self, binding: Binding, number: int) -> None:
+        """Have the state of a unit that has come from files, and nothing in memory but what is its own."""
+        assert binding.files is not None
+        init_states(binding, self._all_groups, self.state, self._momentum_dtype, carried=self._universal, only=number)
+        (tensor,) = binding.tensors[number]
+        binding.files.settle(number, tensor, self.state[tensor])
+
     def _meant(self, binding: Binding, *, shards: bool = True) -> dict[str, str]:
         """All that the ranks must have alike, by names that a user knows; shards: what lies on each of them, too."""
         options = {
@@ -280,6 +296,8 @@ class ZeroOptimizer(GroupedOptimizer):
         assert number is not None
         unit, comm = binding.layout.units[number], binding.comm_of(number)
         tensors, seed = group["params"], group.get("seed", 0)
+        if number in binding.in_files:
+            self._settle_files(binding, number)
         local = Local(unit, comm, tensors, self.state, scratch, seed, tensor=binding.tensor)
         if len(local.absent) == len(local.tensors):
             if self._diagnostics is not None:

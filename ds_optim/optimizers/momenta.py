@@ -32,7 +32,7 @@ def full_momentum(optimizer: Any, parameter: torch.nn.Parameter) -> Tensor | Non
         optimizer: one of this package's, or the DeepSpeed engine that steps it.
 
     Raises:
-        UserError: there is no state before a first step or a load, or it is another optimizer.
+        UserError: there is no state before a first step or a load, it is another optimizer, or momentum lies in files.
     """
     own = _own(optimizer)
     binding = own.layout_now()
@@ -97,6 +97,10 @@ def _place(binding: Binding, parameter: torch.nn.Parameter) -> tuple[int, int] |
 
 def _keeps_momentum(optimizer: ZeroOptimizer, binding: Binding, place: tuple[int, int]) -> bool:
     state = optimizer.state[binding.tensors[place[0]][0 if binding.sharded else place[1]]]
+    if place[0] in binding.in_files and MOMENTUM in state and state[MOMENTUM].dtype == torch.float32:
+        raise UserError(
+            'momentum is offloaded to NVMe, and is not read from its files: offload the optimizer to "cpu" for this'
+        )
     return MOMENTUM in state or CODES_OF_MOMENTUM in state
 
 

@@ -29,12 +29,16 @@ def init_states(
     momentum_dtype: torch.dtype,
     *,
     carried: bool,
+    only: int | None = None,
 ) -> None:
     """Make what is missing of every tensor's state; carried: a universal load brought some of it.
 
-    All units at once: DeepSpeed links the state of all groups after the first group's step.
+    All units at once: DeepSpeed links the state of all groups after the first group's step. only: of a unit that
+    lies in files between steps, whose state is made when it is stepped.
     """
     for number, (unit, tensors) in enumerate(zip(binding.layout.units, binding.tensors, strict=True)):
+        if (number in binding.in_files) if only is None else (number != only):
+            continue
         rank = binding.comm_of(number).rank
         blocks, rule = blocks_of(unit, rank), RULES[groups[unit.group]["rule"]]
         for place, tensor in enumerate(tensors):

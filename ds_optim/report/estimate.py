@@ -75,7 +75,8 @@ Held = dict[tuple[str, int], list[RankMemory]]
 
 
 def title_of(request: EstimateRequest) -> str:
-    offload = ", optimizer offloaded" if request.zero.offload else ""
+    place = " to NVMe at stage 3" if request.zero.nvme else ""
+    offload = f", optimizer offloaded{place}" if request.zero.offload else ""
     return f"{request.model.name}: {request.model.numel:,} parameters, {request.zero.dtype}{offload}"
 
 

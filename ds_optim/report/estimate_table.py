@@ -48,6 +48,8 @@ def _sections(request: EstimateRequest) -> Iterator[list[_Line]]:
     totals = [_sized("model states", lambda memory: memory.most_model_states)]
     if request.zero.offload:
         totals.append(_sized("of these on the host", lambda memory: memory.host + memory.host_buckets))
+    if request.zero.nvme:
+        totals.append(_sized("in files", lambda memory: memory.files))
     yield totals
     moments = [_sized(label, term) for label, term in _MOMENTS]
     if request.sequence_bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,23 @@ class Member:
     derived: str = ""
 
 
+class InFiles(Protocol):
+    """What is to be known of flat partitions that are in memory only while they are stepped."""
+
+    @property
+    def units(self) -> frozenset[int]:
+        """Which they are; their tensors are empty between their steps."""
+
+    def check(self) -> None:
+        """Raise before a step that would go on without what was saved."""
+
+    def settle(self, number: int, tensor: Tensor, state: Mapping[str, Any]) -> None:
+        """Put right what is in memory for a step of unit ``number``."""
+
+    def release(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Between steps: keep nothing in memory that is another's by now."""
+
+
 @dataclass
 class Binding:
     """This rank's tensors, by unit of the layout.
@@ -44,7 +61,8 @@ class Binding:
     nothing is sharded. ``members[u]`` are its parameters in the order of ``layout.units[u].params``.
     ``device`` is where matrices are worked on. ``replicas`` are the ranks that hold all of the model each, where
     nothing is sharded. ``tensor`` are the ranks that hold the other shards of what tensor parallelism cut.
-    ``experts``: by unit, the ranks that share its parameters, where these are experts.
+    ``experts``: by unit, the ranks that share its parameters, where these are experts. ``files``: of units that lie in
+    files between steps.
     """
 
     layout: Layout
@@ -55,6 +73,7 @@ class Binding:
     replicas: Comm | None = None
     tensor: Comm | None = None
     experts: Mapping[int, Comm] = field(default_factory=dict)
+    files: InFiles | None = None
     unit_by_tensor: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +95,11 @@ class Binding:
     def comm_of(self, unit: int) -> Comm:
         """The data-parallel group of a unit's parameters."""
         return self.experts.get(unit, self.comm)
+
+    @property
+    def in_files(self) -> frozenset[int]:
+        """The units whose tensors are empty between their steps."""
+        return frozenset() if self.files is None else self.files.units
 
     @property
     def sharded(self) -> bool:

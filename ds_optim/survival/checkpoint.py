@@ -22,6 +22,7 @@ from ds_optim.survival.checkpoint_files import guarded, write
 from ds_optim.survival.identity import DIGESTS, RUN, SAVE, new_id, stamps_of
 from ds_optim.survival.resume import FOLDER, SEALS, Checkpoint, step_folders
 from ds_optim.zero.checkpoints.folder import LATEST, SCRIPTS
+from ds_optim.zero.swapped import load_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,7 @@ def save(
 def load(engine: Any, checkpoint: Checkpoint) -> dict[str, int]:
     """Put weights, optimizer state and counters back; return the position of the text. Collective."""
     with guarded(engine):
-        path, state = engine.load_checkpoint(
-            str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
-        )
+        path, state = load_folder(engine, checkpoint.folder, load_lr_scheduler_states=False)
     return position(path, state, checkpoint)
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from ds_optim.errors import UserError
 from ds_optim.survival.checkpoint import position
 from ds_optim.survival.checkpoint_files import guarded
 from ds_optim.survival.resume import Checkpoint
 from ds_optim.zero.checkpoints.safe import allowed_classes
+from ds_optim.zero.swapped import FOLDER as SWAPPED
+from ds_optim.zero.swapped import is_swapped
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -22,8 +25,16 @@ def load_without_optimizer(engine: Any, checkpoint: Checkpoint) -> dict[str, int
 
     Under ZeRO in 16 bit the fp32 master weights come back exactly, whatever groups the optimizer that wrote them had.
     At stage 0 in 16 bit they start from the 16-bit weights.
+
+    Raises:
+        UserError: they lie in files that were offloaded to NVMe.
     """
     folder, tag = str(checkpoint.folder.parent), checkpoint.folder.name
+    if is_swapped(engine) or (checkpoint.folder / SWAPPED).is_dir():
+        raise UserError(
+            "--reset-optimizer is not supported with state offloaded to NVMe: master weights lie among it, in files "
+            "that DeepSpeed's own tool does not read; go on without --reset-optimizer"
+        )
     with guarded(engine):
         path, state = engine.load_checkpoint(folder, tag=tag, load_module_only=True, load_lr_scheduler_states=False)
     place = position(path, state, checkpoint)

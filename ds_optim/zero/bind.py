@@ -26,6 +26,7 @@ from ds_optim.zero.pipeline import agree_across_stages, all_ranks, check_pattern
 from ds_optim.zero.schedulers import prepare_scheduler
 from ds_optim.zero.sequence import check_sequence
 from ds_optim.zero.support import check_engine, check_parameters, check_wrapper
+from ds_optim.zero.swapped import Files, check_buffers, check_gradients
 from ds_optim.zero.tensor import agree_on_shards, everyone, with_shards
 
 _FOREIGN = (
@@ -69,8 +70,9 @@ def bind_zero(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Membe
         raise_everywhere(RuntimeError(_FOREIGN) if unknown else None, comm)
     if tensor is not None:
         agree_on_shards(tensor, comm, binding.members, None)
+    files = _files(binding, optimizer, groups, engine) if stage == 3 else None
     announce_routes(optimizer, groups, peaks)
-    return replace(binding, tensor=tensor)
+    return replace(binding, tensor=tensor, files=files)
 
 
 def _bind_partitions(
@@ -91,6 +93,23 @@ def _bind_partitions(
         if tensor is not None:
             agree_on_shards(tensor, comm, trained, problem)
         raise
+
+
+def _files(binding: Binding, optimizer: torch.optim.Optimizer, groups: Groups, engine: Any) -> Files | None:
+    """What is to be known of sub-groups that lie in files between steps; None where none does."""
+    zero: Any = binding.members[0][0].parameter._z3_optimizer  # type: ignore[attr-defined]
+    files = Files(zero, optimizer, engine, binding.members)
+    if not files.units:
+        return None
+    problem = None
+    try:
+        files.check()
+        check_buffers(zero, binding.layout, groups)
+        check_gradients(zero, binding.layout)
+    except UserError as error:
+        problem = error
+    raise_everywhere(problem, binding.comm)
+    return files
 
 
 def _shards_of(

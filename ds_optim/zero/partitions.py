@@ -19,6 +19,7 @@ from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout, dealt, has_padding
 from ds_optim.zero.agree import raise_everywhere
+from ds_optim.zero.swapped import masters
 
 SYNC_HINT = (
     "if weights were changed in place after deepspeed.initialize, call engine.optimizer.refresh_fp32_params() first"
@@ -132,7 +133,7 @@ def _mark(unit: Unit, param: int, member: Member) -> Address | None:
 
 
 def bind_stage3(trained: Members, comms: Comms) -> Binding:
-    """Bind to the flat partition of each sub-group of each group."""
+    """Bind to the flat partition of each sub-group of each group, in memory or in a file."""
     first = next(m.parameter for group in trained for m in group)
     zero: Any = first._z3_optimizer  # type: ignore[attr-defined]
     flats: list[Tensor] = attribute(zero, "fp32_partitioned_groups_flat")
@@ -160,12 +161,13 @@ def bind_stage3(trained: Members, comms: Comms) -> Binding:
 
     if len(flats) == len(layout.units):
         tensors = [[flat] for flat in flats]
-        problem = _find_problem(layout, members, tensors, comms, local_address)
+        values = [[flat] for flat in masters(zero, layout, flats)]
+        problem = _find_problem(layout, members, values, comms, local_address)
     else:
-        tensors = []
+        tensors = values = []
         problem = f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({FREEZE_HINT})"
     _agree([layout], [problem], comms.all)
-    fault = _find_other_value(layout, members, tensors, comms, lambda m: m.parameter.ds_tensor)  # type: ignore[attr-defined]
+    fault = _find_other_value(layout, members, values, comms, lambda m: m.parameter.ds_tensor)  # type: ignore[attr-defined]
     raise_everywhere(None if fault is None else RuntimeError(fault), comms.all)
     return _bound(layout, comms, tensors, members, first)
 

@@ -24,8 +24,8 @@ SEQUENCE = "sequence_parallel_size"
 _STATES_ALONE = f"it goes with {MASTERS}; set both to true, or set it to false"
 
 _IN_FILES = (
-    "partitions lie in files when the layout is checked and state is made, and DeepSpeed reads every large state back "
-    'as fp32, whatever it was; use "cpu"'
+    "DeepSpeed 0.19 offloads to files at stage 3 alone, and at others keeps state in the host's memory without a word; "
+    'set zero_optimization.stage to 3, or use "cpu"'
 )
 
 Test = Callable[[Any], bool]
@@ -42,7 +42,7 @@ def is_false(value: Any) -> bool:
     )
 
 
-def _is_nvme(value: Any) -> bool:
+def is_nvme(value: Any) -> bool:
     return str(getattr(value, "value", value)).lower() == "nvme"
 
 
@@ -71,8 +71,8 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     (f"{ZERO}.compute_grad_norm", is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bf16.check_grad_overflow", is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bfloat16.check_grad_overflow", is_false, "it switches off the check for NaN gradients; leave it true"),
-    (f"{OFFLOAD}.device", _is_nvme, _IN_FILES),
-    (f"{ZERO}.offload_param.device", _is_nvme, 'weights lie in files when the layout is checked by value; use "cpu"'),
+    (f"{OFFLOAD}.device", is_nvme, _IN_FILES),
+    (f"{ZERO}.offload_param.device", is_nvme, 'weights lie in files when the layout is checked by value; use "cpu"'),
     (f"{OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
     (f"{OFFLOAD}.super_offload", is_true, "it steps with its own Adam; set it to false"),
     (f"{ZERO}.zenflow", is_given, "it steps with its own Adam; leave it out"),
@@ -107,6 +107,7 @@ TOGETHER: Mapping[str, tuple[str, Test]] = {
         f"tensor_parallel.{name}.tp_size": ("tensor_parallel.autotp_size", above(1))
         for name in ("tp", "tensor_parallel")
     },
+    f"{OFFLOAD}.device": (f"{ZERO}.stage", lambda stage: as_number(stage) == 3),
 }
 OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{MASTERS} and bf16.{STATES} and without offload"
 
@@ -114,7 +115,6 @@ OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{MASTERS} and b
 REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("compute_grad_norm", is_false, f"leave {ZERO}.compute_grad_norm true"),
     ("zenflow", is_true, f"leave {ZERO}.zenflow out"),
-    ("swap_optimizer", is_true, f'set {OFFLOAD}.device to "cpu"'),
     ("params_in_nvme_and_cpu", is_true, f'set {ZERO}.offload_param.device to "cpu"'),
     ("partial_offload", _below_one, f"set {OFFLOAD}.ratio to 1.0"),
     ("zero_quantized_nontrainable_weights", is_true, f"set {ZERO}.zero_quantized_nontrainable_weights to false"),

@@ -33,6 +33,7 @@ from ds_optim.zero.refused import (
     as_number,
     is_false,
     is_given,
+    is_nvme,
     is_true,
 )
 
@@ -54,6 +55,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         stage = int(stage)  # as DeepSpeed reads it
     _check_bf16_masters(config, stage)
     _check_autocast(config)
+    _check_files(config)
     if tensor_parallel_size(config) > 1 and above(1)(at(config, f"{ZERO}.zero_hpz_partition_size")):
         raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")
     if tensor_parallel_size(config) > 1 and is_true(at(config, "checkpoint.load_universal")):
@@ -109,6 +111,19 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     for refused, remedy in problems:
         if refused:
             raise UserError(f"{section}.{MASTERS} = true is not supported with these settings: {remedy}")
+
+
+def _check_files(config: Mapping[str, Any]) -> None:
+    """Refuse what is missing, or beside it cannot be, where optimizer state is offloaded to files."""
+    if not is_nvme(at(config, f"{OFFLOAD}.device")):
+        return
+    if not at(config, f"{OFFLOAD}.nvme_path"):
+        raise UserError(f"{OFFLOAD}.device is 'nvme': write {OFFLOAD}.nvme_path, a folder on a local disk")
+    if is_true(at(config, "checkpoint.load_universal")):
+        raise UserError(
+            f'checkpoint.load_universal is not supported with {OFFLOAD}.device "nvme": DeepSpeed 0.19 reads no '
+            'optimizer state then; set it to false, or the device to "cpu"'
+        )
 
 
 def _sums_in_fp32(config: Mapping[str, Any]) -> bool:

@@ -199,10 +199,26 @@ def test_secondary_shards_are_refused_under_tensor_parallelism() -> None:
     check_wrapper(types.SimpleNamespace(zero_hpz_partition_size=2, model_parallel_group=None))
 
 
+def test_state_in_files_is_for_stage_3_with_a_folder() -> None:
+    there = {"device": "nvme", "nvme_path": "/local"}
+
+    def given(stage: int, **beside: Any) -> dict[str, Any]:
+        return {"zero_optimization": {"stage": stage, "offload_optimizer": there}, **beside}
+
+    check_config(given(3))
+    for stage in (0, 1, 2):
+        with pytest.raises(UserError, match=r"at stage 3 alone.*stage to 3"):
+            check_config(given(stage))
+    with pytest.raises(UserError, match="load_universal is not supported with"):
+        check_config(given(3, checkpoint={"load_universal": True}))
+    del there["nvme_path"]
+    with pytest.raises(UserError, match=r"write zero_optimization\.offload_optimizer\.nvme_path"):
+        check_config(given(3))
+
+
 ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
     "compute_grad_norm": (False, True),
     "zenflow": (True, False),
-    "swap_optimizer": (True, False),
     "params_in_nvme_and_cpu": (True, False),
     "partial_offload": (0.5, 1.0),
     "zero_quantized_nontrainable_weights": (True, False),

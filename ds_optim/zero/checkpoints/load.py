@@ -19,6 +19,7 @@ from ds_optim.zero.checkpoints.reader import open_columns
 from ds_optim.zero.checkpoints.reshard import reshard
 from ds_optim.zero.checkpoints.target import SETTINGS, Target, choose_target
 from ds_optim.zero.pipeline import check_folder
+from ds_optim.zero.swapped import is_swapped, load_folder
 
 _CUT = "{tag}.recut"
 
@@ -31,7 +32,8 @@ def load_checkpoint(
     Where its shape is the engine's, that is all. Otherwise rank 0 first cuts it anew as ``ds-optim reshard`` does,
     verified, with one rank's state in memory at a time; all ranks load that, and it is taken away. The checkpoint stays
     as it is. All ranks must make this call, and see the same folders. Tensor-parallel ranks, and ranks among which
-    experts are dealt out, must be as many as they were; what a pipeline saved is not cut anew.
+    experts are dealt out, must be as many as they were; what a pipeline saved is not cut anew, nor state that is
+    offloaded to NVMe.
 
     Args:
         engine: made with the optimizer that wrote the checkpoint; ``ds-optim reshard --optimizer`` changes it.
@@ -45,6 +47,8 @@ def load_checkpoint(
     Raises:
         UserError: on every rank: it is damaged, or cannot have this shape; what is cut cannot be written.
     """
+    if is_swapped(engine):
+        return _load_swapped(engine, Path(folder), tag, options)
     place = Path(folder)
     source: Path = ranks.from_first(lambda: find_folder(place if tag is None else place / tag))
     made = Path(place if scratch is None else scratch) / _CUT.format(tag=source.name)
@@ -55,6 +59,15 @@ def load_checkpoint(
     finally:
         if cut:
             ranks.from_first(lambda: take_away(made))
+    if path is None:
+        raise RuntimeError(f"DeepSpeed loaded nothing of {source}: see what it says above")
+    return str(source), state
+
+
+def _load_swapped(engine: Any, folder: Path, tag: str | None, options: dict[str, Any]) -> tuple[str, Any]:
+    """Where optimizer state is offloaded to NVMe, which is not cut anew."""
+    source: Path = ranks.from_first(lambda: find_folder(folder if tag is None else folder / tag))
+    path, state = load_folder(engine, source, **options)
     if path is None:
         raise RuntimeError(f"DeepSpeed loaded nothing of {source}: see what it says above")
     return str(source), state

@@ -1,0 +1,234 @@
+"""Optimizer state in files, by ZeRO-3's offload to NVMe: the bits of offload to the CPU, one buffer of momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_optim
+from ds_optim.memory.estimate import estimate
+from ds_optim.memory.estimate_model import shape_of_module
+from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
+from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
+from tests.tiers import cells
+
+from .harness import assert_all_raised, run_ranks
+from .nvme import SUB_GROUPS, Net, config_of, skip_without_aio, start, take_steps
+from .small_runs import equal, full_weights, identical, own_optimizer
+
+STEPS = 4
+PIPELINED = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
+POLAR = {"polar": {"steps": 2, "dtype": "float32"}}
+TYPES: Mapping[str, Mapping[str, Any]] = {
+    "Lion": {},
+    "Signum": {},
+    "SignSGD": {},
+    "LionMuon": {"period": 2, **POLAR},
+    "Muon": POLAR,
+    "SpectralLion": POLAR,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def aio() -> None:
+    skip_without_aio()
+
+
+def files_of(place: str, rank: int) -> dict[str, bytes]:
+    """What lies in a rank's files, gradients left out."""
+    found = (path for path in Path(place).rglob("*.swp") if path.parent.name == f"rank{rank}")
+    return {path.name.removesuffix(".tensor.swp"): path.read_bytes() for path in found}
+
+
+def held(engine: Any) -> list[dict[str, Any]]:
+    """Of each sub-group its master weights and state, as they are in memory."""
+    zero = engine.optimizer
+    return [
+        {"fp32": flat.detach().clone(), **own_optimizer(engine).state[flat]}
+        for flat in zero.fp32_partitioned_groups_flat
+    ]
+
+
+def compare(rank: int, _: int, place: str, type: str, params: Mapping[str, Any], dtype: str, offload: Any) -> str:
+    """What differs between the two places of state after some steps: nothing."""
+    there = start(config_of(None, type, params, dtype))
+    expected, weights, memory = take_steps(there, rank, range(STEPS)), full_weights(there), held(there)
+    there.destroy()
+    engine = start(config_of(place, type, params, dtype, **offload))
+    losses = take_steps(engine, rank, range(STEPS))
+    if losses != expected:
+        return f"losses {losses} {expected}"
+    if different := equal(full_weights(engine), weights):
+        return f"weights {different}"
+    zero, files = engine.optimizer, files_of(place, rank)
+    zero.state_dict()  # takes along what is in memory, and no buffer of DeepSpeed's
+    written = set()
+    for number, (own, in_memory) in enumerate(zip(held(engine), memory, strict=True)):
+        swapped = in_memory["fp32"].numel() * 4 >= 1 << 20
+        if swapped != (number < 2):
+            return f"sub-group {number} of {in_memory['fp32'].numel()} elements"
+        for key, value in in_memory.items():
+            if not isinstance(value, Tensor) or not (
+                swapped and value.dtype == torch.float32 and key != SCALES_OF_MOMENTUM
+            ):
+                same = identical(own[key], value) if isinstance(value, Tensor) else own[key] == value
+            else:
+                ds_id = zero.fp32_partitioned_groups_flat[number].ds_id
+                name = ds_id if key == "fp32" else f"{key}-{ds_id}"
+                written.add(name)
+                same = own[key].numel() == 0 and files[name][: 4 * value.numel()] == value.numpy().tobytes()
+                same &= len(files[name]) == -(-value.numel() // 256) * 1024
+            if not same:
+                return f"{key} of sub-group {number}"
+    gradients = {name for name in files if "gradient" in name}
+    if files.keys() - gradients != written:
+        return f"files {sorted(files)}"
+    engine.destroy()
+    return told_bytes(type, params, dtype, rank, sum(map(len, files.values())), memory)
+
+
+def told_bytes(type: str, params: Mapping[str, Any], dtype: str, rank: int, written: int, memory: Any) -> str:
+    """Whether the estimate says so many bytes of files."""
+    plan = plan_optimizer(
+        shape_of_module("net", Net()),
+        {"LionMuon": "lion_muon", "SpectralLion": "spectral_lion", "SignSGD": "sign_sgd"}.get(type, type.lower()),
+        {key: value for key, value in params.items() if key != "momentum_dtype"},
+        momentum_dtype=params.get("momentum_dtype", "float32"),
+        weights=TORCH_DTYPES["fp32" if dtype == "fp32" else "bf16"],
+        device="cpu",
+    )
+    zero = ZeroSettings(stage=3, ranks=2, dtype=dtype, offload=True, nvme=True, sub_group_size=SUB_GROUPS, device="cpu")
+    told = estimate(shape_of_module("net", Net()), plan, zero).ranks[rank]
+    return "" if told.files == written else f"files of {written} bytes, estimated {told.files}"
+
+
+ALL = [(type, "fp32", "float32", False) for type in TYPES]
+CELLS = cells(
+    [("LionMuon", "bf16", "float32", True)],
+    [*ALL, ("Lion", "bf16", "bfloat16", False), ("LionMuon", "fp32", "int8", True), ("Muon", "bf16", "float32", False)],
+)
+
+
+@pytest.mark.parametrize(("type", "dtype", "momentum", "pipeline"), CELLS)
+def test_files_hold_the_bits_that_memory_held(
+    type: str, dtype: str, momentum: str, pipeline: bool, tmp_path: Path
+) -> None:
+    """A matrix without a gradient stands still: DeepSpeed hands over what its buffer held before."""
+    params = {**TYPES[type], **({} if momentum == "float32" else {"momentum_dtype": momentum})}
+    assert run_ranks(2, compare, str(tmp_path), type, params, dtype, PIPELINED if pipeline else {}) == ["", ""]
+
+
+def saved(rank: int, _: int, place: str, folder: str, params: Mapping[str, Any], offload: Any) -> list[float]:
+    """The losses after a checkpoint, in the run that saved it."""
+    engine = start(config_of(place, "LionMuon", params, "bf16", **offload))
+    take_steps(engine, rank, range(3))
+    engine.save_checkpoint(folder)
+    return take_steps(engine, rank, range(3, 6))
+
+
+def resumed(rank: int, _: int, place: str, folder: str, params: Mapping[str, Any]) -> list[list[float]]:
+    """The same in another process, whose reader is not pipelined, and once more in the engine that went on."""
+    engine = start(config_of(place, "LionMuon", params, "bf16"))
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.ds_tensor.zero_()
+    found = []
+    for _ in range(2):
+        ds_optim.load_checkpoint(engine, folder)
+        found.append(take_steps(engine, rank, range(3, 6)))
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("momentum", "pipeline"), [("float32", True), ("int8", False)])
+def test_a_resumed_run_has_the_same_losses(momentum: str, pipeline: bool, tmp_path: Path) -> None:
+    params = {**TYPES["LionMuon"], "momentum_dtype": momentum}
+    folder = str(tmp_path / "checkpoint")
+    expected = run_ranks(2, saved, str(tmp_path / "files"), folder, params, PIPELINED if pipeline else {})
+    found = run_ranks(2, resumed, str(tmp_path / "others"), folder, params)
+    assert found == [[losses, losses] for losses in expected]
+
+
+def of_deepspeed(rank: int, _: int, place: str, folder: str, steps: int) -> list[float]:
+    """The losses of DeepSpeed's own AdamW behind a checkpoint after ``steps``; of a run that loads it with 0."""
+    engine = start(config_of(place, "deepspeed:AdamW", {}, "fp32"))
+    take_steps(engine, rank, range(steps))
+    if steps:
+        engine.save_checkpoint(folder)
+    else:
+        engine.load_checkpoint(folder)
+    return take_steps(engine, rank, range(3, 6))
+
+
+@pytest.mark.full
+def test_deepspeeds_own_load_begins_adamw_anew(tmp_path: Path) -> None:
+    """Why ``ds_optim.load_checkpoint`` is asked for: it reads masters alone, of those that are in files."""
+    folder = str(tmp_path / "checkpoint")
+    expected = run_ranks(2, of_deepspeed, str(tmp_path / "files"), folder, 3)
+    found = run_ranks(2, of_deepspeed, str(tmp_path / "others"), folder, 0)
+    assert found != expected
+
+
+def between_blocks(rank: int, _: int, place: str | None, type: str) -> list[float]:
+    return take_steps(start(config_of(place, type, {}, "fp32"), width=514), rank, range(2))
+
+
+@pytest.mark.full
+def test_gradients_that_begin_between_two_blocks_are_not_read(tmp_path: Path) -> None:
+    """DeepSpeed's own AdamW then steps a matrix with zeros and goes on; ours is refused."""
+    in_memory = run_ranks(2, between_blocks, None, "deepspeed:AdamW")
+    in_files = run_ranks(2, between_blocks, str(tmp_path / "theirs"), "deepspeed:AdamW")
+    assert [losses[0] for losses in in_files] == [losses[0] for losses in in_memory]
+    assert [losses[1] for losses in in_files] != [losses[1] for losses in in_memory]
+    outcomes = run_ranks(2, between_blocks, str(tmp_path / "ours"), "Lion", expect_error=True)
+    assert_all_raised(outcomes, "UserError", "second.weight", "set zero_optimization.sub_group_size to 1")
+
+
+def refused(rank: int, _: int, place: str, folder: str) -> list[str]:
+    """What is said of what cannot be: a load of DeepSpeed's own, too few buffers, other files."""
+    engine = start(config_of(f"{place}.a", "Lion", {}, "bf16"))
+    take_steps(engine, rank, range(1))
+    engine.save_checkpoint(folder)
+    said = []
+    for make in (
+        lambda: (engine.load_checkpoint(folder), take_steps(start_loaded(place, folder), rank, range(1))),
+        lambda: take_steps(start(config_of(f"{place}.b", "Lion", {}, "bf16", buffer_count=2)), rank, range(1)),
+        lambda: ds_optim.load_checkpoint(start(config_of(f"{place}.c", "Lion", {}, "bf16")), folder),
+        lambda: ds_optim.load_checkpoint(start(config_of(None, "Lion", {}, "bf16")), folder),
+    ):
+        try:
+            make()
+            said.append("")
+        except ds_optim.UserError as problem:
+            said.append(str(problem))
+    return said
+
+
+def start_loaded(place: str, folder: str) -> Any:
+    """An engine that has loaded by DeepSpeed's own means."""
+    engine = start(config_of(f"{place}.loaded", "Lion", {}, "bf16"))
+    engine.load_checkpoint(folder)
+    return engine
+
+
+@pytest.mark.full
+def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    for said in run_ranks(2, refused, str(tmp_path / "files"), str(tmp_path / "checkpoint")):
+        for line, part in zip(
+            said,
+            (
+                "load with ds_optim.load_checkpoint(engine, folder)",
+                "buffer_count is 2: write 3 or more",
+                "load it in a new one",
+                "state that was offloaded to NVMe, which ds-optim reshard does not read",
+            ),
+            strict=True,
+        ):
+            assert part in line
+            assert "\n" not in line
