@@ -652,6 +652,20 @@ MUTANTS = [
         f"{U}config.py",
     ),
     Mutant(
+        "a parameter without a gradient is stepped with what DeepSpeed's buffer held",
+        "swapped.py",
+        "if key not in zero.norm_for_param_grads and",
+        "if False and",
+        f"{D}nvme.py",
+    ),
+    Mutant(
+        "buffers that are others' by now are saved",
+        "swapped.py",
+        "value.data = torch.empty(0)",
+        "pass",
+        f"{D}nvme.py",
+    ),
+    Mutant(
         "groups of one rank are refused",
         "refused.py",
         "and number > limit",
