@@ -23,6 +23,7 @@ from ds_optim.survival.identity import RUN
 from ds_optim.survival.inputs import model_digest
 from ds_optim.train.sequences import mpu_of
 from ds_optim.zero.auto import fill_auto, hidden_size_of
+from ds_optim.zero.refused import is_nvme
 from ds_optim.zero.values import understood
 
 SETTINGS_NAME = "settings.json"
@@ -128,10 +129,13 @@ def _model_config(settings: TrainSettings, data: TextData) -> Any:
 
 
 def _load_ops(config: dict[str, Any]) -> None:
-    """Have the op of DeepSpeed's AdamW built where a build that is killed stops nobody."""
+    """Have the ops of DeepSpeed's AdamW, and of files on NVMe, built where a build that is killed stops nobody."""
     optimizer, zero = config.get("optimizer"), config.get("zero_optimization")
     # What is no section is for who reads the config to say.
     if not isinstance(optimizer, dict) or not isinstance(zero, dict):
         return
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and is_nvme(offload.get("device")):
+        load_op("AsyncIOBuilder")
     if str(optimizer.get("type")).lower() in ("adam", "adamw"):
         load_op("CPUAdamBuilder" if zero.get("offload_optimizer") else "FusedAdamBuilder")
