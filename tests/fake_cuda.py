@@ -211,6 +211,11 @@ class _Arrived:
         return None
 
 
+def _nowhere(*_: object) -> int:
+    """An address. No mock with a return value: it would keep the tensors that it is called with, and their bytes."""
+    return 0
+
+
 @contextmanager
 def dry_cuda() -> Iterator[DryCuda]:
     """In it tensors are fake, and Triton's kernels are counted in place of being launched."""
@@ -233,7 +238,7 @@ def dry_cuda() -> Iterator[DryCuda]:
     with (
         mock.patch.object(FakeTensor, "tolist", listed),
         mock.patch.object(launch, "_start", started),
-        mock.patch.object(launch, "_address", return_value=0),
+        mock.patch.object(launch, "_address", _nowhere),
         dry,
         _Answers(dry),
     ):
@@ -253,9 +258,8 @@ def dry_steps(
     """
     with dry_cuda() as dry:
         home = CPU if offload else CUDA
-        module = nn.Module()
-        for path, shape in model:
-            _register(module, path, nn.Parameter(torch.empty(*shape, device=CUDA)))
+        with CUDA:
+            module = module_of(model)
         optimizer = getattr(ds_optim, name)(ds_optim.param_groups(module), **params)
         comm = SilentComm(rank, ranks if stage else 1)
 
@@ -292,6 +296,14 @@ def dry_steps(
                 kept.peak -= before
                 found.append(kept)
         return found[0], found[1]
+
+
+def module_of(model: Sequence[tuple[str, Sequence[int]]]) -> nn.Module:
+    """A module of parameters of these names and shapes, on torch's current device."""
+    module = nn.Module()
+    for path, shape in model:
+        _register(module, path, nn.Parameter(torch.empty(*shape)))
+    return module
 
 
 def _register(module: nn.Module, path: str, parameter: nn.Parameter) -> None:

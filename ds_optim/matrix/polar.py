@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_optim.errors import UserError, instead
 from ds_optim.matrix import dispatch, newton_schulz, symmetric
 from ds_optim.matrix.normalize import nan_where_broken, prescaled
+from ds_optim.matrix.precision import whole_fp32
 from ds_optim.matrix.schedules import SCHEDULES, schedule
 
 METHODS = ("auto", "standard", "gram", "svd")
@@ -168,7 +169,7 @@ def polar(x: Tensor, spec: PolarSpec) -> Tensor:
     turned = not x.is_contiguous() and x.mT.is_contiguous()
     source, target = (x.mT, out.mT) if turned else (x, out)
     factor = _iteration(spec, x.shape[1], x.shape[2])
-    with torch.no_grad():
+    with torch.no_grad(), whole_fp32(x.device):
         if x.device.type == "cpu":
             for matrix, result in zip(source, target, strict=True):
                 result.copy_(factor(matrix))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_optim.matrix.normalize import nan_where_broken, prescaled
 from ds_optim.matrix.polar import PolarSpec, cost, polar, scratch_elements
+from ds_optim.matrix.precision import whole_fp32
 from ds_optim.matrix.views import MatrixView, row_range
 
 COLUMN_EPS = 1e-8
@@ -119,7 +120,7 @@ def normalized_in_weight_basis(c: Tensor, w: Tensor) -> Tensor:
     """
     if c.shape[-2] < c.shape[-1]:
         return normalized_in_weight_basis(c.mT, w.mT).mT
-    with torch.no_grad():
+    with torch.no_grad(), whole_fp32(c.device):
         basis, _ = prescaled(w)
         broken = nan_where_broken(basis)
         _, v = torch.linalg.eigh(basis.mT @ basis)

@@ -12,13 +12,17 @@ import torch
 from ds_optim.elementwise import fused
 from ds_optim.elementwise.native import library
 from ds_optim.matrix.views import MatrixView
-from ds_optim.memory.estimate_terms import chunk_scratch
+from ds_optim.memory.estimate import estimate
+from ds_optim.memory.estimate_model import shape_of_module
+from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_terms import ZeroSettings, chunk_scratch
 from ds_optim.optimizers import steps
 from ds_optim.optimizers.steps import finite
 from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate, SignUpdate
 from ds_optim.sharding.selection import add_row_sums
+from tests import cuda_counts
 from tests.cases import CASES, NARROW, Case, one_of_each_kind, update_of
-from tests.fake_cuda import CUDA, Counts, dry_cuda, dry_steps, small
+from tests.fake_cuda import CUDA, Counts, dry_cuda, dry_steps, module_of, small
 from tests.tiers import cells
 
 GROUPS = 3
@@ -181,6 +185,19 @@ def test_narrow_momentum_waits_no_more(name: str, dtype: str) -> None:
     assert without_tables(counts) == without_tables(wide)
 
 
+@pytest.mark.parametrize("line", cuda_counts.LINES[:1] + cuda_counts.LINES[3:4] + cuda_counts.LINES[5:6], ids=str)
+def test_the_table_in_the_docs_is_of_this_code(line: cuda_counts.Counted) -> None:
+    """Of its smallest model; ``python -m tests.cuda_counts`` writes all of it anew."""
+    row = cuda_counts.count(line, cuda_counts.LAYERS[0])
+    text = cuda_counts.written(cuda_counts.PAGE.read_text(encoding="utf-8"))
+    begins = f"| {line.title} | {line.stage} | {line.momentum_dtype} |"
+    (shown,) = [cells for cells in text.splitlines() if cells.startswith(begins)]
+    numbers = [cell.split("→")[-1].strip() for cell in shown.strip("| ").split("|")[3:]]
+    assert numbers[:: len(cuda_counts.LAYERS)] == [
+        f"{row.extra[name]:,}" for name in ("launches", "syncs", "crossings")
+    ]
+
+
 def test_the_dry_run_sees_what_it_is_there_for() -> None:
     """A wait, a crossing and fp64 that are put into a rule's step are counted."""
     with pytest.MonkeyPatch.context() as patch:
@@ -212,3 +229,21 @@ def test_sums_of_rows_take_few_launches_and_one_fp64_value_an_element() -> None:
         add_row_sums(view, 100, values, sums)
         assert dry.counts.launches <= 5 * (16 // 4 + 2)
         assert dry.counts.peak - before <= 8 * ((1 << 22) + rows)
+
+
+@pytest.mark.parametrize(("name", "stage"), cells(product(["Muon"], [1]), product(one_of_each_kind(), [1, 3])))
+def test_no_step_holds_more_than_is_estimated(name: str, stage: int) -> None:
+    """Where matrices lie whole on a rank, the exchange's scratch is what is estimated, to the byte."""
+    case, model = CASES[name], small(4, 128)
+    exchange: dict[str, Any] = cuda_counts.MODELLED if case.has_matrices else {}
+    counts = dry_steps(case.type, model, stage=stage, **case.params, **exchange)[1]
+    with torch.device("meta"):
+        shape = shape_of_module("small", module_of(model))
+    plan = plan_optimizer(
+        shape, case.type, dict(case.params), momentum_dtype="float32", weights=torch.float32, device="cuda"
+    )
+    zero = ZeroSettings(stage=stage, ranks=4, dtype="fp32", device="cuda")
+    expected = estimate(shape, plan, zero).ranks[0]
+    assert counts.peak <= expected.exchange + expected.chunks
+    if case.type in ("Muon", "MuonH") and stage == 1:
+        assert counts.peak == expected.exchange

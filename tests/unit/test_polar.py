@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from ds_optim.errors import UserError
 from ds_optim.matrix.normalize import normalized
 from ds_optim.matrix.polar import PolarSpec, cost, polar, scratch_elements
+from ds_optim.matrix.precision import whole_fp32
 from ds_optim.matrix.schedules import schedule
+from ds_optim.matrix.shapes import normalized_in_weight_basis
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -231,6 +233,60 @@ def test_cost_is_the_flop_count() -> None:
         assert cost(2304, n, spec("gram", strips=cut), whole=True) == 12 * n**2 * 2304 + 22 * n**3
         assert cost(32, 40, spec("gram", strips=cut)) == cost(32, 40, spec("gram"))
     assert cost(64, 128, spec("svd")) == 8 * cost(64, 32, spec("svd"))
+
+
+@pytest.fixture
+def settings_of_precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("ask", ["high", "medium"])
+@pytest.mark.usefixtures("settings_of_precision")
+def test_what_the_model_may_multiply_in_is_no_matter(ask: str) -> None:
+    x, w = (gauss(1, 200, 300, seed=seed) for seed in (0, 1))
+    spec = PolarSpec(dtype="float32")
+    expected = polar(x, spec), normalized_in_weight_basis(x, w)
+    torch.set_float32_matmul_precision(ask)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert torch.equal(polar(x, spec), expected[0])
+    assert torch.equal(normalized_in_weight_basis(x, w), expected[1])
+    assert torch.get_float32_matmul_precision() == ask
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("way", ["medium", "high", "tf32", "allow_tf32", "nothing"])
+@pytest.mark.usefixtures("settings_of_precision")
+def test_the_setting_comes_back_whichever_way_it_was_made(way: str, device: str) -> None:
+    """After an exception too; torch's older question is answered again."""
+    cuda = torch.backends.cuda.matmul
+    if way == "allow_tf32":
+        cuda.allow_tf32 = True
+    elif way == "tf32":
+        cuda.fp32_precision = "tf32"
+    elif way != "nothing":
+        torch.set_float32_matmul_precision(way)
+    backend = cuda if device == "cuda" else torch.backends.mkldnn.matmul
+
+    def asked() -> tuple[str, str, bool]:
+        older = way != "tf32" and cuda.allow_tf32
+        return cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision, older
+
+    before = asked()
+
+    def work() -> None:
+        with whole_fp32(torch.device(device)):
+            assert backend.fp32_precision in ("ieee", "none")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert asked() == before
+    if device == "cuda" and way != "nothing":
+        assert before[0] == "tf32"
 
 
 def test_wrong_dtype_or_shape_is_an_error() -> None:
