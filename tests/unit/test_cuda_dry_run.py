@@ -117,13 +117,14 @@ OF_MATRICES = [name for name, case in CASES.items() if case.has_matrices and cas
 DTYPES = [(name, dtype) for name in CASES for dtype in ("float32", "bfloat16", "int8")
           if dtype == "float32" or CASES[name].rule.narrow]  # fmt: skip
 GROWING = cells(
-    [("StableLion", "bfloat16"), ("Lamb", "float32"), ("Muon", "int8")],
-    [cell for cell in DTYPES if CASES[cell[0]].type != "Dion2"],
-)
+    [("StableLion", "bfloat16", 3), ("Lamb", "float32", 3), ("Muon", "int8", 3)],
+    [*((name, "int8" if CASES[name].rule.narrow else "float32", 3) for name in OF_ELEMENTS + OF_MATRICES),
+     *((name, "float32", 0) for name in one_of_each_kind() if CASES[name].type != "Dion2")],
+    [(*cell, stage) for cell in DTYPES for stage in (0, 3) if CASES[cell[0]].type != "Dion2"],
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), GROWING)
-@pytest.mark.parametrize("stage", cells([3], [0]))
+@pytest.mark.parametrize(("name", "dtype", "stage"), GROWING)
 def test_launches_do_not_grow_with_the_number_of_parameters(name: str, dtype: str, stage: int) -> None:
     """13 parameters and 103: as many launches of Triton's kernels, and of all where no matrix is worked on."""
     case = CASES[name]
@@ -157,7 +158,11 @@ SCRATCH = [
 
 @pytest.mark.parametrize(
     ("name", "dtype", "masters", "numel"),
-    cells([cell for cell in SCRATCH if cell[:2] == ("StoSignSGD", "int8")], SCRATCH),
+    cells(
+        [cell for cell in SCRATCH if cell[:2] == ("StoSignSGD", "int8")],
+        [cell for cell in SCRATCH if cell[2:] == (torch.bfloat16, LONG)],
+        SCRATCH,
+    ),
 )
 def test_a_step_holds_no_more_than_is_estimated(
     name: str, dtype: str, masters: torch.dtype, numel: int, monkeypatch: pytest.MonkeyPatch
