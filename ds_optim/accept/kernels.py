@@ -61,6 +61,8 @@ def run(settings: AcceptSettings, folder: Path) -> Iterator[Check]:
         yield _step_check(case, device)
     for subject in list(subjects(("float32", "bfloat16", "int8")))[:: 5 if settings.quick else 1]:
         yield _rule_check(subject, device)
+    missing = no_compiled_path(device)  # one that failed on the way left its work to the eager path
+    yield Check(name="compiled steps", where="after all of these", ok=missing is None, note=missing or "still taken")
     dtypes = list(DTYPES) if device.type == "cuda" else ["float32", "bfloat16"]
     for dtype in dtypes:
         for schedule, method, shape in product(SCHEDULES, ("standard", "gram"), _SHAPES[:: 2 if settings.quick else 1]):
