@@ -53,6 +53,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     stage = at(config, f"{ZERO}.stage")
     if isinstance(stage, str) and stage.isdecimal():
         stage = int(stage)  # as DeepSpeed reads it
+    if stage in (None, 0):
+        _check_unsharded(config)
     _check_bf16_masters(config, stage)
     _check_autocast(config)
     _check_files(config)
@@ -111,6 +113,20 @@ def _check_bf16_masters(config: Mapping[str, Any], stage: Any) -> None:
     for refused, remedy in problems:
         if refused:
             raise UserError(f"{section}.{MASTERS} = true is not supported with these settings: {remedy}")
+
+
+def _check_unsharded(config: Mapping[str, Any]) -> None:
+    """Refuse at stage 0 what DeepSpeed has for shards alone, and says so in words that are of something else."""
+    if at(config, f"{OFFLOAD}.device") == "cpu":
+        raise UserError(f"{OFFLOAD} is for ZeRO stages 1 to 3: set {ZERO}.stage to one of them, or leave it out")
+    switched = {"bf16": BF16, "fp16": ("fp16",)}
+    on = [name for name, keys in switched.items() if any(is_true(at(config, f"{key}.enabled")) for key in keys)]
+    weights = on[0] if on else "fp32"
+    if weights != "fp32" and _sums_in_fp32(config):
+        raise UserError(
+            f"data_types.grad_accum_dtype = fp32 is for ZeRO stages 1 to 3 where weights are {weights}: set "
+            f"{ZERO}.stage to one of them, or leave it out"
+        )
 
 
 def _check_files(config: Mapping[str, Any]) -> None:

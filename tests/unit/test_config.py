@@ -86,7 +86,8 @@ def test_a_setting_is_refused_with_one_line_that_says_what_to_write(path: str) -
         assert re.search(r"(set it to|leave (it|elasticity) (out|true)|leave it|use) ?", line.split(": ", 1)[1])
         assert "\n" not in line
     for value in taken:
-        check_config(nested(path, value))
+        given = nested(path, value)
+        check_config({**given, "zero_optimization": {"stage": 1, **given.get("zero_optimization", {})}})
 
 
 def test_paths_are_those_that_deepspeed_reads() -> None:
@@ -154,6 +155,24 @@ def test_a_wrong_stage_is_refused(stage: Any) -> None:
 def test_the_old_bool_for_zero_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape('write {"stage": 1}')):
         ds_optim.from_config(Small(), config(zero_optimization=True))
+
+
+@pytest.mark.parametrize("stage", [0, "0", None])
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer is for"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "fp32 is for ZeRO stages 1 to 3 wh"),
+    ],
+)
+def test_what_is_for_shards_is_refused_at_stage_0(stage: Any, more: dict[str, Any], line: str) -> None:
+    zero = more.get("zero_optimization", {})
+    given = {**more, "zero_optimization": {**zero, **({} if stage is None else {"stage": stage})}}
+    with pytest.raises(UserError, match=f"{line}.*set zero_optimization.stage"):
+        ds_optim.from_config(Small(), config(**given))
+    check_config({**given, "zero_optimization": {**zero, "stage": 2}})
+    check_config({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}})
+    check_config({"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "fp32"}})
 
 
 def test_fp16_at_stage_0_is_refused_with_a_loss_scale() -> None:
