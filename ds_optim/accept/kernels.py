@@ -72,8 +72,10 @@ def run(settings: AcceptSettings, folder: Path) -> Iterator[Check]:
 def _values(n: int, seed: int) -> Tensor:
     """Normal numbers of many sizes, and exact zeros."""
     draw = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, generator=draw) * torch.exp2(torch.randint(-9, 9, (n,), generator=draw))
-    return values.masked_fill_(torch.rand(n, generator=draw) < 0.05, 0.0)
+    powers = torch.randint(-9, 9, (n,), generator=draw, dtype=torch.int64, device="cpu")
+    values = torch.randn(n, generator=draw, dtype=torch.float32, device="cpu") * torch.exp2(powers.float())
+    zero = torch.rand(n, generator=draw, dtype=torch.float32, device="cpu") < 0.05
+    return values.masked_fill_(zero, 0.0)
 
 
 def _stored(kind: str, values: Tensor, start: int, step: int = 7) -> Flat | None:
@@ -84,7 +86,7 @@ def _stored(kind: str, values: Tensor, start: int, step: int = 7) -> Flat | None
         return values
     if kind == "bfloat16":
         return Bfloat16(rounding=rounding, values=values.bfloat16())
-    scales = torch.zeros(scales_numel(start, values.numel()))
+    scales = torch.zeros(scales_numel(start, values.numel()), dtype=torch.float32, device=values.device)
     made = Int8(rounding=rounding, codes=torch.zeros_like(values, dtype=torch.int8), scales=scales)
     made.store(0, values.clone())
     return made
@@ -99,7 +101,7 @@ def _cases(places: tuple[tuple[int, int], ...]) -> Iterator[_Case]:
             tensors = _stored(p, a, start, WEIGHTS + 5), _stored(m, b, start), _stored(g, c, start)
             yield _Case("sign_step", f"{p}, {m} momentum, {g} gradient, {where}", step, tensors)
         for out, m, g in product((*_WIDE, "float16"), _MOMENTA, _WIDE):
-            result = torch.zeros(n, dtype=getattr(torch, out))
+            result = torch.zeros(n, dtype=getattr(torch, out), device="cpu")
             tensors = result, _stored(m, b, start), _stored(g, c, start)
             step = partial(blend_into, blend=LION)
             yield _Case("blend_into", f"{out}, {m} momentum, {g} gradient, {where}", step, tensors)
@@ -179,7 +181,7 @@ def _matrix_check(spec: PolarSpec, shape: tuple[int, int], device: torch.device)
     draw = torch.Generator().manual_seed(0)
     drawn = torch.randn(3, *shape, generator=draw, dtype=torch.float32, device="cpu")
     u, _, vh = torch.linalg.svd(drawn, full_matrices=False)
-    x = u @ (torch.linspace(1.0, 0.1, min(shape)).unsqueeze(-1) * vh)
+    x = u @ (torch.linspace(1.0, 0.1, min(shape), dtype=torch.float32, device="cpu").unsqueeze(-1) * vh)
     try:
         plain = replace(spec, dtype="float32", method="standard").resolve(torch.device("cpu"))
         expected = polar(x, plain).double()

@@ -140,10 +140,10 @@ def add_row_sums(view: MatrixView, start: int, values: Tensor, out: Tensor) -> N
             rows = view.spread(torch.arange(len(out), dtype=torch.int64, device=out.device), first, len(part))
             out.index_add_(0, rows, part.abs().double())
         elif len(part) < view.columns:
-            out[first // view.columns] += part.double().abs_().sum()
+            out[first // view.columns] += part.to(torch.float64, copy=True).abs_().sum()
         else:
             lines = part.view(-1, view.columns)
-            out[first // view.columns :][: len(lines)] += lines.double().abs_().sum(dim=1)
+            out[first // view.columns :][: len(lines)] += lines.to(torch.float64, copy=True).abs_().sum(dim=1)
 
 
 def _runs(view: MatrixView, start: int, numel: int, most: int) -> Iterator[tuple[int, int]]:

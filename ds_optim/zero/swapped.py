@@ -144,7 +144,7 @@ class Files:
             numel = int(self._zero.fp16_partitioned_groups_flat_numel[number])
             for value in (flat, *states.get(flat, {}).values()):
                 if _is_carried(value, numel):
-                    value.data = torch.empty(0)
+                    value.data = torch.empty(0, dtype=value.dtype, device=value.device)
 
 
 def keep(state: Mapping[str, Any], numel: int) -> None:

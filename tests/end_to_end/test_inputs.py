@@ -179,5 +179,5 @@ def test_a_reshard_to_another_optimizer_forgets_how_the_old_one_orthogonalized(
     (folder / "file.pt").write_bytes(b"1")
     seal = seal_like(notes, handed_over=handed_over)
     assert seal is not None
-    seal(SimpleNamespace(ranks=2, stage=1)).finish(folder)  # type: ignore[arg-type]
+    seal(SimpleNamespace(processes=2, stage=1)).finish(folder)  # type: ignore[arg-type]
     assert manifest.read(folder).notes["inputs"] == left

@@ -82,5 +82,5 @@ def test_steps_follow_from_what_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA allocator to take a snapshot of")
 def test_a_snapshot_needs_cuda(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="there is no CUDA device: leave it out"):
+    with pytest.raises(ValidationError, match="ranks will use no CUDA device: leave it out"):
         settings(tmp_path, snapshot=True)

@@ -87,7 +87,7 @@ def test_a_command_looks_before_it_begins(
     assert ended.value.code == 2
     assert "ds-optim compare needs matplotlib" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    assert set(NEEDS) == {"train", "compare", "memory", "chaos", "report"}
+    assert set(NEEDS) == {"train", "compare", "memory", "chaos", "report", "accept"}
 
 
 def test_extras_are_those_that_the_messages_name() -> None:
