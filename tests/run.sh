@@ -41,7 +41,7 @@ if [[ $gpus == 0 ]]; then
     # (async_io, for state in files, needs libaio-dev: its tests are skipped without)
     build_ops cpu ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder AsyncIOBuilder
     # (without --all it answers OMP_NUM_THREADS)
-    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadfile --no-loadscope-reorder)
+    (($(nproc --all) > 1)) && beside=(-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0)
 fi
 
 say "pytest ${beside[*]} $*"
