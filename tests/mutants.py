@@ -277,8 +277,8 @@ MUTANTS = [
     Mutant(
         "the host waits for every gradient by itself",
         "steps.py",
-        "own = all(bool(torch.isfinite(torch.stack(found)).all()) for found in extremes.values())",
-        "own = all([bool(torch.isfinite(one)) for found in extremes.values() for one in found])",
+        "flags[device].append(torch.isfinite(torch.stack(found)).all())",
+        "flags[device].append(torch.tensor(all([bool(torch.isfinite(one)) for one in found]), device=device))",
         f"{U}cuda_dry_run.py",
     ),
     Mutant(
@@ -661,9 +661,16 @@ MUTANTS = [
     Mutant(
         "buffers that are others' by now are saved",
         "swapped.py",
-        "value.data = torch.empty(0)",
+        "value.data = torch.empty(0, dtype=value.dtype, device=value.device)",
         "pass",
         f"{D}nvme.py",
+    ),
+    Mutant(
+        "sums of rows are taken in the values' own memory",
+        "selection.py",
+        "lines.to(torch.float64, copy=True)",
+        "lines.double()",
+        f"{U}parameter_dtypes.py",
     ),
     Mutant(
         "groups of one rank are refused",
