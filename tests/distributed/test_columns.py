@@ -123,7 +123,7 @@ def column_of(case: Case, ranks: int, rank: int) -> int:
     return rank // (ranks // COLUMNS) if consecutive else rank % COLUMNS
 
 
-@pytest.mark.parametrize("name", cells(["experts", "shards"], list(CASES)))
+@pytest.mark.parametrize("name", cells(["experts"], list(CASES)))
 def test_a_run_goes_on_in_another_shape(name: str, tmp_path: Path) -> None:
     """With the weights of its column to the bit, and the losses of the run that went on."""
     case = CASES[name]
