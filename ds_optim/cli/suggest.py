@@ -23,7 +23,7 @@ def suggest(
     gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB.")] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences a rank takes at once, where the JSON does not say.")
+        int | None, typer.Option(min=1, help="Sequences a rank takes at once, in place of the JSON's.")
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")

@@ -36,14 +36,12 @@ CANDIDATES: Mapping[str, str] = {
 class Suggestion:
     """The row that was chosen, those of AdamW and of every candidate with that momentum, and the JSON for it.
 
-    room: bytes that a rank may hold; None where nobody said. lower: rows of AdamW and of the choice at the stages from
-    1 up to the JSON's.
+    lower: rows of AdamW and of the choice at the stages from 1 up to the JSON's.
     """
 
     chosen: EstimateRow
     rows: tuple[EstimateRow, ...]
     converted: Converted
-    room: float | None
     lower: tuple[tuple[EstimateRow, EstimateRow], ...]
 
     @property
@@ -54,8 +52,14 @@ class Suggestion:
     def momentum_dtype(self) -> str:
         return self.chosen.estimate.optimizer.momentum_dtype
 
+    @property
+    def room(self) -> float | None:
+        """Bytes that tensors of a rank may take; None where nobody said how large a GPU is."""
+        size = self.chosen.request.gpu_bytes
+        return None if size is None else size * USABLE
+
     def fits(self, row: EstimateRow) -> bool:
-        return self.room is None or row.peak <= self.room
+        return _fits(row)
 
 
 def suggest(
@@ -75,7 +79,7 @@ def suggest(
     Args:
         config: a DeepSpeed JSON for AdamW, as ``load_config`` reads it.
         gpu_bytes: of an accelerator; without it the first candidate is taken.
-        micro_batch: sequences that a rank takes at once, where the JSON does not say.
+        micro_batch: sequences that a rank takes at once, in place of the JSON's.
         lr, weight_decay: AdamW's, where the JSON does not say.
 
     Raises:
@@ -83,23 +87,22 @@ def suggest(
     """
     asked = _request(understood(dict(config)), model, ranks, gpu_bytes, seq_len, micro_batch, checkpointing)
     by_dtype = [estimate_rows(replace(asked, momentum_dtypes=(dtype,))) for dtype in DTYPES]
-    rows = next((some for some in by_dtype if any(_fits(row, gpu_bytes) for row in some[1:])), None)
+    rows = next((some for some in by_dtype if any(_fits(row) for row in some[1:])), None)
     if rows is None:
         rows = min(by_dtype, key=lambda some: min(row.peak for row in some[1:]))
         chosen = min(rows[1:], key=lambda row: row.peak)
     else:
-        chosen = next(row for row in rows[1:] if _fits(row, gpu_bytes))
+        chosen = next(row for row in rows[1:] if _fits(row))
     plan = chosen.estimate.optimizer
     converted = convert(config, plan.name, lr=lr, weight_decay=weight_decay)
     if plan.momentum_dtype != "float32":
         converted.config["optimizer"]["params"]["momentum_dtype"] = plan.momentum_dtype
-        why = "it does not fit in more" if _fits(chosen, gpu_bytes) else "the least that it can hold"
+        why = "it does not fit in more" if _fits(chosen) else "the least that it can hold"
         converted.changes.append(f"optimizer.params.momentum_dtype: {plan.momentum_dtype} ({why})")
     return Suggestion(
         chosen=chosen,
         rows=tuple(rows),
         converted=converted,
-        room=None if gpu_bytes is None else gpu_bytes * USABLE,
         lower=tuple(_lower(asked, plan.name, plan.momentum_dtype)),
     )
 
@@ -113,8 +116,9 @@ def _lower(asked: EstimateRequest, name: str, dtype: str) -> Iterator[tuple[Esti
         yield adamw, own
 
 
-def _fits(row: EstimateRow, gpu_bytes: int | None) -> bool:
-    return gpu_bytes is None or fits(row.estimate.largest, gpu_bytes, row.activations)
+def _fits(row: EstimateRow) -> bool:
+    size = row.request.gpu_bytes
+    return size is None or fits(row.estimate.largest, size, row.activations)
 
 
 def _request(

@@ -79,12 +79,13 @@ def test_a_lower_stage_that_is_enough_is_named() -> None:
     assert found(2.0**36, zero_optimization={"stage": 1}).lower == ()
 
 
-def test_the_json_speaks_before_the_flags() -> None:
+def test_the_json_says_what_no_flag_does() -> None:
     request = found().chosen.request
     assert (request.micro_batch, request.zero.accumulation, request.zero.dtype) == (2, 4, "bf16")
     assert found(bf16={"enabled": False}).chosen.request.zero.dtype == "fp32"
     assert found(bf16={"enabled": False}, fp16={"enabled": True}).chosen.request.zero.dtype == "fp16"
     assert found(bf16={"enabled": "auto"}).chosen.request.zero.dtype == "bf16"
+    assert suggest(ADAMW, model(), ranks=4, micro_batch=7).chosen.request.micro_batch == 7
     offloaded = found(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
     assert offloaded.chosen.estimate.zero.offload
 
