@@ -19,12 +19,11 @@ from pathlib import Path
 from ds_optim.accept.checks import PAGE, AcceptSettings, Check, page_rows
 from ds_optim.accept.parts import MINUTES, PARTS
 from ds_optim.accept.worker import CHECKS, SETTINGS
-from ds_optim.errors import UserError
+from ds_optim.bench.output import open_folder
 from ds_optim.machine.child import last_line
-from ds_optim.machine.kept_results import refuse
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.render import Report, render
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows, write_rows
+from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows
 from ds_optim.sweep.run import interruptible
 
 LOG = "log.txt"
@@ -36,15 +35,7 @@ def accept(settings: AcceptSettings, parts: Sequence[str], out: Path, *, minutes
 
     Raises ``UserError`` where ``out`` cannot be written to, or has results of before and not ``force``.
     """
-    if not force:
-        refuse(out, [RESULTS, RUN_FILE], "add --force to replace it, or give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_rows(out / RESULTS, [])
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --out {str(out)!r}: {error.strerror}; give a folder that you may write to"
-        ) from None
+    open_folder(out, force=force, rows=RESULTS, held=(RESULTS, RUN_FILE))
     rows: list[Row] = []
     told: list[str] = []
     begun = time.monotonic()

@@ -27,18 +27,18 @@ def stamp() -> dict[str, Any]:
     return {"machine": describe_machine(), "date": datetime.now(timezone.utc).date().isoformat()}
 
 
-def open_folder(out: Path | None, *, force: bool) -> None:
-    """Make ``out`` and begin its rows anew, before anything is measured.
+def open_folder(out: Path | None, *, force: bool, rows: str = ROWS, held: Sequence[str] = (ROWS,)) -> None:
+    """Make ``out`` and begin its file of ``rows`` anew, before anything is measured. ``held``: files of an earlier run.
 
     UserError where it cannot be written, or has rows of before that are not to be replaced by ``force``.
     """
     if out is None:
         return
     if not force:
-        refuse(out, [ROWS], "add --force to replace it, or give another --out")
+        refuse(out, held, "add --force to replace it, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_rows(out / ROWS, [])
+        write_rows(out / rows, [])
     except OSError as problem:
         raise UserError(
             f"--out: cannot write {out} ({problem.strerror}); give a folder that you may write to"
