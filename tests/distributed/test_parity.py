@@ -30,7 +30,7 @@ RATES = {"Muon": 1e-2, "LionMuon": 1e-2, "MiMuon": 1e-2, "Lamb": 1e-2}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     name: {"lr": RATES.get(name, 1e-3), "weight_decay": 0.1, **CASES[name].params} for name in one_of_each_kind()
 }
-# One is run in every cell of up to three ranks: the one that orthogonalizes, takes signs of matrices and hands the rest
+# One is run in every cell of up to two ranks: the one that orthogonalizes, takes signs of matrices and hands the rest
 # to Lion. The others are run at every sharded stage and world size, precision and accumulation dealt as in a Latin
 # square; in every cell too (three times as long) where DS_OPTIM_ALL_CELLS is set.
 FOUNDATION = ("Lion", "SignSGD", "Muon", "LionMuon")
@@ -112,7 +112,7 @@ def _cells() -> Iterator[Cell]:
             for stage in (0, 1, 2, 3):
                 for dtype in ("fp32", "bf16"):
                     for accumulation in (1, 3):
-                        everywhere = ALL or (kind == "LionMuon" and world_size < 4)
+                        everywhere = ALL or (kind == "LionMuon" and world_size < 3)
                         if everywhere or _is_dealt(kind, world_size, stage, dtype, accumulation):
                             yield _cell(world_size, kind, stage, dtype, accumulation)
     for variant, (kinds, stages, world_sizes, changes, params) in VARIANTS.items():

@@ -14,7 +14,7 @@ from itertools import cycle, product
 import pytest
 import torch
 
-from tests.cases import CASES, WITH_VARIANTS
+from tests.cases import CASES, WITH_VARIANTS, one_of_each_kind
 from tests.tiers import cells
 
 from .harness import run_ranks
@@ -39,13 +39,14 @@ def _in_turn(names: Iterable[str], *places: str) -> Iterator[tuple[str, str]]:
     return zip(cycle(places), names)
 
 
-# (ranks, place, optimizer): every rule at one place; with --full all of them everywhere on three ranks, and on four at
-# stages 1 and 3 by turns.
+# (ranks, place, optimizer): every rule at one place; with --full all of them at each stage on three ranks, and those of
+# each kind where slices lie otherwise, and on four ranks, by turns.
 CELLS = cells(
     ((3, place, name) for place, name in _in_turn((*CASES, "LionMuon-bfloat16"), "z1", "z3", "z2", "z3-sub_groups")),
     [
-        *((3, place, name) for place in PLACES for name in OPTIMIZERS),
-        *((4, place, name) for place, name in _in_turn(OPTIMIZERS, "z1", "z3")),
+        *((3, place, name) for place in ("z1", "z2", "z3") for name in OPTIMIZERS),
+        *((3, place, name) for place in ("z2-round_robin", "z3-sub_groups") for name in one_of_each_kind()),
+        *((4, place, name) for place, name in _in_turn(one_of_each_kind(), "z1", "z3")),
     ],
     product((3, 4), PLACES, OPTIMIZERS),
 )

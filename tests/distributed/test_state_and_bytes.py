@@ -56,15 +56,21 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "z2-offload": ({"stage": 2, "zero": OFFLOAD}, (2,)),
     "z3-offload": ({"stage": 3, "zero": OFFLOAD}, (2,)),
 }
-# Every rule at stage 3 on two ranks; with --full those of each kind at all places; all where DS_OPTIM_ALL_CELLS is set.
-KINDS = ("Lion", "Lion-int8", "Muon", "LionMuon", "SpectralLion-weight", "LASM", *one_of_each_kind(), *list(RUNS)[-3:])
+# Every rule at stage 3 on two ranks; with --full all on three and those of each kind at every second place, the other
+# half of them at the places between; all where DS_OPTIM_ALL_CELLS is set.
+KINDS = list(dict.fromkeys((*one_of_each_kind(), *list(RUNS)[-3:])))
+EVERYWHERE = [(place, size) for place, (_, sizes) in PLACES.items() for size in sizes]
 CELLS = cells(
     product(CASES, ["z3"], [2]),
     [
         *((name, place, 3) for name, place in product(RUNS, ("z1", "z3"))),
-        *((name, place, size) for place, (_, sizes) in PLACES.items() for size in sizes for name in KINDS),
+        *(
+            (name, place, size)
+            for n, (place, size) in enumerate(EVERYWHERE)
+            for name in ("Muon", "LionMuon", *KINDS[n % 2 :: 2])
+        ),
     ],
-    [(name, place, size) for place, (_, sizes) in PLACES.items() for size in sizes for name in RUNS],
+    [(name, place, size) for place, size in EVERYWHERE for name in RUNS],
 )
 
 
