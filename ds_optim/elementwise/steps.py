@@ -99,6 +99,12 @@ def apply_update(
             decayed(weights, lr, decay).sub_(a)
 
 
+def copy_into(out: Tensor, values: Tensor) -> None:
+    """out <- values, (n,) of float dtypes on one device, rounded to the nearest."""
+    if not fused.step("copy_into", (out, values), ()):
+        out.copy_(values)
+
+
 def _root_into(out: Tensor, values: Tensor) -> Tensor:
     """The nearest value to the root. A CPU's vector library may be a last bit off in fp32, by way of fp64 it is not."""
     return out.copy_(values.double().sqrt()) if values.device.type == "cpu" else torch.sqrt(values, out=out)

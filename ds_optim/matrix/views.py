@@ -180,14 +180,14 @@ class MatrixView:
     def taken(self, stack: Tensor, number: int) -> Tensor:
         """Block ``number`` of each of ``stack`` (B, numel), one behind the other: a copy (B * count, m, n)."""
         count, m, n = self._matrices[number]
-        out = stack.new_empty((len(stack), count * m * n))
-        for flat, place in zip(stack, out, strict=True):
-            part = self._cut(flat)[number]
-            place.view(part.shape).copy_(part)
-        return out.view(-1, m, n)
+        out = stack.new_empty((len(stack) * count, m, n))
+        part = self._cut(stack)[number]
+        out.view(part.shape).copy_(part)
+        return out
 
     def pack_into(self, blocks: Sequence[Tensor], flat: Tensor) -> None:
-        """The inverse of ``unpack``: write each element of ``flat`` (numel,) once, ``blocks`` in any dtype."""
+        """The inverse of ``unpack``, or of ``taken`` for all blocks: write each element of ``flat``, (numel,) or
+        (B, numel), once, ``blocks`` in any dtype."""
         for part, block in zip(self._cut(flat), blocks, strict=True):
             part.copy_(block.reshape(part.shape))
 
@@ -209,11 +209,11 @@ class MatrixView:
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         """Strided views of ``flat``, one a part: (stacked, heads, m, n), or with turns (stacked, turns, heads of a
-        turn, rows of such a head, n); a turn may also be a part of a head.
+        turn, rows of such a head, n); a turn may also be a part of a head. Of (B, numel) all parameters' are stacked.
 
         Elements are in the order of the part's block either way.
         """
-        if flat.shape != (self.numel,):
+        if flat.shape[-1:] != (self.numel,) or flat.dim() > 2:
             raise ValueError(f"a view of {list(self.shape)} takes {self.numel} flat elements, not {list(flat.shape)}")
         stored = (self.columns, self.rows) if self.transpose else (self.rows, self.columns)
         stack = flat.view(-1, *stored)

@@ -61,20 +61,18 @@ def _cut_up(
 ) -> Sequence[Tensor]:
     """Matrices that are taken out of their parameters by a copy, and results that are put back into such."""
     there = [(_seen(view, part), stack) for stack, part in zip(stacks, plan.there, strict=True)]
-    solved: list[list[Sequence[Tensor]]] = []  # by block, part that goes back, and parameter
-    for number, (count, _, _) in enumerate(view.matrices()):
+    solved: list[Sequence[Tensor]] = []  # by block, and part that goes back
+    for number in range(len(view.matrices())):
         results = _solved(plan, [seen.taken(stack, number) for seen, stack in there], finish)
         _, m, n = (view.of or view).matrices()[number]
         relative = 1.0 if scale is None else SCALES[scale](m, n) / scale_of(view, scale)
         if relative != 1.0:  # matrices of unlike shape in one parameter, as in a grouped-query QKV
-            for matrix in results[0]:
-                matrix.copy_(matrix.float().mul_(relative))
-        solved.append([result.split(count) for result in results])
+            results[0].mul_(relative)  # in fp32, rounded once
+        solved.append(results)
     packed = []
     for number, part in enumerate(plan.back):
         out = stacks[number] if part == plan.there[number] else stacks[0].new_empty(stacks[0].shape, dtype=part.dtype)
-        for place, row in enumerate(out):
-            _seen(view, part).pack_into([block[number][place] for block in solved], row)
+        _seen(view, part).pack_into([results[number] for results in solved], out)
         packed.append(out)
     return packed
 

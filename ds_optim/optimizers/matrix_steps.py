@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_optim.elementwise.blend import Blend, blend_into, direction_into, direction_squares
 from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.sign_rules import move_momentum
-from ds_optim.elementwise.steps import apply_update, sign_step
+from ds_optim.elementwise.steps import apply_update, copy_into, sign_step
 from ds_optim.matrix.shapes import smallest_gap
 from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.matrices import flags, scale_of, shaped
@@ -43,13 +43,13 @@ def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUp
         piece = local.piece(held)
         blend_into(messages[0], piece.m, piece.g, update.blend, local.scratch)
         for message, part in zip(messages[1:], exchange.plan.there[1:], strict=True):
-            message.copy_(local.rows(held, rule) if part.per_row else run(local.p[held.tensor], held))
+            copy_into(message, local.rows(held, rule) if part.per_row else run(local.p[held.tensor], held))
 
     views = exchange.plan.views
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
         for moved in results[1:]:
-            local.rows(held, rule).copy_(moved)
+            copy_into(local.rows(held, rule), moved)
         scale = scale_of(views[held.param], update.scale)
         for piece, change in _parts(local, held, results[0]):
             if opened[held.param]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -43,14 +44,21 @@ def finite(groups: Sequence[Group], peers: Comm | None = None) -> bool:
     peers: the ranks to ask, where each has shards or experts of its own. The host waits for a device once.
     """
     gradients = [t.grad for group in groups for t in group["params"] if t.grad is not None and t.grad.numel()]
-    extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
-    for g in gradients:  # a NaN is both of the extremes, an infinity one of them: a pass over memory, not three
-        extremes[g.device, g.dtype] += torch.aminmax(g.detach())
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+    for g in gradients:
+        alike[g.device, g.dtype].append(g.detach())
     flags: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for (device, _), found in extremes.items():
-        flags[device].append(torch.isfinite(torch.stack(found)).all())
+    for (device, _), tensors in alike.items():
+        flags[device].append(torch.isfinite(torch.stack(_extremes(tensors, device))).all())
     own = all(bool(torch.stack(of_dtypes).all()) for of_dtypes in flags.values())
     if peers is None:
         return own
     flag = torch.tensor([float(own)], dtype=torch.float32, device=peers.device(torch.device("cpu")))
     return bool(peers.all_reduce(flag, "min") > 0)
+
+
+def _extremes(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Numbers that are finite where all elements are, in one pass over memory."""
+    if device.type == "cpu":  # a NaN is both of the extremes, an infinity one of them
+        return [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
+    return list(torch._foreach_norm(tensors, math.inf))  # of many tensors a launch; on a CPU 20 times as slow

@@ -10,7 +10,7 @@ stack of the matrices that this rank owns in it. A profiler's trace names the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -22,6 +22,7 @@ from ds_optim.elementwise.fused import together
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm, Pending
+from ds_optim.sharding.copies import Copy, Lie, copies_of, to_message, to_stacks
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import Bucket, ExchangePlan
 from ds_optim.sharding.shards import ShardView, Solve, solve_whole
@@ -42,8 +43,9 @@ _Pieces = Iterator[tuple[Slice, list[Tensor]]]
 class _Route:
     """What one bucket means for one rank on the way there or back, worked out once.
 
-    ``outgoing`` are this rank's slices of other owners' matrices, ``incoming`` the others' slices of its own ones, both
-    in the order of their messages, and ``kept`` its slices of its own ones. ``sent`` and ``received`` say for each part
+    ``outgoing`` are this rank's slices of other owners' matrices in the order of their messages, and ``kept`` its
+    slices of its own ones. ``incoming``: for each part, the copies between messages and stacks of the others' slices of
+    its own ones; ``crossing``: of those it has kept, where they cross. ``sent`` and ``received`` say for each part
     how many values of them stand in messages to or from each owner, and each holder. ``runs``: the parameters that it
     owns, neighbours of one view together, to be stacked; ``rows``: the run of each, and its row there.
     """
@@ -51,8 +53,9 @@ class _Route:
     sent: list[list[int]]
     received: list[list[int]]
     outgoing: list[_Place]
-    incoming: list[_Place]
     kept: list[_Place]
+    incoming: list[list[Copy]]
+    crossing: list[list[Copy]]
     runs: list[list[int]]
     rows: dict[int, tuple[int, int]]
 
@@ -100,14 +103,18 @@ class Exchange:
         own = bucket.owned[rank]
         others = [peer for peer in range(plan.unit.world_size) if peer != rank]
         runs = [list(run) for _, run in groupby(own, key=plan.views.__getitem__)]
+        rows = {param: (number, row) for number, run in enumerate(runs) for row, param in enumerate(run)}
+        incoming = self._places((held for peer in others for held in self._slices(own, peer)), parts)
+        kept = self._places(self._slices(own, rank), parts)
         return _Route(
             sent=[plan.sent_counts(bucket, rank, part) for part in parts],
             received=[plan.received_counts(bucket, rank, part) for part in parts],
             outgoing=self._places((held for peer in others for held in self._slices(bucket.owned[peer], rank)), parts),
-            incoming=self._places((held for peer in others for held in self._slices(own, peer)), parts),
-            kept=self._places(self._slices(own, rank), parts),
+            kept=kept,
+            incoming=[_copies(incoming, rows, number) for number in range(len(parts))],
+            crossing=[_copies(kept, rows, number) for number in range(len(parts))],
             runs=runs,
-            rows={param: (number, row) for number, run in enumerate(runs) for row, param in enumerate(run)},
+            rows=rows,
         )
 
     def _places(self, slices: Iterable[Slice], parts: Sequence[Part]) -> list[_Place]:
@@ -170,27 +177,26 @@ class Exchange:
             arrived, pending = self._post(messages, there.sent, there.received)
             stacks = [self._stacks(run, self.device) for run in there.runs]
             if self.crosses:
-                _copy(
-                    _in_messages(there.kept, self._filled(fill, there.kept, self.plan.there)),
-                    there.in_stacks(there.kept, stacks),
-                )
+                kept = self._filled(fill, there.kept, self.plan.there)
+                _to_stacks(there.crossing, kept, stacks)
+                del kept
             else:
                 _call(fill, there.in_stacks(there.kept, stacks))
         yield
         _wait(pending)
-        _copy(_in_messages(there.incoming, arrived), there.in_stacks(there.incoming, stacks))
+        _to_stacks(there.incoming, arrived, stacks)
         with record_function(SOLVE):
             views = [self.plan.views[run[0]] for run in there.runs]
             results = [self._solved(solve, view, of_run) for view, of_run in zip(views, stacks, strict=True)]
         # What came is worked into the results: its messages go back in place of others where they can.
         messages = arrived if self.plan.there == self.plan.back else []
         del arrived, stacks
-        messages = messages or self._messages(back.incoming, self.plan.back, self.device)
-        _copy(back.in_stacks(back.incoming, results), _in_messages(back.incoming, messages))
+        messages = messages or self._messages(map(sum, back.received), self.plan.back, self.device)
+        _to_messages(back.incoming, results, messages)
         returned, pending = self._post(messages, back.received, back.sent)
         if self.crosses:
-            kept = self._messages(back.kept, self.plan.back, self.device)
-            _copy(back.in_stacks(back.kept, results), _in_messages(back.kept, kept))
+            kept = self._messages(_sizes(back.kept, self.plan.back), self.plan.back, self.device)
+            _to_messages(back.crossing, results, kept)
             _call(apply, _in_messages(back.kept, _moved(kept, self.home)))
         else:
             _call(apply, back.in_stacks(back.kept, results))
@@ -209,13 +215,12 @@ class Exchange:
 
     def _filled(self, fill: Values, places: Sequence[_Place], parts: Sequence[Part]) -> list[Tensor]:
         """Messages with slices of this rank in them."""
-        messages = self._messages(places, parts, self.home)
+        messages = self._messages(_sizes(places, parts), parts, self.home)
         _call(fill, _in_messages(places, messages))
         return _moved(messages, self.device)
 
-    def _messages(self, places: Sequence[_Place], parts: Sequence[Part], device: torch.device) -> list[Tensor]:
-        """Room for slices one behind the other, for each part."""
-        sizes = [span.stop for span in places[-1][1]] if places else [0] * len(parts)
+    def _messages(self, sizes: Iterable[int], parts: Sequence[Part], device: torch.device) -> list[Tensor]:
+        """Room for so many values of each part."""
         return [self._room((size,), part.dtype, device) for size, part in zip(sizes, parts, strict=True)]
 
     def _stacks(self, run: Sequence[int], device: torch.device) -> list[Tensor]:
@@ -255,10 +260,33 @@ def _call(function: Values, pieces: _Pieces) -> None:
             function(held, values)
 
 
-def _copy(sources: _Pieces, targets: _Pieces) -> None:
-    for (_, values), (_, places) in zip(sources, targets, strict=True):
-        for value, place in zip(values, places, strict=True):
-            place.copy_(value)
+def _sizes(places: Sequence[_Place], parts: Sequence[Part]) -> list[int]:
+    """Values of each part that slices have which stand one behind the other."""
+    return [span.stop for span in places[-1][1]] if places else [0] * len(parts)
+
+
+def _copies(places: Sequence[_Place], rows: Mapping[int, tuple[int, int]], part: int) -> list[Copy]:
+    """Between messages and stacks, of the values of one part."""
+    return copies_of(
+        Lie(*rows[held.param], spans[part].start, in_rows[part].start, in_rows[part].stop - in_rows[part].start)
+        for held, spans, in_rows in places
+    )
+
+
+def _to_stacks(
+    copies: Sequence[Sequence[Copy]], messages: Sequence[Tensor], stacks: Sequence[Sequence[Tensor]]
+) -> None:
+    """stacks: by run, a tensor for each part."""
+    for number, (of_part, message) in enumerate(zip(copies, messages, strict=True)):
+        to_stacks(of_part, message, [of_run[number] for of_run in stacks])
+
+
+def _to_messages(
+    copies: Sequence[Sequence[Copy]], results: Sequence[Sequence[Tensor]], messages: Sequence[Tensor]
+) -> None:
+    """The inverse of :func:`_to_stacks`."""
+    for number, (of_part, message) in enumerate(zip(copies, messages, strict=True)):
+        to_message(of_part, [of_run[number] for of_run in results], message)
 
 
 def _wait(pending: list[Pending]) -> None:

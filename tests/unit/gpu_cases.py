@@ -207,6 +207,9 @@ def _updates() -> Iterator[Case]:
             assert update is not None
             name = f"apply_update {p} {type(update).__name__} {held(update)[0].dtype} {start}+{n}"
             yield Case(name, ((step, (weights, update)),), start % 2 * 3)
+        for kind in (torch.float32, torch.bfloat16, torch.float16):
+            copied: tuple[Flat, ...] = (torch.zeros(n, dtype=getattr(torch, p)), gauss(n, 5).clamp(-9, 9).to(kind))
+            yield Case(f"copy_into {p} {kind} {start}+{n}", ((steps.copy_into, copied),), start % 2 * 3)
         step = partial(steps.adamw_step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, step=3)
         for g in KINDS:
             tensors = (weights, values, gauss(n, 4).abs(), stored(g, gauss(n, 3), start))

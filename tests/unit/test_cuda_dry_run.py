@@ -126,7 +126,7 @@ GROWING = cells(
 
 @pytest.mark.parametrize(("name", "dtype", "stage"), GROWING)
 def test_launches_do_not_grow_with_the_number_of_parameters(name: str, dtype: str, stage: int) -> None:
-    """13 parameters and 103: as many launches of Triton's kernels, and of all where no matrix is worked on."""
+    """13 parameters and 103, whose matrices rank 0 owns in as many shapes: as many launches."""
     case = CASES[name]
     params = {**case.params, "momentum_dtype": dtype}
     if case.has_matrices:
@@ -136,8 +136,9 @@ def test_launches_do_not_grow_with_the_number_of_parameters(name: str, dtype: st
     assert in_kernels(few)
     whole = stage and dtype == "float32" and isinstance(update_of(case, 1), SignUpdate)
     assert sum(many.slices.values()) == GROUPS if whole else sum(many.slices.values()) >= 103
+    assert few.launches == many.launches
     if not case.has_matrices and stage:
-        assert few.launches == many.launches <= LAUNCHES * GROUPS
+        assert many.launches <= LAUNCHES * GROUPS
 
 
 @pytest.mark.parametrize("name", ["Lion", "Signum", "SignSGD"])

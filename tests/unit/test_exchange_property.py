@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -185,3 +186,20 @@ def test_every_slice_comes_back_to_its_place(case: Drawn, crosses: bool) -> None
         on_every_rank(ranks, room, as_rank)
         assert sorted(seen) == list(range(len(unit.params))), "each matrix is worked on by one rank"
         assert len(set(digests.values())) == 1, "all ranks made the same plan"
+
+
+@pytest.mark.parametrize("ranks", [4, 64])
+@pytest.mark.parametrize("rank", [0, 2, -1])
+def test_an_owner_copies_runs_of_equal_matrices_at_once(ranks: int, rank: int) -> None:
+    """Of 192 matrices, in two shapes of which no rank's slice ends with a row: before and after its own, and the last
+    rank's slices, which are shorter."""
+    shapes = [(33, 65), (66, 65)] * 96
+    (unit,) = build_layout(
+        [[ParamSpec(name=str(number), shape=shape) for number, shape in enumerate(shapes)]], stage=3, world_size=ranks
+    ).units
+    exchange = Exchange(plan_exchange(unit, bucket_elements=10**9), Comm(rank % ranks, ranks), torch.device("cpu"))
+    ((there, back),) = exchange._routes
+    assert sum(map(len, there.runs)) >= 192 // ranks
+    for copies in (*there.incoming, *back.incoming):
+        assert len(copies) <= 3 * len(there.runs)
+    assert sum(len(copies) for copies in there.crossing) == len(there.runs)

@@ -49,6 +49,7 @@ COMPILED = [
     *WIDE.items(),
     ("sign_step", (F32, None, None, F32)),
     ("sign_step", (F32, BF16, None, F32)),
+    ("copy_into", (BF16, None, None, BF16)),
     ("lamb_measure", (BF16, F32, F32, BF16)),
     ("adamw_step", (BF16, F32, F32, BF16)),
     *NARROW.items(),

@@ -83,8 +83,12 @@ def test_blocks_are_the_naive_slices_and_pack_is_the_inverse(case: tuple[tuple[i
     blocks = view.unpack(flat)
     assert [tuple(block.shape) for block in blocks] == view.matrices()
     pair = torch.stack([flat, -flat])
-    for number, block in enumerate(blocks):
-        assert torch.equal(view.taken(pair, number), torch.cat([block, -block]))
+    taken = [view.taken(pair, number) for number in range(len(blocks))]
+    for block, both in zip(blocks, taken, strict=True):
+        assert torch.equal(both, torch.cat([block, -block]))
+    packed = torch.full_like(pair, float("nan"))
+    view.pack_into(taken, packed)
+    assert torch.equal(packed, pair)
     for block, naive in zip(blocks, naive_blocks(flat.numpy().reshape(shape), options), strict=True):
         assert np.array_equal(block.numpy(), naive)
     back = torch.full((view.numel,), float("nan"))

@@ -227,6 +227,12 @@ def apply_update(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d:
     return p * w[1] - change * w[0], 0.0, 0.0, 0.0, 0.0
 
 
+@_rule("pg", writes="p", casts="pg")
+def copy_into(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
+    """p <- g."""
+    return g, 0.0, 0.0, 0.0, 0.0
+
+
 # Rules with a second moment. w and d are the fields of ``MomentWeights``, beta, rest, eps, k0, k1, mean and deviation,
 # and what is named.
 
