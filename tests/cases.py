@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Muon-bf16": ("Muon", {"polar": {"dtype": "bfloat16"}, "exchange": {"bucket_mb": 0.01}}),
     "Muon-aux_adamw": ("Muon", {"aux": "adamw"}),
     "NorMuon-bfloat16": ("NorMuon", {"polar": {"dtype": "bfloat16"}, "momentum_dtype": "bfloat16"}),
+    "LionMuon-spread": ("LionMuon", {"spread": True, "period": 3}),
     "LionMuon-random": ("LionMuon", {"period_mode": "random", "seed": 2}),
     "Lion-bfloat16": ("Lion", {"momentum_dtype": "bfloat16"}),
     "LionMuon-bfloat16": ("LionMuon", {"momentum_dtype": "bfloat16"}),

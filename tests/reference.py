@@ -281,9 +281,12 @@ def dion2(theta: Array, g: Array, s: State, h: Hyper) -> Array:
 
 
 def lion_muon(theta: Array, g: Array, s: State, h: Hyper) -> Array:
-    """period_mode "fixed"; with an infinite period no step is spectral, the first included."""
+    """period_mode "fixed"; with an infinite period no step is spectral, the first included.
+
+    phases: by name, at which of the period's steps a matrix is orthogonalized, where it is not the first.
+    """
     c = lion_direction(g, s, h)
-    if h["period"] != "inf" and h["t"] % h["period"] == 0:
+    if h["period"] != "inf" and (h["t"] - h.get("phases", {}).get(h["name"], 0)) % h["period"] == 0:
         return decay(theta, h) - h["eta"] * shape_scale("match_rms_adamw", *theta.shape) * polar(c, h)
     eta_sign = h["eta"] / h["sign_lr_ratio"]
     return decay(theta, h, eta_sign) - eta_sign * sign_of(c, s)

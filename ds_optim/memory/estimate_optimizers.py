@@ -130,6 +130,7 @@ def plan_optimizer(
         ]
         if members:
             groups.append({"params": [m.parameter for m in members], "name": role, "role": role, MEMBERS: members})
+    known = {p.name: p for p in model.parameters}
     # The class itself checks the parameters and routes rules to groups; on the meta device it holds no memory.
     optimizer = OPTIMIZERS[kind](groups, **params)
     dtype = params.get("momentum_dtype", "float32")
@@ -138,7 +139,7 @@ def plan_optimizer(
         name=name,
         momentum_dtype=dtype,
         groups=tuple(
-            _ours(group, [replace(p, view=m.view) for p, m in zip(chosen[group["role"]], members, strict=True)], dtype)
+            _ours(group, [replace(known[m.spec.name], view=m.view) for m in members], dtype)
             for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
         ),
         polar=PolarSpec.from_json(params.get("polar", {})).resolve(torch.device(device), weights),

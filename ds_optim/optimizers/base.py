@@ -58,6 +58,7 @@ class ZeroOptimizer(GroupedOptimizer):
         lr, weight_decay: of that rule.
         hyper: its other hyperparameters, checked.
         options: common options as the user wrote them.
+        spread: whether the rule's matrices take turns over its period, in groups of their own.
 
     Raises:
         UserError: for any mistake in the arguments.
@@ -77,6 +78,7 @@ class ZeroOptimizer(GroupedOptimizer):
         weight_decay: float,
         hyper: Mapping[str, Any],
         options: Mapping[str, Any],
+        spread: bool = False,
     ) -> None:
         check_options(type(self), options)
         self._polar = PolarSpec.from_json(options.get("polar", {}))
@@ -90,6 +92,7 @@ class ZeroOptimizer(GroupedOptimizer):
             options=options,
             has_aux=self.has_aux,
             by_name=self.by_name,
+            spread=spread,
         )
         built = build(params)
         self._exchanges: dict[int, Exchange] = {}

@@ -124,6 +124,13 @@ def check_seed(key: str, value: Any) -> int:
     return number
 
 
+def check_whole(key: str, value: Any) -> int:
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise UserError(f"{key} is {value!r}: write a whole number from 0")
+    return number
+
+
 def check_bool(key: str, value: Any) -> bool:
     flag = plain(value)
     if not isinstance(flag, bool):

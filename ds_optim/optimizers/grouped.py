@@ -89,12 +89,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
             )
         there = Built(groups=self.param_groups, members=self._members, ratios=self._lr_ratios)
         added = self._build([param_group], beside=there)
-        (group,) = added.groups
-        super().add_param_group(group)
+        for group in added.groups:  # more than one where it is cut into turns
+            super().add_param_group(group)
+            self._built_rates.append(float(group["lr"]))
+            self._names, self._rules = (*self._names, label_of(group)), (*self._rules, group["rule"])
         self._members += added.members
         self._lr_ratios += added.ratios
-        self._built_rates.append(float(group["lr"]))
-        self._names, self._rules = (*self._names, label_of(group)), (*self._rules, group["rule"])
         self._shares_rates = len(set(self._lr_ratios)) > 1
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ds_optim.optimizers.checks import Check, check_at_least_zero, check_choice,
 from ds_optim.optimizers.experts import EXPERTS, marked
 from ds_optim.optimizers.layer_scales import check_all_match, check_layer_scales
 from ds_optim.optimizers.options import aux_options
+from ds_optim.optimizers.phases import in_phases
 from ds_optim.optimizers.routing import AUX, FOREIGN, MATRIX, MEMBERS, ROLES, VECTOR, routed, unnamed_group
 from ds_optim.optimizers.rules import FRACTION, RULES, Group
 from ds_optim.sharding.binding import Member, check_plain, full_shape, is_optimized
@@ -68,10 +69,12 @@ def build_groups(
     options: Mapping[str, Any],
     has_aux: bool,
     by_name: bool = False,
+    spread: bool = False,
     beside: Built | None = None,
 ) -> Built:
     """Fill in what each group of ``params`` is stepped with. A rule without aux takes every group itself.
 
+    spread: whether groups of matrices are cut into turns of the rule's period.
     beside: groups that the optimizer has, whose names and parameters the new ones cannot have.
     """
     there = beside or Built(groups=[], members=[], ratios=[])
@@ -81,7 +84,8 @@ def build_groups(
     aux = _aux_recipe(own, options) if has_aux else own
     decay_1d = bool(options.get("decay_1d", False))
     taken = {group["name"] for group in there.groups}
-    given = list(_with_unique_names(_given(params, needs_routes=has_aux, needs_names=by_name), taken))
+    routes = _given(params, needs_routes=has_aux, needs_names=by_name)
+    given = list(_with_unique_names(in_phases(routes, checked["period"]) if spread else routes, taken))
     recipes = [own if group["role"] == MATRIX else aux for group in given]
     members = [
         [_for_rule(recipe.rule, member) for member in group[MEMBERS]]

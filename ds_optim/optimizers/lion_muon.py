@@ -8,10 +8,20 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ds_optim.elementwise.noise import stream_of, uniform
+from ds_optim.errors import UserError
 from ds_optim.matrix.shapes import POLAR
 from ds_optim.optimizers.base import MatrixOptions, ZeroOptimizer
-from ds_optim.optimizers.checks import check_beta, check_betas, check_period, check_positive, one_of
+from ds_optim.optimizers.checks import (
+    check_beta,
+    check_betas,
+    check_bool,
+    check_period,
+    check_positive,
+    check_whole,
+    one_of,
+)
 from ds_optim.optimizers.options import check_options
+from ds_optim.optimizers.phases import PHASE
 from ds_optim.optimizers.registry import register
 from ds_optim.optimizers.rules import Group, rule
 from ds_optim.optimizers.updates import MatrixUpdate, SignUpdate, lion_blend
@@ -23,6 +33,7 @@ _HYPER = {
     "betas": check_betas,
     "period": check_period,
     "period_mode": one_of(["fixed", "random"]),
+    PHASE: check_whole,
     "sign_lr_ratio": check_positive,
 }
 
@@ -30,13 +41,14 @@ _HYPER = {
 @rule("lion_muon", hyper=_HYPER, shape=POLAR)
 def lion_muon(group: Group, step: int) -> MatrixUpdate | SignUpdate:
     blend = lion_blend(group["betas"])
-    if is_spectral(step, group["period"], group["period_mode"], group["seed"]):
+    phase = group.get(PHASE, 0)  # what was saved before there were phases has none
+    if is_spectral(step, group["period"], group["period_mode"], group["seed"], phase):
         return MatrixUpdate(blend=blend, lr=group["lr"], decay=group["weight_decay"], scale="match_rms_adamw")
     return SignUpdate(blend=blend, lr=group["lr"] / group["sign_lr_ratio"], decay=group["weight_decay"])
 
 
-def is_spectral(step: int, period: float, mode: str, seed: int) -> bool:
-    """Whether a step orthogonalizes: each ``period``-th, or by a draw with probability 1 / period.
+def is_spectral(step: int, period: float, mode: str, seed: int, phase: int = 0) -> bool:
+    """Whether a step orthogonalizes: each ``period``-th from ``phase`` on, or by a draw with probability 1 / period.
 
     The draw is a function of (seed, step), so that all ranks and parameters, and a resumed run, agree on it.
     """
@@ -44,7 +56,7 @@ def is_spectral(step: int, period: float, mode: str, seed: int) -> bool:
         return False
     if mode == "random":
         return uniform(seed=seed, stream=_PERIOD_STREAM, step=step) < 1 / period
-    return step % int(period) == 0
+    return (step - phase) % int(period) == 0
 
 
 @register(
@@ -73,6 +85,8 @@ class LionMuon(ZeroOptimizer):
             (5, 30) and (20, 100).
         period_mode: "fixed", or "random": each step orthogonalizes with probability 1 / P, all matrices at once,
             by a draw from the common option ``seed``.
+        spread: let matrices take turns: of P steps each orthogonalizes about a P-th of them (those of phase k at
+            steps k, k + P, ...), and the others take the sign step. Groups of matrices are cut into P.
 
     The aux rule's rate is lr / sign_lr_ratio unless ``aux_lr`` is given. Keeps one fp32 value a parameter
     and moves a P-th of what Muon moves.
@@ -89,6 +103,7 @@ class LionMuon(ZeroOptimizer):
         period: float | str = 2,
         sign_lr_ratio: float = 10.0,
         period_mode: str = "fixed",
+        spread: bool = False,
         **options: Unpack[MatrixOptions],
     ) -> None:
         hyper = {
@@ -96,8 +111,19 @@ class LionMuon(ZeroOptimizer):
             "period": period,
             "period_mode": period_mode,
             "sign_lr_ratio": sign_lr_ratio,
+            PHASE: 0,
         }
-        super().__init__(params, rule="lion_muon", lr=lr, weight_decay=weight_decay, hyper=hyper, options=dict(options))
+        if check_bool("spread", spread) and period_mode == "random":
+            raise UserError('spread is for period_mode "fixed": a step that is drawn is no one\'s turn')
+        super().__init__(
+            params,
+            rule="lion_muon",
+            lr=lr,
+            weight_decay=weight_decay,
+            hyper=hyper,
+            options=dict(options),
+            spread=check_bool("spread", spread),
+        )
 
 
 @register(
@@ -127,8 +153,9 @@ class SignMuon(LionMuon):
         period: float | str = 2,
         sign_lr_ratio: float = 30.0,
         period_mode: str = "fixed",
+        spread: bool = False,
         **options: Unpack[MatrixOptions],
     ) -> None:
         check_options(type(self), options)  # LionMuon would take its betas
         beta = check_beta("beta", beta)
-        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, **options)
+        super().__init__(params, lr, (beta, beta), weight_decay, period, sign_lr_ratio, period_mode, spread, **options)

@@ -243,7 +243,10 @@ def take_step(engine: Any, run: Run, rank: int, world_size: int, step: int) -> N
 
 def layout_of(run: Run, world_size: int) -> Layout:
     """The closed form of where a run's elements lie."""
-    groups = [[member.spec for member in group[MEMBERS]] for group in ds_optim.param_groups(ParityNet())]
+    routed = ds_optim.param_groups(ParityNet())
+    groups = [[member.spec for member in group[MEMBERS]] for group in routed]
+    if run.params.get("spread"):  # which cuts the groups of matrices
+        groups = [[m.spec for m in members] for members in getattr(ds_optim, run.type)(routed, **run.params).members]
     size = run.zero.get("sub_group_size")
     robin = bool(run.zero.get("round_robin_gradients"))
     return build_layout(groups, stage=run.stage, world_size=world_size, sub_group_size=size, round_robin=robin)

@@ -66,6 +66,18 @@ def test_the_first_moment_goes_over_bit_for_bit(source: str, target: str, tmp_pa
     trained(model, fresh, 1)
 
 
+def test_a_run_begins_to_take_turns(tmp_path: Path) -> None:
+    """Its groups of matrices are cut where the saved ones were whole; the momentum is the same."""
+    folder = saved(tmp_path, "LionMuon", **FP32)
+    state = converted(folder, tmp_path / "out", "LionMuon", spread=True, period=2, **FP32)
+    before, after = content(open_checkpoint(folder)), content(open_checkpoint(tmp_path / "out"))
+    assert same_bits(after, before) == []
+    model = Tangle(seed=5)
+    fresh = loaded(state, own("LionMuon", model, spread=True, period=2, **FP32), model)
+    assert [group["phase"] for group in fresh.param_groups if group["role"] == "matrix"] == [0, 1]
+    trained(model, fresh, 1)
+
+
 def test_adamw_keeps_its_second_moment_where_the_aux_rule_is_adamw(tmp_path: Path) -> None:
     folder = saved(tmp_path, "AdamW")
     state = converted(folder, tmp_path / "out", "Muon", aux="adamw", **FP32)

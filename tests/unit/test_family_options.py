@@ -21,6 +21,7 @@ from ds_optim.optimizers.checks import (
     check_period,
     check_positive,
     check_seed,
+    check_whole,
 )
 from tests.cases import CASES, TYPES
 from tests.stepping import SmallModel, build, random_grads, take_steps, weights_of
@@ -66,6 +67,7 @@ BAD: dict[Check, list[tuple[tuple[Any, ...], str]]] = {
     check_fraction: [((0, -0.5, 1.5, NAN), "above 0 and at most 1"), ((True, "half"), "write a number")],
     check_period: [((0, -2, 1.5, True, "never"), "a whole number from 1")],
     check_seed: [((-1, 1.0, 0.5, True, "0", None, 2**32), "whole number from 0 to 4294967295")],
+    check_whole: [((-1, 1.0, True, "0", None), "whole number from 0")],
     check_bool: [((1, 0.0, "true", None), "true or false")],
 }
 OF_ALL: dict[str, Check] = {"lr": check_at_least_zero, "weight_decay": check_at_least_zero, "seed": check_seed}

@@ -46,6 +46,7 @@ EVERY_OPTION: list[tuple[str, dict[str, Any]]] = [
     ("NorMuon", {"betas": np.array([0.9, 0.8]), "eps": np.float32(1e-8), "cautious_decay": np.bool_(True)}),
     ("MuonH", {"momentum": torch.tensor(0.9), "nesterov": False}),
     ("LionMuon", {"period": np.int64(3), "period_mode": "random", "seed": 5, "aux_betas": np.array([0.5, 0.5])}),
+    ("LionMuon", {"period": 3, "spread": np.bool_(True)}),
     ("SignMuon", {"beta": torch.tensor(0.9), "period": "inf", "sign_lr_ratio": np.float32(30)}),
     ("MiMuon", {"gate": "singular_gap", "tau": np.float32(0.1), "raw_lr": torch.tensor(1e-3), "aux_weight_decay": 0}),
     *(("SpectralLion", {"basis": basis, "exchange": {"bucket_mb": 8}}) for basis in ("weight", "momentum", "gradient")),
