@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuned": reference.tuned,
     "commands": listings.commands,
     "works": listings.works,
+    "pairs": listings.pairs,
     "refused": listings.refused,
     "messages": listings.messages,
 }

@@ -16,6 +16,7 @@ from ds_optim.cli.app import app
 from ds_optim.errors import UserError
 from ds_optim.zero.refused import REFUSED_SETTINGS
 from ds_optim.zero.support import check_config
+from tests.pairs import PAIRED, PAIRS, REFUSED, Pair
 from tests.settings import SETTINGS, Setting
 
 PACKAGE = Path(__file__).parents[1] / "ds_optim"
@@ -91,6 +92,27 @@ def _complaint(config: Mapping[str, Any]) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def pairs() -> str:
+    """Each setting with those that it trains beside, by stage, and those that it is refused beside; each pair once."""
+    rows = []
+    for name in PAIRED:
+        mine = [pair for pair in PAIRS if pair.names[0] == name]
+        trained: dict[int, list[str]] = {}
+        for pair in mine:
+            if pair.refused is None:
+                trained.setdefault(pair.stage, []).append(pair.names[1])
+        beside = "; ".join(f"stage {stage}: {', '.join(trained[stage])}" for stage in sorted(trained))
+        why = (f"{pair.names[1]}{_at(pair)}: {pair.refused}" for pair in mine if pair.refused is not None)
+        if mine:
+            rows.append((name, beside or "–", " / ".join(why) or "–"))
+    return markdown_table(("setting", "trains beside, shown at", "refused beside, in a line that says"), rows)
+
+
+def _at(pair: Pair) -> str:
+    stages = REFUSED[pair.names][0]
+    return f" (stage {', '.join(map(str, stages))})" if stages else ""
 
 
 def refused() -> str:

@@ -23,6 +23,7 @@ class Setting:
     them; none where no CPU can train it. losses: where "module:name" is the function that trains it, called as
     ``of_small_net`` of tests/distributed/losses.py. types: ours that are trained.
     refused: why, by stage, where no check of the config says so itself (the model or the wrapper is refused).
+    flags: of ``ds-optim train`` beside its ``--config``; None where it has no such model.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Setting:
     losses: str = "tests.distributed.losses:of_small_net"
     types: tuple[str, ...] = ("LionMuon",)
     refused: Mapping[int, str] = field(default_factory=dict)
+    flags: Mapping[str, Any] | None = field(default_factory=dict)
 
     def config_at(self, stage: int) -> dict[str, Any]:
         """The settings as they stand in a JSON of that stage."""
@@ -49,6 +51,7 @@ _BF16 = {"bf16": {"enabled": True}}
 _SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 _OFFLOAD = _zero(offload_optimizer={"device": "cpu"})
 _MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+_AUTOEP = {"enabled": True, "autoep_size": 2, "preset_model": "deepseek_v3", "use_grouped_mm": False}
 _PIPELINE = "DeepSpeed's pipeline engine trains at stages 0 and 1"
 
 
@@ -91,12 +94,19 @@ SETTINGS: tuple[Setting, ...] = (
         name="tensor parallelism by hand, with an `mpu`",
         ranks={0: (2,), 1: (4,), 2: (2,), 3: (4,)},
         losses="tests.distributed.tensor_models:losses_by_hand",
+        flags=None,
     ),
-    Setting(name="`deepspeed.zero.Init`", stages=(3,), losses="tests.distributed.losses:under_zero_init"),
+    Setting(
+        name="`deepspeed.zero.Init`",
+        stages=(3,),
+        losses="tests.distributed.losses:under_zero_init",
+        flags={"zero_init": True},
+    ),
     Setting(
         name="pipeline engine (`PipelineModule`), fp32",
         ranks=(2, 4),
         losses="tests.distributed.pipelines:losses",
+        flags=None,
         refused=dict.fromkeys((2, 3), _PIPELINE),
     ),
     Setting(
@@ -104,6 +114,7 @@ SETTINGS: tuple[Setting, ...] = (
         config=_BF16,
         ranks=(4,),
         losses="tests.distributed.pipelines:losses",
+        flags=None,
         refused={
             0: "DeepSpeed saves the optimizer's state of the first rank of a stage alone",
             **dict.fromkeys((2, 3), _PIPELINE),
@@ -136,6 +147,7 @@ SETTINGS: tuple[Setting, ...] = (
         name="DeepSpeed's `MoE` layers, experts over fewer ranks",
         ranks=(2, 4),
         losses="tests.distributed.experts:losses_of",
+        flags=None,
         refused={3: "DeepSpeed 0.19 does not train its MoE layers there; set zero_optimization.stage to 2"},
     ),
     Setting(
@@ -164,8 +176,10 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         name="AutoEP (`expert_parallel.enabled`), of DeepSeek's models",
+        config={"expert_parallel": _AUTOEP},
         ranks={0: (2,), 1: (2,), 2: (2, 4), 3: (2, 4)},
         losses="tests.distributed.test_autoep:losses_of",
+        flags={"model": "deepseek"},
     ),
     Setting(
         name="`offload_optimizer` to NVMe",

@@ -19,7 +19,7 @@ from ds_optim.survival.resume import to_resume
 from ds_optim.survival.supervise import Supervision, supervised
 from ds_optim.train.run import Run
 from ds_optim.train.sequences import check_parts
-from ds_optim.train.setup import check_dtype, note_end, note_settings, open_out, start_engine
+from ds_optim.train.setup import check_config_of, check_dtype, note_end, note_settings, open_out, start_engine
 
 
 def train(
@@ -54,6 +54,7 @@ def _prepare(settings: TrainSettings, observer: Observer | None, watch: Supervis
     watch.watchdog.tick("the checks of its settings")
     ranks.same_everywhere("the settings", hashlib.sha256(settings.model_dump_json().encode()).hexdigest())
     ranks.together(lambda: check_dtype(settings))
+    ranks.together(lambda: check_config_of(settings))
     ranks.together(lambda: check_parts(settings))
     ranks.from_first(lambda: open_out(settings, watch.lock))
     watch.watchdog.tick("the look at its checkpoints")

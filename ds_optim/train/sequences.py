@@ -64,7 +64,7 @@ def mpu_of(model: Any, settings: TrainSettings) -> Any:
     Collective. DeepSpeed keeps both for the life of a process: another model or shape is refused there.
     """
     count = sequences_cut_in(settings.deepspeed) or 1
-    if count == 1:
+    if count == 1 and not _made:
         return None
     key = repr((count, settings.micro_batch, settings.seq_len, model.config.to_dict()))
     if _made and key not in _made:

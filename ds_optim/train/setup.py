@@ -23,7 +23,9 @@ from ds_optim.survival.identity import RUN
 from ds_optim.survival.inputs import model_digest
 from ds_optim.train.sequences import mpu_of
 from ds_optim.zero.auto import fill_auto, hidden_size_of
+from ds_optim.zero.config import is_ours
 from ds_optim.zero.refused import is_nvme
+from ds_optim.zero.support import check_config
 from ds_optim.zero.values import understood
 
 SETTINGS_NAME = "settings.json"
@@ -88,6 +90,16 @@ def check_dtype(settings: TrainSettings) -> None:
     if not supported[settings.dtype]:
         usable = " or ".join(name for name, usable in supported.items() if usable)
         raise UserError(f"this accelerator ({accelerator.device_name()}) has no {settings.dtype}; use --dtype {usable}")
+
+
+def check_config_of(settings: TrainSettings) -> None:
+    """Refuse what the JSON asks for and the optimizers here cannot be right under, before a text or a model is read.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    if is_ours(settings.optimizer):
+        check_config(deepspeed_config(settings, ranks.world_size()))
 
 
 def start_engine(settings: TrainSettings, data: TextData) -> Any:

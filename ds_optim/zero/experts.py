@@ -16,7 +16,7 @@ from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.sharding.binding import Member, experts_of
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.auto import at
-from ds_optim.zero.refused import is_true
+from ds_optim.zero.refused import ZERO, is_false, is_true
 
 _STALE = (
     "expert_parallel.enabled puts other parameters in the place of the experts after the optimizer was built: name the "
@@ -98,16 +98,32 @@ def check_alone(engine: Any, tensor: Comm | None, members: Sequence[Sequence[Mem
 
 
 def check_experts(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Refuse at stage 3 what DeepSpeed refuses there for any optimizer, before it makes partitions.
+    """Refuse, before partitions are made, where DeepSpeed trains experts for no optimizer, or not as it ought to.
 
     Raises:
-        UserError: a layer of ``deepspeed.moe.layer.MoE`` at stage 3.
+        UserError: with what to write instead.
     """
-    if str(at(config, "zero_optimization.stage")) != "3":
+    replaced = replaces_experts(config)
+    name = next((name for name, module in model.named_modules() if _is_moe(module)), None)
+    if name is None and not replaced:
         return
-    for name, module in model.named_modules():
-        if any(cls.__name__ == "MoE" and cls.__module__.startswith("deepspeed.") for cls in type(module).__mro__):
-            raise UserError(
-                f"{name or 'the model'} is a DeepSpeed MoE layer, which DeepSpeed 0.19 does not train at stage 3: set "
-                "zero_optimization.stage to 2"
-            )
+    stage = str(at(config, f"{ZERO}.stage"))
+    if name is not None and stage == "3":
+        raise UserError(
+            f"{name or 'the model'} is a DeepSpeed MoE layer, which DeepSpeed 0.19 does not train at stage 3: set "
+            f"{ZERO}.stage to 2"
+        )
+    if stage == "1" and is_false(at(config, f"{ZERO}.contiguous_gradients")):
+        raise UserError(
+            f"{ZERO}.contiguous_gradients = false is not supported at stage 1 with experts: DeepSpeed 0.19 sums those "
+            "of different experts together; leave it true"
+        )
+    if replaced and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            "expert_parallel.enabled is not supported for a model that was made under deepspeed.zero.Init: what AutoEP "
+            "puts into it is in other groups of ranks than the rest. Make the model without it"
+        )
+
+
+def _is_moe(module: nn.Module) -> bool:
+    return any(cls.__name__ == "MoE" and cls.__module__.startswith("deepspeed.") for cls in type(module).__mro__)

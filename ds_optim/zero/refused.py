@@ -109,6 +109,19 @@ TOGETHER: Mapping[str, tuple[str, Test]] = {
     },
     f"{OFFLOAD}.device": (f"{ZERO}.stage", lambda stage: as_number(stage) == 3),
 }
+TENSOR = "tensor_parallel.autotp_size"
+_EXPERTS = "expert_parallel.enabled"
+SUMS_OF_SHARDS = (
+    "DeepSpeed 0.19 sums quantized gradients over all ranks, those that hold other shards too; set it to false"
+)
+# Settings that are refused beside each other: (path, when, path of the other, when, why or what to write instead).
+REFUSED_BESIDE: Sequence[tuple[str, Test, str, Test, str]] = (
+    (f"{ZERO}.zero_hpz_partition_size", above(1), TENSOR, above(1), HPZ),
+    (f"{ZERO}.zero_quantized_gradients", is_true, TENSOR, above(1), SUMS_OF_SHARDS),
+    (SEQUENCE, above(1), TENSOR, above(1), "set one of them to 1"),
+    (_EXPERTS, is_true, TENSOR, above(1), f"set {TENSOR} to 0"),
+    (_EXPERTS, is_true, SEQUENCE, above(1), f"set {SEQUENCE} to 1"),
+)
 OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{MASTERS} and bf16.{STATES} and without offload"
 
 # The same, as attributes of DeepSpeed's wrappers: for who steps a wrapper without its engine.

@@ -23,10 +23,13 @@ from ds_optim.zero.refused import (
     OFFLOAD,
     OTHER_MASTERS,
     REFUSED_ATTRIBUTES,
+    REFUSED_BESIDE,
     REFUSED_SETTINGS,
     REFUSED_WRAPPERS,
     SEQUENCE,
     STATES,
+    SUMS_OF_SHARDS,
+    TENSOR,
     TOGETHER,
     ZERO,
     above,
@@ -58,8 +61,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_bf16_masters(config, stage)
     _check_autocast(config)
     _check_files(config)
-    if tensor_parallel_size(config) > 1 and above(1)(at(config, f"{ZERO}.zero_hpz_partition_size")):
-        raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")
+    for path, refused, other, too, remedy in REFUSED_BESIDE:
+        if refused(at(config, path)) and too(at(config, other)):
+            raise UserError(f"{path} is not supported beside {other} with ds_optim's optimizers: {remedy}")
     if tensor_parallel_size(config) > 1 and is_true(at(config, "checkpoint.load_universal")):
         raise UserError(
             "checkpoint.load_universal is not supported under tensor parallelism with ds_optim's optimizers: set it to "
@@ -86,7 +90,7 @@ def uses_bf16_masters(config: Mapping[str, Any]) -> bool:
 
 def tensor_parallel_size(config: Mapping[str, Any]) -> int:
     """Over how many ranks AutoTP is to cut the model; 1 without it."""
-    size = at(config, "tensor_parallel.autotp_size")
+    size = at(config, TENSOR)
     return max(1, int(size)) if above(1)(size) else 1
 
 
@@ -244,8 +248,13 @@ def check_wrapper(wrapper: Any) -> None:
         if refused(value) and not (bf16_masters and name == "low_precision_master_weights_and_grads"):
             shown = f" = {value!r}" if isinstance(value, (bool, int, float)) else ""
             raise UserError(f"DeepSpeed's {name}{shown} is not supported with ds_optim's optimizers: {remedy}")
-    if above(1)(getattr(wrapper, "zero_hpz_partition_size", 1)) and getattr(wrapper, "model_parallel_group", None):
-        raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")
+    if getattr(wrapper, "model_parallel_group", None):
+        if above(1)(getattr(wrapper, "zero_hpz_partition_size", 1)):
+            raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")
+        if getattr(wrapper, "all2all_process_group", None) is not None:
+            raise UserError(
+                f"{ZERO}.zero_quantized_gradients is not supported under tensor parallelism: {SUMS_OF_SHARDS}"
+            )
     if getattr(wrapper, "check_grad_overflow", True) is False and getattr(wrapper, "dtype", None) == torch.bfloat16:
         raise UserError("bf16.check_grad_overflow = False is not supported with ds_optim's optimizers: leave it true")
 

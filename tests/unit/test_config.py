@@ -210,12 +210,24 @@ def test_autocast_asks_for_a_dtype_that_deepspeed_knows() -> None:
 
 def test_secondary_shards_are_refused_under_tensor_parallelism() -> None:
     given = {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
-    with pytest.raises(UserError, match=r"zero_hpz_partition_size is not supported under tensor parallelism.*set it"):
+    beside = "zero_hpz_partition_size is not supported beside tensor_parallel.autotp_size"
+    with pytest.raises(UserError, match=rf"{re.escape(beside)}.*set it to 1"):
         check_config(given)
     check_config({**given, "tensor_parallel": {"autotp_size": 1}})
     with pytest.raises(UserError, match="zero_hpz_partition_size is not supported under tensor parallelism"):
         check_wrapper(types.SimpleNamespace(zero_hpz_partition_size=2, model_parallel_group=object()))
     check_wrapper(types.SimpleNamespace(zero_hpz_partition_size=2, model_parallel_group=None))
+
+
+def test_quantized_gradients_are_refused_under_tensor_parallelism() -> None:
+    zero = {"stage": 3, "zero_quantized_gradients": True}
+    with pytest.raises(
+        UserError, match=r"zero_quantized_gradients is not supported beside tensor_parallel\.autotp_size"
+    ):
+        check_config({"tensor_parallel": {"autotp_size": 2}, "zero_optimization": zero})
+    check_config({"zero_optimization": zero})
+    with pytest.raises(UserError, match="zero_quantized_gradients is not supported under tensor parallelism"):
+        check_wrapper(types.SimpleNamespace(all2all_process_group={}, model_parallel_group=object()))
 
 
 def test_state_in_files_is_for_stage_3_with_a_folder() -> None:
