@@ -96,6 +96,20 @@ MUTANTS = [
         "position += position % self.param_alignment",
         f"{U}layout.py",
     ),
+    Mutant(
+        "matrices take turns in the other direction",
+        "lion_muon.py",
+        "(step - phase) % int(period)",
+        "(step + phase) % int(period)",
+        f"{U}spread.py",
+    ),
+    Mutant(
+        "the cheapest matrices are dealt to turns first",
+        "phases.py",
+        "key=lambda place: -_work(members[place])",
+        "key=lambda place: _work(members[place])",
+        f"{U}spread.py",
+    ),
     # -------------------------------------------------------------------------------------- owners and exchange
     Mutant(
         "the smallest matrices are dealt first",
