@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,10 +25,19 @@ from ds_optim.elementwise.momentum import Flat
 
 logger = logging.getLogger("ds_optim")
 
+
+@dataclass
+class _Cautious:
+    rate: float
+    otherwise: Callable[[], None]
+    steps: int = 0
+
+
 _DEVICE = "cuda"
 _LAUNCH = "ds_optim.elementwise.gpu.launch"
 _broken: list[str] = []
 _waiting: ContextVar[list[Any] | None] = ContextVar("slices that wait for one launch", default=None)
+_asked: ContextVar[_Cautious | None] = ContextVar("decay that the next step is to do", default=None)
 
 
 def ready(device: torch.device) -> bool:
@@ -63,12 +73,35 @@ def together() -> Iterator[None]:
         import_module(_LAUNCH).launch(waiting)
 
 
+@contextmanager
+def cautiously(rate: float, otherwise: Callable[[], None]) -> Iterator[None]:
+    """Have the one step of weights that is taken here decay them where it does not turn them away from zero:
+    new <- new - rate old where (old - new) old >= 0.
+
+    otherwise: called before the weights are stepped by anything but a kernel; whoever asked is then to decay them.
+    """
+    before = _asked.set(_Cautious(rate, otherwise))
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
+
 def step(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> bool:
     """Take the step of this name of ``gpu.rules``, with its tensors and numbers in its order.
 
     False, and nothing touched, where Triton cannot be loaded or cannot compile it, or does not know these tensors.
     """
-    return _take(name, tensors, numbers) is True
+    taken, asked = _take(name, tensors, numbers) is True, _asked.get()
+    if asked is not None:
+        asked.steps += 1
+        if asked.steps > 1:
+            raise RuntimeError(
+                "a rule whose slices go together takes one step of their weights: cautious_decay is of that"
+            )
+        if not taken:
+            asked.otherwise()
+    return taken
 
 
 def measure(name: str, tensors: Sequence[Flat], numbers: Sequence[Any]) -> Tensor | None:
@@ -81,7 +114,9 @@ def _take(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> 
     if not ready(next(tensor.device for tensor in tensors if tensor is not None)):
         return False
     try:
-        return import_module(_LAUNCH).take(name, tensors, numbers, _waiting.get())
+        asked = _asked.get()
+        rate = None if asked is None else asked.rate
+        return import_module(_LAUNCH).take(name, tensors, numbers, _waiting.get(), rate)
     except Exception as problem:  # compilers fail in many ways, all before a kernel is launched
         if not _is_compilers(problem):
             raise

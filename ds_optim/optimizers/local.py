@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import fused
 from ds_optim.elementwise.chunks import Scratch, chunk_elements
-from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.momentum import BLOCK, NARROW, WEIGHTS, Bfloat16, Flat, Int8, scales_numel
 from ds_optim.elementwise.noise import NoiseKey, stream_of
 from ds_optim.optimizers.rules import (
@@ -110,19 +110,33 @@ class Local:
             yield replace(held, start=held.start + begin, offset=held.offset + begin, numel=end - begin)
 
     @contextmanager
-    def decaying(self, piece: Piece, lr: float) -> Iterator[None]:
-        """Around a step of one of these parts without decay: decays, by lr, where the step was not away from zero."""
+    def decaying(self, piece: Piece, lr: float, *, alone: bool = False) -> Iterator[None]:
+        """Around a step of one of these parts without decay: decays, by lr, where the step was not away from zero.
+
+        alone: of a step that may do anything; of all others kernels decay as they step.
+        """
         if not self.cautious_decay:
             yield
             return
-        weights = piece.p
+        weights, rate, kept = piece.p, lr * self.cautious_decay, []
         assert isinstance(weights, Tensor)
-        with self.scratch.lend(weights, 2) as (old, moved):
-            old.copy_(weights)
-            with together():  # what others do in one launch is done here, before it is looked at
-                yield
-            torch.sub(old, weights, out=moved).mul_(old).ge_(0)
-            weights.sub_(old.mul_(lr * self.cautious_decay).mul_(moved))
+        with ExitStack() as lent:
+
+            def keep() -> None:
+                kept.extend(lent.enter_context(self.scratch.lend(weights, 2)))
+                kept[0].copy_(weights)
+
+            if alone or not fused.ready(weights.device):
+                keep()
+                with fused.together():  # what others do in one launch is done here, before it is looked at
+                    yield
+            else:
+                with fused.cautiously(rate, keep):
+                    yield
+            if kept:
+                old, moved = kept
+                torch.sub(old, weights, out=moved).mul_(old).ge_(0)
+                weights.sub_(old.mul_(rate).mul_(moved))
 
     def read(self, held: Slice, values: Tensor) -> Flat:
         """Values of a slice, (n,) in fp32 or bfloat16, to be read only."""

@@ -163,7 +163,8 @@ class ParameterUpdate:
     measure: what is asked of the whole parameter first; None for nothing. decide: (parameter, its numbers,
     the scalar kept for it) -> a decision. apply: the step of a slice, under that decision. decay: for the
     diagnostics, of rules that decay weights before they update them. together: ``apply`` and ``measure.partial`` call
-    functions of ``ds_optim.elementwise`` and do nothing else with the slice, so that a GPU may do all slices at once.
+    functions of ``ds_optim.elementwise``, one that steps weights, and do nothing else with the slice, so that a GPU may
+    do all slices at once.
     """
 
     decide: Callable[[ParamSpec, Sequence[float], float], Decision]

@@ -172,6 +172,7 @@ def cases() -> Iterator[Case]:
     yield from _updates()
     yield from _rules_of_one_mean()
     yield from _rules_of_two()
+    yield from _cautious_steps()
 
 
 def _sign_steps() -> Iterator[Case]:
@@ -270,6 +271,36 @@ def _rules_of_two() -> Iterator[Case]:
         yield _together(f"stable_measure {g}", ("m", "v", g), measured)
         step = partial(moments.stable_step, moments=later, scratch=Scratch())
         yield _together(f"stable_step {p}", (p, "m", "v"), step, decay=0.1)
+
+
+def _cautious_steps() -> Iterator[Case]:
+    one, two = {"blend": LION, "scratch": Scratch()}, {"betas": (0.9, 0.95), "scale": 0.7, "scratch": Scratch()}
+    later = Moments(betas=(0.9, 0.95), eps=1e-3, step=3)
+    for name, kinds, step in (
+        ("sign_step", ("float32", "int8", "bfloat16"), partial(steps.sign_step, **one)),
+        ("sign_step", ("float32", "none", "float32"), partial(steps.sign_step, **one)),
+        ("cautious_step", ("float32", "bfloat16", "float32"), partial(sign_rules.cautious_step, scale=0.7, **one)),
+        ("gated_step", ("float32", "float32", "float32"), partial(sign_rules.gated_step, nu=0.3, **one)),
+        ("raw_step", ("float32", "int8", "float32"), partial(sign_rules.raw_step, **one)),
+        ("stochastic_sign_step", ("float32", "float32"), _stochastic),
+        ("stochastic_element_step", ("float32", "m", "v", "float32"), _stochastic_element),
+        ("apply_update", ("float32", "bfloat16"), steps.apply_update),
+        ("lasm_element_step", ("float32", "m", "v", "float32"), partial(moments.lasm_element_step, **two)),
+        ("stable_step", ("float32", "m", "v"), partial(moments.stable_step, moments=later, scratch=Scratch())),
+        ("adamw_step", ("float32", "m", "v", "float32"), partial(steps.adamw_step, betas=(0.9, 0.9), eps=0.1, step=3)),
+    ):
+        yield _together(f"{name}, cautious {kinds}", kinds, partial(_cautious, step), decay=0.0)
+
+
+def _cautious(step: Callable[..., object], p: Tensor, *others: Flat | None, **more: Any) -> None:
+    """As ``Local.decaying`` does around it, at a rate that shows beside the step."""
+    kept: list[Tensor] = []
+    if "stochastic" in getattr(step, "__name__", ""):
+        more["noise"] = NoiseKey(seed=2**33 + 3, stream=7, step=2**34 + 1, start=77)
+    with fused.cautiously(3e-3, lambda: kept.append(p.clone())):
+        step(p, *others, **more)
+    for old in kept:
+        p.sub_(old.mul(3e-3).mul_(torch.sub(old, p).mul_(old).ge_(0)))
 
 
 def _together(name: str, kinds: tuple[str, ...], step: Callable[..., object], **rates: float | None) -> Case:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ds_optim
-from ds_optim.elementwise import chunks
+from ds_optim.elementwise import chunks, fused, native
 from ds_optim.errors import UserError
 
 SIZE = 3001
@@ -76,3 +76,24 @@ def test_bf16_masters_are_refused_at_start() -> None:
 def test_what_is_no_switch_is_refused() -> None:
     with pytest.raises(UserError, match="cautious_decay is 'yes': write true or false"):
         stepped("Lion", weights(), cautious_decay="yes")
+
+
+@pytest.mark.parametrize("name", ["Lion", "StoSignSGD", "Muon"])
+def test_where_a_kernel_cannot_the_decay_is_done_around_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose compiler fails in the midst of a step."""
+    options = {"weight_decay": 0.5, "cautious_decay": True}
+    expected = stepped(name, weights(), **options)
+    monkeypatch.setattr(native.steps, "library", lambda: None)
+    monkeypatch.setattr(fused, "ready", lambda device: True)
+    monkeypatch.setattr(fused, "_take", lambda *_: False)
+    for found, wanted in zip(stepped(name, weights(), **options), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_one_step_of_weights_decays_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that says its slices go together, and steps them twice, is told so: the second would decay them again."""
+    monkeypatch.setattr(fused, "_take", lambda *_: True)
+    with fused.cautiously(0.1, lambda: None):
+        fused.step("sign_step", (), ())
+        with pytest.raises(RuntimeError, match="takes one step of their weights"):
+            fused.step("sign_step", (), ())

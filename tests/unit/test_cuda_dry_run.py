@@ -141,6 +141,24 @@ def test_launches_do_not_grow_with_the_number_of_parameters(name: str, dtype: st
         assert many.launches <= LAUNCHES * GROUPS
 
 
+CAUTIOUS = [name for name, case in CASES.items() if case.rule.decoupled]
+
+
+@pytest.mark.parametrize("name", cells(["Lion", "LASM", "Muon"], one_of_each_kind(), CAUTIOUS))
+def test_cautious_decay_is_done_by_the_launch_that_steps(name: str) -> None:
+    """As many launches as without, and nothing kept of the weights."""
+    case = CASES[name]
+    if not case.rule.decoupled:
+        pytest.skip("it decays otherwise, and refuses the option")
+    plain, cautious = (
+        second_step(case, 3, params={"weight_decay": 0.1, **more}) for more in ({}, {"cautious_decay": True})
+    )
+    assert cautious.launches == plain.launches
+    assert any("::cautious " in name for name in in_kernels(cautious))
+    assert not cautious.kernels["aten::sub.out"]
+    assert cautious.peak - plain.peak < 1 << 14
+
+
 @pytest.mark.parametrize("name", ["Lion", "Signum", "SignSGD"])
 def test_one_pass_is_one_launch_for_a_partition_of_fp32(name: str) -> None:
     _, counts = dry_steps(name, small(2), stage=3)

@@ -29,8 +29,8 @@ NAMES = (
     "noise_key", "noise_step", "noise_start", "out",
 )  # fmt: skip
 """first: programs of the slices before. key, counter: of ``tiles.rounding_bits``. out: where what was measured goes."""
-WORDS, NUMBERS = len(NAMES), 9
-"""Of a row of the table: integers, and fp64 numbers behind them."""
+WORDS, NUMBERS = len(NAMES), 10
+"""Of a row of the table: integers, and fp64 numbers behind them, the last one the rate of cautious decay."""
 WIDTH = WORDS + NUMBERS
 EACH = 16
 """Blocks that a program measures: fewer take longer to join, with more a small slice has too few programs."""
@@ -95,6 +95,13 @@ def _folded(x: tl.tensor, join: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _decayed(old: tl.tensor, new: tl.tensor, rate: tl.tensor) -> tl.tensor:
+    """``fused.cautiously``."""
+    stays = ((old - new) * old >= 0).to(tl.float32)
+    return new - old * rate * stays
+
+
+@triton.jit
 def _measured(
     so_far: tl.tensor, x: tl.tensor, mask: tl.tensor, join: tl.constexpr, identity: tl.constexpr
 ) -> tl.tensor:
@@ -115,6 +122,7 @@ def _tile(
     writes: tl.constexpr,
     nearest: tl.constexpr,
     noisy: tl.constexpr,
+    cautious: tl.constexpr,
     columns: tl.constexpr,
     join: tl.constexpr,
     identity: tl.constexpr,
@@ -126,11 +134,11 @@ def _tile(
     turn = 1 - whole.to(tl.int32)
     d = (
         _number(row, 0), _number(row, 1), _number(row, 2), _number(row, 3), _number(row, 4), _number(row, 5),
-        _number(row, 6), _number(row, 7), _number(row, 8),
+        _number(row, 6), _number(row, 7), _number(row, 8), _number(row, 9),
     )  # fmt: skip
     w = (
         d[0].to(tl.float32), d[1].to(tl.float32), d[2].to(tl.float32), d[3].to(tl.float32), d[4].to(tl.float32),
-        d[5].to(tl.float32), d[6].to(tl.float32), d[7].to(tl.float32), d[8].to(tl.float32),
+        d[5].to(tl.float32), d[6].to(tl.float32), d[7].to(tl.float32), d[8].to(tl.float32), d[9].to(tl.float32),
     )  # fmt: skip
     for masked in tl.static_range(2):
         if turn == masked:
@@ -153,6 +161,8 @@ def _tile(
             if noisy:
                 noise = tiles.uniform(tl.load(row + 13), tl.load(row + 14), tl.load(row + 15) + base)
             new_p, new_m, new_v, a, b = rule(p, m, v, g, noise, w, d)
+            if cautious:
+                new_p = _decayed(p, new_p, w[9])
             key, counter = tl.load(row + 4), tl.load(row + 5) + block * LANES
             if writes[1]:
                 tiles.store(m_at, scale, new_m, mask, key, tl.load(row + 7), counter)
@@ -180,6 +190,7 @@ def run(
     writes: tl.constexpr,
     nearest: tl.constexpr,
     noisy: tl.constexpr,
+    cautious: tl.constexpr,
     columns: tl.constexpr,
     join: tl.constexpr,
     identity: tl.constexpr,
@@ -196,11 +207,13 @@ def run(
     one = tl.full([BLOCK], identity, tl.float64)
     two = tl.full([BLOCK], identity, tl.float64)
     if columns == 0:
-        _tile(row, begin, one, two, rule, types, writes, nearest, noisy, columns, join, identity)
+        _tile(row, begin, one, two, rule, types, writes, nearest, noisy, cautious, columns, join, identity)
     else:
         end = tl.minimum(begin + each, (tl.load(row + 2) + tl.load(row + 1) + BLOCK - 1) // BLOCK)
         for block in range(begin, end):
-            one, two = _tile(row, block, one, two, rule, types, writes, nearest, noisy, columns, join, identity)
+            one, two = _tile(
+                row, block, one, two, rule, types, writes, nearest, noisy, cautious, columns, join, identity
+            )
         tl.store(out + program * columns, _folded(one, join))
         if columns > 1:
             tl.store(out + program * columns + 1, _folded(two, join))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_optim.elementwise.gpu import kernels
-from ds_optim.elementwise.gpu.rules import RULES, Rule
+from ds_optim.elementwise.gpu.rules import CAUTIOUS, RULES, Rule
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Stored
 from ds_optim.elementwise.native.rules import MomentWeights
 from ds_optim.elementwise.noise import NoiseKey
@@ -50,15 +50,21 @@ _launched: set[Kind] = set()
 """Kinds that are known to compile."""
 
 
-def take(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any], waiting: list[Job] | None) -> Tensor | bool:
+def take(
+    name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any], waiting: list[Job] | None,
+    cautious: float | None = None,
+) -> Tensor | bool:  # fmt: skip
     """Step or measure a slice, or let it wait for others: True, or the numbers that are measured, (columns,) or ().
 
     False, and nothing was touched, where the kernels do not know these tensors. What no launch has shown to compile
-    does not wait, so that whoever calls can still do without.
+    does not wait, so that whoever calls can still do without. cautious: the rate of ``fused.cautiously``.
     """
-    job = _job(RULES[name], tensors, numbers)
+    rule = RULES[name] if cautious is None else RULES.get(CAUTIOUS + name, RULES[name])
+    job = _job(rule, tensors, numbers)
     if job is None:
         return False
+    if cautious is not None and rule.cautious:
+        job.numbers[kernels.NUMBERS - 1] = cautious
     if waiting is not None and job.kind in _launched:
         waiting.append(job)
     else:
@@ -106,6 +112,7 @@ def constants(rule: Rule, types: tuple[Any, ...]) -> dict[str, Any]:
         ),
         "nearest": "p" in rule.casts,
         "noisy": rule.noisy,
+        "cautious": rule.cautious,
         "columns": rule.columns,
         "join": rule.join,
         "identity": _IDENTITY[rule.join],

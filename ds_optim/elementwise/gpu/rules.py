@@ -9,7 +9,7 @@ what it measures of each element in up to two columns: 0.0 for what is not writt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -24,6 +24,7 @@ class Rule:
 
     writes: those that are. casts: those of any float dtype, rounded to the nearest where written; g may be int8, too.
     noisy: takes uniform noise for each element. columns: numbers that are measured, joined by ``join``.
+    cautious: what the step did not turn away from zero is decayed, by the last of the numbers.
     """
 
     name: str
@@ -34,13 +35,23 @@ class Rule:
     noisy: bool
     columns: int
     join: str
+    cautious: bool = False
 
 
 RULES: dict[str, Rule] = {}
+CAUTIOUS = "cautious "
+"""Before the name of a rule that steps weights: the same with cautious decay."""
 
 
 def _rule(
-    tensors: str, *, writes: str = "", casts: str = "", noisy: bool = False, columns: int = 0, join: str = "sum"
+    tensors: str,
+    *,
+    writes: str = "",
+    casts: str = "",
+    noisy: bool = False,
+    columns: int = 0,
+    join: str = "sum",
+    weights: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
         made = triton.jit(function)
@@ -48,6 +59,9 @@ def _rule(
             name=function.__name__, formula=made, tensors=tensors, writes=writes, casts=casts, noisy=noisy,
             columns=columns, join=join,
         )  # fmt: skip
+        if weights:
+            name = CAUTIOUS + function.__name__
+            RULES[name] = replace(RULES[function.__name__], name=name, cautious=True)
         return made
 
     return register
@@ -97,7 +111,7 @@ def _square(x: tl.tensor) -> tl.tensor:
 # Rules of one mean. w is d0, d1, k0, k1, and what is named.
 
 
-@_rule("pmg", writes="pm")
+@_rule("pmg", writes="pm", weights=True)
 def sign_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g. Without m: the sign of d1 g. w: lr, factor."""
     direction = g * w[1]
@@ -125,7 +139,7 @@ def direction_into(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, 
     return _direction(m, g, w), 0.0, 0.0, 0.0, 0.0
 
 
-@_rule("pmg", writes="pm")
+@_rule("pmg", writes="pm", weights=True)
 def cautious_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - lr u [u g > 0], u = sign(direction); m moves on. w: lr, factor."""
     u = _signed(1.0, _direction(m, g, w))
@@ -133,7 +147,7 @@ def cautious_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d
     return p * w[5] - u * agrees * w[4], _next(m, g, w), 0.0, 0.0, 0.0
 
 
-@_rule("pmg", writes="pm")
+@_rule("pmg", writes="pm", weights=True)
 def gated_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - lr h(c), c the direction: h = sign where |c| >= nu, else c; m moves on. w: lr, factor, nu."""
     c = _direction(m, g, w)
@@ -142,7 +156,7 @@ def gated_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: N
     return p * w[5] - h * w[4], _next(m, g, w), 0.0, 0.0, 0.0
 
 
-@_rule("pmg", writes="pm")
+@_rule("pmg", writes="pm", weights=True)
 def raw_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - lr direction; m moves on. w: lr, factor."""
     return p * w[5] - _direction(m, g, w) * w[4], _next(m, g, w), 0.0, 0.0, 0.0
@@ -197,13 +211,13 @@ def square_sums(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: 
 # Rules with noise, of a stream of their own.
 
 
-@_rule("pm", writes="p", noisy=True)
+@_rule("pm", writes="p", noisy=True, weights=True)
 def stochastic_sign_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - lr sign(m + bound noise). w: bound, lr, factor."""
     return p * w[2] - _signed(w[1], noise * w[0] + m), 0.0, 0.0, 0.0, 0.0
 
 
-@_rule("pmvg", writes="pmv", noisy=True)
+@_rule("pmvg", writes="pmv", noisy=True, weights=True)
 def stochastic_element_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """m moves on; v <- max(v, |m|), NaN where either is; the step of stochastic_sign_step with v for bound.
 
@@ -218,7 +232,7 @@ def stochastic_element_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: 
 # Updates made elsewhere.
 
 
-@_rule("pg", writes="p", casts="g")
+@_rule("pg", writes="p", casts="g", weights=True)
 def apply_update(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - rate g, or m for g where the update is int8 with scales. w: rate, factor."""
     change = m
@@ -237,7 +251,7 @@ def copy_into(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Nu
 # and what is named.
 
 
-@_rule("pmvg", writes="pmv")
+@_rule("pmvg", writes="pmv", weights=True)
 def lasm_element_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """v is a root, moved on by g - m; m <- k0 m + k1 g / (1 + v); p <- factor p - lr sign(m). w: lr, factor."""
     root = _next_root(v, g - m, d)
@@ -270,13 +284,13 @@ def stable_measure(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, 
     return 0.0, moved, root, ratio * ratio, 0.0
 
 
-@_rule("pmv", writes="p")
+@_rule("pmv", writes="p", weights=True)
 def stable_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """p <- factor p - lr m_hat / (sqrt(v_hat) + eps). w: lr, factor."""
     return p * w[8] - _ratio(m, v, w) * w[7], 0.0, 0.0, 0.0, 0.0
 
 
-@_rule("pmvg", writes="pmv")
+@_rule("pmvg", writes="pmv", weights=True)
 def adamw_step(p: Tile, m: Tile, v: Tile, g: Tile, noise: Tile, w: Numbers, d: Numbers) -> Numbers:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps).
 
