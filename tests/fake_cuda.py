@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import ds_optim
-from ds_optim.elementwise.gpu import kernels, launch
+from ds_optim.elementwise.gpu import kernels, launch, row_launch, rows
 from ds_optim.optimizers import base
 from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm, Pending
@@ -230,6 +230,14 @@ def dry_cuda() -> Iterator[DryCuda]:
         if parts is not None:
             dry.counts.kernels["triton::join_parts"] += 1
 
+    def rows_started(jobs: Any, ends: Any) -> None:
+        name, _, device = jobs[0].kind
+        table = torch.empty(len(ends), rows.WIDTH, dtype=torch.int64, device=device)
+        dry.crossed(CPU, table.device)
+        dry.counts.kernels["aten::copy_"] += 1
+        dry.counts.kernels[f"triton::{name}"] += 1
+        dry.counts.slices[name] += len(jobs)
+
     def listed(tensor: Tensor) -> Any:
         if tensor.device.type == CUDA.type:
             dry.counts.syncs[_line()] += 1
@@ -238,7 +246,9 @@ def dry_cuda() -> Iterator[DryCuda]:
     with (
         mock.patch.object(FakeTensor, "tolist", listed),
         mock.patch.object(launch, "_start", started),
-        mock.patch.object(launch, "_address", _nowhere),
+        mock.patch.object(launch, "address", _nowhere),
+        mock.patch.object(row_launch, "_start", rows_started),
+        mock.patch.object(row_launch, "address", _nowhere),
         dry,
         _Answers(dry),
     ):

@@ -291,8 +291,8 @@ MUTANTS = [
     Mutant(
         "the host waits for every gradient by itself",
         "steps.py",
-        "flags[device].append(torch.isfinite(torch.stack(found)).all())",
-        "flags[device].append(torch.tensor(all([bool(torch.isfinite(one)) for one in found]), device=device))",
+        "flags[device].append(torch.isfinite(torch.stack(_extremes(tensors, device))).all())",
+        "flags[device].append(torch.tensor(all([bool(torch.isfinite(t).all()) for t in tensors]), device=device))",
         f"{U}cuda_dry_run.py",
     ),
     Mutant(
@@ -349,8 +349,8 @@ MUTANTS = [
     Mutant(
         "LionMuon is spectral one step late",
         "lion_muon.py",
-        "return step % int(period) == 0",
-        "return (step + 1) % int(period) == 0",
+        "return (step - phase) % int(period) == 0",
+        "return (step - phase + 1) % int(period) == 0",
         f"{U}optimizers.py",
     ),
     Mutant(
@@ -406,21 +406,21 @@ MUTANTS = [
     Mutant(
         "the ranks choose by what each holds of a row",
         "selection.py",
-        "exchange.comm.all_reduce(joined[: sum(sizes[param] for param in plan.cut)])",
+        "exchange.comm.all_reduce(joined[: sums.travelling])",
         "pass",
         f"{D}same_gradients.py",
     ),
     Mutant(
         "a run of chosen rows forgets what a border leaves of one",
         "selection.py",
-        "first * columns + column * (last - first)",
-        "first * columns",
+        "(first - none) * columns + column * (last - first)",
+        "(first - none) * columns",
         f"{U}selection.py",
     ),
     Mutant(
         "rows that are stepped keep their momentum",
         "row_steps.py",
-        "change.fill_(1.0).index_fill_(0, elements, update.kept)",
+        "change.fill_(1.0).index_fill_(0, numbers, update.kept)",
         "change.fill_(1.0)",
         f"{U}selection.py {U}optimizers.py",
     ),

@@ -28,13 +28,17 @@ logger = logging.getLogger("ds_optim")
 
 @dataclass
 class _Cautious:
-    rate: float
+    """rate: None once it is done otherwise."""
+
+    rate: float | None
     otherwise: Callable[[], None]
-    steps: int = 0
+    taken: bool = False
 
 
 _DEVICE = "cuda"
-_LAUNCH = "ds_optim.elementwise.gpu.launch"
+_LAUNCH, _ROWS = "ds_optim.elementwise.gpu.launch", "ds_optim.elementwise.gpu.row_launch"
+_OF_ROWS = ("sum_rows", "gather_rows", "step_rows")
+"""What takes ``chosen.Rows`` as the last of its numbers."""
 _broken: list[str] = []
 _waiting: ContextVar[list[Any] | None] = ContextVar("slices that wait for one launch", default=None)
 _asked: ContextVar[_Cautious | None] = ContextVar("decay that the next step is to do", default=None)
@@ -93,14 +97,15 @@ def step(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> b
     False, and nothing touched, where Triton cannot be loaded or cannot compile it, or does not know these tensors.
     """
     taken, asked = _take(name, tensors, numbers) is True, _asked.get()
-    if asked is not None:
-        asked.steps += 1
-        if asked.steps > 1:
+    if asked is not None and asked.rate is not None:
+        if asked.taken:
             raise RuntimeError(
-                "a rule whose slices go together takes one step of their weights: cautious_decay is of that"
+                "a rule whose slices go together takes one step of their weights: cautious_decay is of it"
             )
+        asked.taken = taken
         if not taken:
             asked.otherwise()
+            asked.rate = None
     return taken
 
 
@@ -116,7 +121,7 @@ def _take(name: str, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> 
     try:
         asked = _asked.get()
         rate = None if asked is None else asked.rate
-        return import_module(_LAUNCH).take(name, tensors, numbers, _waiting.get(), rate)
+        return import_module(_ROWS if name in _OF_ROWS else _LAUNCH).take(name, tensors, numbers, _waiting.get(), rate)
     except Exception as problem:  # compilers fail in many ways, all before a kernel is launched
         if not _is_compilers(problem):
             raise

@@ -138,7 +138,8 @@ class MatrixView:
         return replace(self, shape=tuple(shape), split=tuple(kept) if self.split else (), of=self)
 
     def row_groups(self, values: Tensor) -> list[Tensor]:
-        """One value for each row, (rows,), by part of the split: a strided view (stacked, groups, …, rows of a group).
+        """One value for each row, (rows,) or (B, rows), by part of the split: a strided view (stacked, groups, …, rows
+        of a group).
 
         Rows of a group lie together, so that as many of each, in their order, are seen as the whole parameter is.
         """

@@ -48,8 +48,13 @@ class Copy(NamedTuple):
         return in_message, stack.as_strided(size, (onward * value, row, value), first)
 
 
-def copies_of(slices: Iterable[Lie]) -> list[Copy]:
-    """The copies of slices that stand in a message one behind the other, rank by rank."""
+def copies_of(slices: Iterable[Lie], *, even: bool = True) -> list[Copy]:
+    """The copies of slices that stand in a message one behind the other, rank by rank.
+
+    even: whether some may lie in even steps; each is a copy else, which kernels take in one launch.
+    """
+    if not even:
+        return [_line(lie, 1) for lie in slices if lie.numel]
     found: dict[int, list[Copy]] = {}
     for lines in _lines(slices):
         earlier = found.setdefault(lines.run, [])

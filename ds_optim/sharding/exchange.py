@@ -111,8 +111,8 @@ class Exchange:
             received=[plan.received_counts(bucket, rank, part) for part in parts],
             outgoing=self._places((held for peer in others for held in self._slices(bucket.owned[peer], rank)), parts),
             kept=kept,
-            incoming=[_copies(incoming, rows, number) for number in range(len(parts))],
-            crossing=[_copies(kept, rows, number) for number in range(len(parts))],
+            incoming=[_copies(incoming, rows, number, plan.even) for number in range(len(parts))],
+            crossing=[_copies(kept, rows, number, plan.even) for number in range(len(parts))],
             runs=runs,
             rows=rows,
         )
@@ -265,12 +265,13 @@ def _sizes(places: Sequence[_Place], parts: Sequence[Part]) -> list[int]:
     return [span.stop for span in places[-1][1]] if places else [0] * len(parts)
 
 
-def _copies(places: Sequence[_Place], rows: Mapping[int, tuple[int, int]], part: int) -> list[Copy]:
+def _copies(places: Sequence[_Place], rows: Mapping[int, tuple[int, int]], part: int, even: bool) -> list[Copy]:
     """Between messages and stacks, of the values of one part."""
-    return copies_of(
+    lies = (
         Lie(*rows[held.param], spans[part].start, in_rows[part].start, in_rows[part].stop - in_rows[part].start)
         for held, spans, in_rows in places
     )
+    return copies_of(lies, even=even)
 
 
 def _to_stacks(

@@ -59,6 +59,9 @@ class ExchangePlan:
     timed: Mapping[tuple[int, int], float] | None = None
     fraction: float = 1.0
 
+    even = True
+    """Whether equal parameters are cut alike, so that their slices may be copied together."""
+
     @cached_property
     def costs(self) -> dict[int, float]:
         """Of each parameter's matrices, in any unit; only ratios matter."""

@@ -6,13 +6,15 @@ that they make. So they are exchanged as a unit of such parameters, by the owner
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ds_optim.elementwise import fused
+from ds_optim.elementwise.chosen import Rows
 from ds_optim.matrix.views import MatrixView, selected_rows
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, Slice, Unit
@@ -24,11 +26,13 @@ _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows of a parameter's matrices. flags: of each row, counted as in ``view.of_rows``; sums: how many before it."""
+    """Rows of a parameter's matrices. flags: of each row, counted as in ``view.of_rows``; sums: how many before it,
+    from any number on, in the host's memory; before: the same where the flags are, for kernels."""
 
     view: MatrixView
     flags: Tensor
     sums: Tensor
+    before: Tensor | None = None
 
     def mask(self, held: Slice) -> Tensor:
         """Of each element of a slice, (n,), whether its row is chosen."""
@@ -39,17 +43,26 @@ class Chosen:
         return self._before(held.start), self._before(held.start + held.numel)
 
     def _before(self, element: int) -> int:
-        columns, rows = self.view.columns, self.view.rows
+        columns, rows, none = self.view.columns, self.view.rows, self._none
         if element == self.view.numel:
-            return int(self.sums[-1]) * columns
+            return (int(self.sums[-1]) - none) * columns
         if not self.view.transpose:
             row, column = divmod(element, columns)
             first, last = self.sums[row : row + 2].tolist()
-            return int(first * columns + column * (last - first))
+            return int((first - none) * columns + column * (last - first))
         stack, rest = divmod(element, columns * rows)
         line, row = divmod(rest, rows)
         begin, here, end = (int(self.sums[stack * rows + at]) for at in (0, row, rows))
-        return begin * columns + line * (end - begin) + here - begin
+        return (begin - none) * columns + line * (end - begin) + here - begin
+
+    @cached_property
+    def _none(self) -> int:
+        return int(self.sums[0])
+
+    def rows(self, part: Slice, run: Slice) -> Rows:
+        """How a part of a slice lies in rows, for kernels; run: the elements of the slice's chosen rows."""
+        offset = run.start + self._none * self.view.columns
+        return replace(rows_of(self.view, part.start), flags=self.flags, before=self.before, offset=offset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +85,7 @@ class _ChosenPlan(ExchangePlan):
     """What is left of a plan: the same owners and buckets, of smaller matrices."""
 
     of: ExchangePlan
+    even = False
 
     @cached_property
     def whole(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -97,43 +111,86 @@ def chosen_of(exchange: Exchange, chosen: Mapping[int, Chosen]) -> Exchange:
     return Exchange(smaller, exchange.comm, exchange.device, home=exchange.home)
 
 
-def choose_rows(exchange: Exchange, sums: Mapping[int, Tensor], device: torch.device) -> dict[int, Chosen]:
+class Sums:
+    """Sums of the magnitudes in each row of matrices, as far as this rank holds them, on ``device``: 0 at first.
+
+    ``of``: by parameter, of those that travel or lie whole here, (rows,) in fp64. All are in one tensor, ``joined``,
+    those that travel first, and equal parameters side by side.
+    """
+
+    def __init__(self, exchange: Exchange, device: torch.device) -> None:
+        plan = exchange.plan
+        here = [param for batch in plan.whole[exchange.comm.rank] for param in batch]
+        self.runs = [*_alike(plan.views, plan.cut), *_alike(plan.views, here)]
+        params = [param for run in self.runs for param in run]
+        sizes = [plan.views[param].of_rows.numel for param in params]
+        self.joined = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        self.of = dict(zip(params, self.joined.split(sizes), strict=True)) if params else {}
+        self.travelling = sum(size for param, size in zip(params, sizes, strict=True) if param in set(plan.cut))
+
+
+def _alike(views: Mapping[int, MatrixView], params: Iterable[int]) -> list[list[int]]:
+    """Parameters of one view together."""
+    found: dict[MatrixView, list[int]] = {}
+    for param in params:
+        found.setdefault(views[param], []).append(param)
+    return list(found.values())
+
+
+def choose_rows(exchange: Exchange, sums: Sums) -> dict[int, Chosen]:
     """Of each matrix the rows with the largest sums, the first ones among equals, on all ranks alike.
 
-    sums: of parameters, (rows,) in fp64, as far as this rank holds a part of each row; joined here where others hold
-    the rest, 8 bytes a row on the wire, and rounded once to fp32, so that borders make no difference.
-    device: for flags.
+    Sums are joined here where other ranks hold the rest of a row, 8 bytes a row on the wire, and rounded once to fp32,
+    so that borders make no difference. Flags are where the sums are.
     """
-    plan, wire = exchange.plan, exchange.comm.device(device)
-    here = [param for batch in plan.whole[exchange.comm.rank] for param in batch]
-    sizes = {param: plan.views[param].of_rows.numel for param in (*plan.cut, *here)}
-    if not sizes:
+    plan, device = exchange.plan, sums.joined.device
+    if not sums.of:
         return {}
-    none = {param: torch.zeros(size, dtype=torch.float64, device=device) for param, size in sizes.items()}
     # All parameters at once: what lies on the host crosses in one copy there and one back.
-    joined = torch.cat([sums.get(param, none[param]) for param in sizes]).to(wire)
+    joined = sums.joined.to(exchange.comm.device(device))
     if plan.cut:
-        exchange.comm.all_reduce(joined[: sum(sizes[param] for param in plan.cut)])
-    parts = joined.float().split(list(sizes.values()))
-    flags = torch.cat([_largest(plan.views[p], part, plan.fraction) for p, part in zip(sizes, parts, strict=True)])
-    own, there = flags.to(device).split(list(sizes.values())), flags.cpu().split(list(sizes.values()))
-    return {
-        param: Chosen(plan.views[param], rows, torch.nn.functional.pad(counted.cumsum(0), (1, 0)))
-        for param, rows, counted in zip(sizes, own, there, strict=True)
-    }
+        exchange.comm.all_reduce(joined[: sums.travelling])
+    views = [plan.views[run[0]] for run in sums.runs]
+    sizes = [len(run) * view.of_rows.numel for run, view in zip(sums.runs, views, strict=True)]
+    parts = joined.float().split(sizes)
+    flags = torch.cat([_largest(view, part, plan.fraction) for view, part in zip(views, parts, strict=True)])
+    own, there = flags.to(device), _counted(flags.cpu())
+    before = _counted(own) if device.type != "cpu" else there
+    found, begin = {}, 0
+    for param, of_rows in sums.of.items():
+        end = begin + len(of_rows)
+        found[param] = Chosen(plan.views[param], own[begin:end], there[begin : end + 1], before[begin : end + 1])
+        begin = end
+    return found
+
+
+def _counted(flags: Tensor) -> Tensor:
+    """How many are set before each, and in all."""
+    return torch.nn.functional.pad(flags.cumsum(0), (1, 0))
 
 
 def _largest(view: MatrixView, sums: Tensor, fraction: float) -> Tensor:
-    """Which rows are chosen: sums (rows,) -> (rows,) of bool."""
+    """Which rows of equal parameters are chosen: sums (B * rows,) -> (B * rows,) of bool."""
     flags = torch.zeros_like(sums)
-    for group, out in zip(view.row_groups(sums), view.row_groups(flags), strict=True):
+    shape = -1, view.of_rows.numel
+    for group, out in zip(view.row_groups(sums.view(shape)), view.row_groups(flags.view(shape)), strict=True):
         order = group.sort(dim=-1, descending=True, stable=True).indices
         out.scatter_(-1, order[..., : selected_rows(group.shape[-1], fraction)], 1.0)
     return flags.bool()
 
 
+def rows_of(view: MatrixView, start: int) -> Rows:
+    """How a slice that begins at ``start`` lies in rows."""
+    return Rows(start=start, columns=view.columns, rows=view.rows, turned=view.transpose)
+
+
 def add_row_sums(view: MatrixView, start: int, values: Tensor, out: Tensor) -> None:
-    """Add the magnitudes of a slice's ``values``, which begins at ``start``, to the sums of their rows, in fp64."""
+    """Add the magnitudes of a slice's ``values``, which begins at ``start``, to the sums of their rows, in fp64.
+
+    A kernel writes them: a rank holds one slice of a parameter.
+    """
+    if fused.step("sum_rows", (values, out), (rows_of(view, start),)):
+        return
     for begin, end in _runs(view, start, len(values), _CHUNK.get(values.device.type, _CHUNK["cuda"])):
         part, first = values[begin:end], start + begin
         if view.transpose:

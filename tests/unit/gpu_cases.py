@@ -21,10 +21,13 @@ from torch import Tensor
 from ds_optim.elementwise import blend, fused, moments, native, passes, sign_rules, steps
 from ds_optim.elementwise.blend import Blend
 from ds_optim.elementwise.chunks import Scratch
-from ds_optim.elementwise.gpu import launch
+from ds_optim.elementwise.gpu import launch, row_launch
 from ds_optim.elementwise.moments import Moments
 from ds_optim.elementwise.momentum import WEIGHTS, Bfloat16, Flat, Int8, scales_numel
 from ds_optim.elementwise.noise import NoiseKey
+from ds_optim.matrix.views import MatrixView
+from ds_optim.sharding.layout import Slice
+from ds_optim.sharding.selection import Chosen, add_row_sums
 from ds_optim.sharding.sums import square_sum
 
 LION, SIGNUM = Blend((0.9, 1 - 0.9), (0.99, 1 - 0.99)), Blend((0.9, 1 - 0.9), (0.9, 1 - 0.9))
@@ -107,15 +110,20 @@ class Case:
         with mock.patch.object(native.steps, "library", return_value=None):
             with mock.patch.object(fused, "ready", return_value=False), mock.patch.object(torch, "sqrt", exact_root):
                 measured = [step(*one) if one[-1].numel() else None for step, one in zip(steps_, expected, strict=True)]
-            with mock.patch.object(launch, "_start", wraps=launch._start) as start, ExitStack() as stack:
+            with ExitStack() as stack:
+                launches = [
+                    stack.enter_context(mock.patch.object(room, "_start", wraps=room._start))
+                    for room in (launch, row_launch)
+                ]
                 for module, name in ((steps, "chunks"), (blend, "chunks"), (passes, "spans"), (sign_rules, "spans")):
                     stack.enter_context(mock.patch.object(module, name, _no_eager_path))
                 stack.enter_context(mock.patch.object(fused, "ready", return_value=True))
                 stack.enter_context(mock.patch.object(launch, "_launched", _All()))
                 stack.enter_context(fused.together())
                 found = [step(*one) for step, one in zip(steps_, got, strict=True)]
-        if start.call_count != 1:
-            return f"{start.call_count} launches"
+        count = sum(start.call_count for start in launches)
+        if count != 1:
+            return f"{count} launches"
         for slice_, (before, after, one, other) in enumerate(zip(measured, found, expected, got, strict=True)):
             wrong = _differing(before, after) or _first_differing(one, other)
             if wrong:
@@ -173,6 +181,7 @@ def cases() -> Iterator[Case]:
     yield from _rules_of_one_mean()
     yield from _rules_of_two()
     yield from _cautious_steps()
+    yield from _chosen_rows()
 
 
 def _sign_steps() -> Iterator[Case]:
@@ -301,6 +310,66 @@ def _cautious(step: Callable[..., object], p: Tensor, *others: Flat | None, **mo
         step(p, *others, **more)
     for old in kept:
         p.sub_(old.mul(3e-3).mul_(torch.sub(old, p).mul_(old).ge_(0)))
+
+
+ROWS = {
+    "rows": (MatrixView(shape=(40, 23)), ((0, 920), (0, 1), (5, 300), (700, 220), (69, 23), (300, 0))),
+    "long rows": (MatrixView(shape=(3, 700)), ((0, 2100), (650, 800))),
+    "turned": (MatrixView(shape=(2, 9, 300), transpose=True, batch_dims=1), ((0, 5400), (2500, 400), (310, 200))),
+}
+"""Views, and slices of a parameter: first element, and how many."""
+
+
+def _chosen_rows() -> Iterator[Case]:
+    for name, (view, places) in ROWS.items():
+        measured = [(partial(_row_sums, view, start), (gauss(n, start),)) for start, n in places]
+        yield Case(f"sum_rows {name}", tuple(measured), 3)
+        flags = torch.rand(view.of_rows.numel, generator=torch.Generator().manual_seed(3)) < 0.4
+        before = torch.nn.functional.pad(flags.cumsum(0), (1, 0)) + 7  # counted from anywhere
+        chosen = Chosen(view, flags, before, before)
+        for kind in ("float32", "bfloat16"):
+            dtype = getattr(torch, kind)
+            taken, stepped = [], []
+            for number, (start, n) in enumerate(places):
+                first, last = chosen.run(Slice(0, start, n, 0, 0))
+                step = partial(_gather, chosen, start)
+                taken.append((step, (torch.zeros(last - first, dtype=dtype), gauss(n, number))))
+                change = gauss(last - first, number + 9).to(dtype)
+                weights = stored(kind, gauss(n, number), start, WEIGHTS + 5)
+                stepped.append((partial(_step_rows, chosen, start), (weights, gauss(n, number + 5), change)))
+            yield Case(f"gather_rows {name} {kind}", tuple(taken), 0)
+            yield Case(f"step_rows {name} {kind}", tuple(stepped), 3)
+        cautious = [(partial(_cautious, partial(step, lr=1e-2)), tensors) for step, tensors in stepped]
+        wide = [(step, (gauss(tensors[1].numel(), 8), *tensors[1:])) for step, tensors in cautious]
+        yield Case(f"step_rows, cautious {name}", tuple(wide), 0)
+
+
+def _row_sums(view: MatrixView, start: int, m: Tensor) -> Tensor:
+    sums = torch.zeros(view.of_rows.numel, dtype=torch.float64, device=m.device)
+    add_row_sums(view, start, m, sums)
+    return sums
+
+
+def _on(chosen: Chosen, device: torch.device) -> Chosen:
+    return replace(chosen, flags=chosen.flags.to(device), before=chosen.sums.to(device))
+
+
+def _gather(chosen: Chosen, start: int, out: Tensor, m: Tensor) -> None:
+    part = Slice(0, start, m.numel(), 0, 0)
+    run = Slice(0, chosen.run(part)[0], out.numel(), 0, 0)
+    if not fused.step("gather_rows", (out, m), (_on(chosen, m.device).rows(part, run),)):
+        out.copy_(m[chosen.mask(part)])
+
+
+def _step_rows(chosen: Chosen, start: int, p: Flat, m: Tensor, change: Tensor, lr: float = 0.3) -> None:
+    part = Slice(0, start, m.numel(), 0, 0)
+    run = Slice(0, chosen.run(part)[0], change.numel(), 0, 0)
+    if not fused.step("step_rows", (p, m, change), (lr, 0.9, 0.8, _on(chosen, m.device).rows(part, run))):
+        mask = chosen.mask(part)
+        update = torch.zeros_like(m)
+        update[mask] = change.float()
+        steps.apply_update(p, update, lr=lr, decay=0.1 / lr)
+        m[mask] *= 0.8
 
 
 def _together(name: str, kinds: tuple[str, ...], step: Callable[..., object], **rates: float | None) -> Case:

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from ds_optim.elementwise.gpu import kernels, launch  # noqa: E402
+from ds_optim.elementwise.gpu import kernels, launch, row_launch, rows  # noqa: E402
 from ds_optim.elementwise.gpu.rules import RULES  # noqa: E402
 from tests.unit.gpu_cases import cases  # noqa: E402
 
@@ -208,15 +208,43 @@ def test_what_no_launch_has_shown_to_compile_does_not_wait(monkeypatch: pytest.M
 def test_compiled_code(name: str, types: tuple[Any, ...], capability: int, fresh_cache: Path) -> None:
     """For GPUs that are not there: roundings as written, no spilled registers, 16 bytes at once."""
     made = compiled(name, types, capability)
+    assert_rounded_as_written(made, fresh_cache)
+    assert "ld.global.v4.b32" in made.asm["ptx"]
+    if RULES[name].writes and name != "move_momentum":
+        assert "st.global.v4.b32" in made.asm["ptx"]
+
+
+OF_ROWS = [
+    *(("sum_rows", (None, None, turned, False)) for turned in (False, True)),
+    *(("gather_rows", (None, kind, turned, False)) for turned in (False, True) for kind in (F32, BF16)),
+    *(("step_rows", (p, g, turned, False)) for turned in (False, True) for p, g in ((F32, BF16), (BF16, F32))),
+    ("step_rows", (F32, BF16, False, True)),
+]
+"""Kernels for chosen rows, with the types of p and g, whether the rows are turned, and whether decay is cautious."""
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "capability"),
+    cells(
+        [(*OF_ROWS[-1], 90)],
+        [*((*item, 90) for item in OF_ROWS), *((*OF_ROWS[-1], other) for other in (80, 100))],
+        [(*item, other) for item in OF_ROWS for other in (80, 100)],
+    ),
+)
+def test_compiled_code_of_chosen_rows(name: str, types: tuple[Any, ...], capability: int, fresh_cache: Path) -> None:
+    """Their elements stand where flags say, so that no thread moves several at once."""
+    kernel, given = getattr(rows, name), row_launch.constants(name, types)
+    assert_rounded_as_written(made_of(kernel, given, capability), fresh_cache)
+
+
+def assert_rounded_as_written(made: Any, folder: Path) -> None:
+    """And no spilled registers."""
     instructions = set(re.findall(r"^\s+(?:@%p\d+ )?([a-z]+\.[\w.:]+)", made.asm["ptx"], re.MULTILINE))
     assert not {one for one in instructions if one.startswith("fma")}
     loose = {one for one in instructions if re.search(r"ftz|approx|full|^(add|sub|mul)\.f32", one)}
     assert loose <= ROUNDED_ANYHOW
-    assert "ld.global.v4.b32" in made.asm["ptx"]
-    if RULES[name].writes and name != "move_momentum":
-        assert "st.global.v4.b32" in made.asm["ptx"]
     usage = subprocess.run(
-        [_tool("cuobjdump"), "-res-usage", _written(made.asm["cubin"], fresh_cache)], capture_output=True, text=True
+        [_tool("cuobjdump"), "-res-usage", _written(made.asm["cubin"], folder)], capture_output=True, text=True
     ).stdout
     assert re.search(r"STACK:(\d+)", usage)[1] == "0", usage  # type: ignore[index]
 
@@ -228,10 +256,14 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compiled(name: str, types: tuple[Any, ...], capability: int) -> Any:
-    rule, kernel = RULES[name], kernels.run
+    rule = RULES[name]
     given = launch.constants(rule, types)
     if not rule.columns:
         given["out"] = None
+    return made_of(kernels.run, given, capability)
+
+
+def made_of(kernel: Any, given: dict[str, Any], capability: int) -> Any:
     varying = {"table": "*i64", "slices": "i32", "out": "*fp64"}
     signature = {one.name: "constexpr" if one.name in given else varying[one.name] for one in kernel.params}
     source = ASTSource(kernel, signature, constexprs=given)

@@ -19,7 +19,7 @@ from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, build_layout
 from ds_optim.sharding.plan import ExchangePlan
-from ds_optim.sharding.selection import Chosen, add_row_sums, choose_rows, chosen_of
+from ds_optim.sharding.selection import Chosen, Sums, add_row_sums, choose_rows, chosen_of
 
 from .test_finished_factors import FP32, Views, matrices, stepped
 
@@ -85,12 +85,11 @@ def exchanges(stage: int, ranks: int, fraction: float = FRACTION) -> list[Exchan
 @pytest.mark.parametrize("name", VIEW)
 def test_the_largest_rows_of_each_matrix_are_chosen(name: str) -> None:
     (exchange,) = exchanges(0, 1)
-    sums = {}
+    sums = Sums(exchange, torch.device("cpu"))
     for number, (key, view) in enumerate(VIEW.items()):
-        sums[number] = torch.zeros(view.of_rows.numel, dtype=torch.float64)
-        add_row_sums(view, 0, VALUES[key], sums[number])
+        add_row_sums(view, 0, VALUES[key], sums.of[number])
     number = list(VIEW).index(name)
-    chosen = choose_rows(exchange, sums, torch.device("cpu"))[number]
+    chosen = choose_rows(exchange, sums)[number]
     (held,) = [held for held in exchange.plan.unit.slices(0) if held.param == number]
     assert torch.equal(chosen.mask(held), rows_by_hand(VIEW[name], VALUES[name]))
     view = VIEW[name].selected(FRACTION)

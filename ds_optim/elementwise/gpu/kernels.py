@@ -82,7 +82,7 @@ def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _folded(x: tl.tensor, join: tl.constexpr) -> tl.tensor:
+def folded(x: tl.tensor, join: tl.constexpr) -> tl.tensor:
     """The lanes joined by halves; the order of the others does not matter."""
     if join == "sum":
         for k in tl.static_range(7):
@@ -95,7 +95,7 @@ def _folded(x: tl.tensor, join: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _decayed(old: tl.tensor, new: tl.tensor, rate: tl.tensor) -> tl.tensor:
+def decayed(old: tl.tensor, new: tl.tensor, rate: tl.tensor) -> tl.tensor:
     """``fused.cautiously``."""
     stays = ((old - new) * old >= 0).to(tl.float32)
     return new - old * rate * stays
@@ -162,7 +162,7 @@ def _tile(
                 noise = tiles.uniform(tl.load(row + 13), tl.load(row + 14), tl.load(row + 15) + base)
             new_p, new_m, new_v, a, b = rule(p, m, v, g, noise, w, d)
             if cautious:
-                new_p = _decayed(p, new_p, w[9])
+                new_p = decayed(p, new_p, w[9])
             key, counter = tl.load(row + 4), tl.load(row + 5) + block * LANES
             if writes[1]:
                 tiles.store(m_at, scale, new_m, mask, key, tl.load(row + 7), counter)
@@ -214,9 +214,9 @@ def run(
             one, two = _tile(
                 row, block, one, two, rule, types, writes, nearest, noisy, cautious, columns, join, identity
             )
-        tl.store(out + program * columns, _folded(one, join))
+        tl.store(out + program * columns, folded(one, join))
         if columns > 1:
-            tl.store(out + program * columns + 1, _folded(two, join))
+            tl.store(out + program * columns + 1, folded(two, join))
 
 
 @_kernel
@@ -235,4 +235,4 @@ def join_parts(
             places = place + tl.arange(0, BLOCK)
             part = tl.load(out + places * columns + column, mask=places < behind, other=identity)
             numbers = _joined(numbers, part, join)
-        tl.store(tiles.at(tl.load(row + 16), tl.float64, column), _folded(numbers, join))
+        tl.store(tiles.at(tl.load(row + 16), tl.float64, column), folded(numbers, join))

@@ -5,7 +5,7 @@ A kernel is compiled at the first call with its dtypes, and never for a length, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from ds_optim.elementwise.noise import NoiseKey
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Of the compiler."""
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.int8: tl.int8}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.int8: tl.int8}
 """Of pointers; a bfloat16's bits are read as int16."""
 _IDENTITY = {"sum": 0.0, "min": float("inf"), "max": 0.0}
 _PLACES = {letter: kernels.NAMES.index(letter) - 1 for letter in "pmvg"}
@@ -35,10 +35,11 @@ Kind = tuple[str, tuple[Any, ...], torch.device]
 
 
 class Job(NamedTuple):
-    """One slice that waits for its launch. words, numbers: its row of the table, without the place of its programs;
-    tensors are held until then; found: where what it measures goes."""
+    """One slice that waits for its launch, for which ``start`` is called with all of its kind. words, numbers: its row
+    of the table, without the place of its programs; tensors are held until then; found: where what it measures goes."""
 
     kind: Kind
+    start: Callable[[Sequence[Job]], None]
     words: list[int]
     numbers: list[float]
     blocks: int
@@ -65,12 +66,17 @@ def take(
         return False
     if cautious is not None and rule.cautious:
         job.numbers[kernels.NUMBERS - 1] = cautious
+    enter(job, waiting)
+    return True if job.found is None else job.found
+
+
+def enter(job: Job, waiting: list[Job] | None) -> None:
+    """Launch it, or let it wait for others."""
     if waiting is not None and job.kind in _launched:
         waiting.append(job)
     else:
         launch([job])
         _launched.add(job.kind)
-    return True if job.found is None else job.found
 
 
 def launch(jobs: Sequence[Job]) -> None:
@@ -78,12 +84,17 @@ def launch(jobs: Sequence[Job]) -> None:
     kinds: dict[Kind, list[Job]] = {}
     for job in jobs:
         kinds.setdefault(job.kind, []).append(job)
-    for (name, types, device), alike in kinds.items():
-        rule = RULES[name]
-        each = kernels.EACH if rule.columns else 1
-        ends = list(accumulate((-(-job.blocks // each) for job in alike), initial=0))
-        parts = torch.empty(ends[-1], rule.columns, dtype=torch.float64, device=device) if rule.columns else None
-        _start(rule, types, alike, ends, parts, device)
+    for alike in kinds.values():
+        alike[0].start(alike)
+
+
+def _start_rule(jobs: Sequence[Job]) -> None:
+    name, types, device = jobs[0].kind
+    rule = RULES[name]
+    each = kernels.EACH if rule.columns else 1
+    ends = list(accumulate((-(-job.blocks // each) for job in jobs), initial=0))
+    parts = torch.empty(ends[-1], rule.columns, dtype=torch.float64, device=device) if rule.columns else None
+    _start(rule, types, jobs, ends, parts, device)
 
 
 def _start(
@@ -91,8 +102,8 @@ def _start(
     device: torch.device,
 ) -> None:  # fmt: skip
     """ends: the programs of slices before, and of all."""
-    with _on(device):
-        table = _table(jobs, ends, device)
+    with on(device):
+        table = table_of(jobs, ends, device)
         if ends[-1]:
             kernels.run[(ends[-1],)](
                 table, len(jobs), parts, **constants(rule, types), **OPTIONS
@@ -120,17 +131,18 @@ def constants(rule: Rule, types: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def _table(jobs: Sequence[Job], ends: Sequence[int], device: torch.device) -> Tensor:
-    """(slices + 1, WIDTH) of int64, brought to ``device`` in one copy that nobody waits for."""
-    rows = torch.empty(len(ends), kernels.WIDTH, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+def table_of(jobs: Sequence[Job], ends: Sequence[int], device: torch.device) -> Tensor:
+    """(slices + 1, 1 + words + numbers) of int64, brought to ``device`` in one copy that nobody waits for."""
+    words, width = 1 + len(jobs[0].words), 1 + len(jobs[0].words) + len(jobs[0].numbers)
+    rows = torch.empty(len(ends), width, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     rows[:, 0] = torch.tensor(ends, dtype=torch.int64, device="cpu")
-    rows[:-1, 1 : kernels.WORDS] = torch.tensor([job.words for job in jobs], dtype=torch.int64, device="cpu")
+    rows[:-1, 1:words] = torch.tensor([job.words for job in jobs], dtype=torch.int64, device="cpu")
     numbers = torch.tensor([job.numbers for job in jobs], dtype=torch.float64, device="cpu")
-    rows[:-1, kernels.WORDS :] = numbers.view(torch.int64)
+    rows[:-1, words:] = numbers.view(torch.int64)
     return rows.to(device, non_blocking=True)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -157,17 +169,17 @@ def _job(rule: Rule, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> 
         if isinstance(values, Stored):
             one = values.data
             if isinstance(values, Int8):
-                words[9] = _address(values.scales)
+                words[9] = address(values.scales)
                 stored.append(values.rounding)
             elif letter in rule.writes:
                 stored.append(values.rounding)
             if letter != "g":
-                words[5 if letter == "p" else 6] = _signed(values.rounding.step)
+                words[5 if letter == "p" else 6] = signed(values.rounding.step)
         else:
             one = values
         data.append(one)
-        words[_PLACES[letter]] = address = _address(one)
-        places.append((address, one.element_size()))
+        words[_PLACES[letter]] = place = address(one)
+        places.append((place, one.element_size()))
     device, n = data[0].device, data[0].numel()
     if any(one.device != device or not one.is_contiguous() for one in data) or not _alike(stored):
         return None
@@ -175,17 +187,17 @@ def _job(rule: Rule, tensors: Sequence[Flat | None], numbers: Sequence[Any]) -> 
     head = start % BLOCK
     words[:3] = n, head, int(_is_aligned(places, head))
     if stored:
-        words[3:5] = _key(stored[0].seed, ~stored[0].stream), start // BLOCK * _LANES
+        words[3:5] = key_of(stored[0].seed, ~stored[0].stream), start // BLOCK * _LANES
     if rule.noisy:
         noise = numbers[-1]
-        words[12:15] = _key(noise.seed, noise.stream), _signed(noise.step), noise.start
+        words[12:15] = key_of(noise.seed, noise.stream), signed(noise.step), noise.start
     found = None
     if rule.columns:
         found = torch.empty(rule.columns, dtype=torch.float64, device=device)
-        words[15] = _address(found)
+        words[15] = address(found)
         found = found if rule.columns > 1 else found[0]
     blocks = -(-(head + n) // BLOCK) if n else 0
-    return Job((rule.name, tuple(types), device), words, _numbers(numbers), blocks, tensors, found)
+    return Job((rule.name, tuple(types), device), _start_rule, words, _numbers(numbers), blocks, tensors, found)
 
 
 def _numbers(given: Sequence[Any]) -> list[float]:
@@ -206,12 +218,12 @@ def _type(rule: Rule, letter: str, values: Flat) -> Any:
         if letter == "v" or (letter in rule.writes and not values.writable):
             return None
         known = isinstance(values, Bfloat16) or (isinstance(values, Int8) and letter == "m")
-        return _TYPES[values.data.dtype] if known else None
+        return TYPES[values.data.dtype] if known else None
     if values.dtype == torch.float32:
         return tl.float32
     if letter not in rule.casts or (letter in rule.writes and values.dtype == torch.int8):
         return None
-    return _TYPES.get(values.dtype)
+    return TYPES.get(values.dtype)
 
 
 def _alike(stored: Sequence[NoiseKey]) -> bool:
@@ -231,14 +243,14 @@ def _is_aligned(places: Sequence[tuple[int, int]], head: int) -> bool:
     return all(not (address - head * size) % _BYTES for address, size in places)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _key(seed: int, stream: int) -> int:
-    return _signed((seed & 0xFFFFFFFF) | (stream & 0xFFFFFFFF) << 32)
+def key_of(seed: int, stream: int) -> int:
+    return signed((seed & 0xFFFFFFFF) | (stream & 0xFFFFFFFF) << 32)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The number with the same 64 bits that a signed integer can have."""
     return word - (1 << 64) if word >> 63 & 1 else word

@@ -41,10 +41,19 @@ def load(values: tl.tensor, scale: tl.tensor, mask: tl.tensor) -> tl.tensor:
     else:
         raw = tl.load(values + offsets, mask=mask, other=0)
     if values.dtype.element_ty == tl.int16:
-        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        return widened(raw)
     elif values.dtype.element_ty == tl.int8 and scale is not None:
         t = raw.to(tl.float32) * (1 / _LEVELS)
         return t * tl.abs(t) * tl.load(scale)
+    else:
+        return raw.to(tl.float32)
+
+
+@triton.jit
+def widened(raw: tl.tensor) -> tl.tensor:
+    """Values as they are read, of any type but codes, in fp32."""
+    if raw.dtype == tl.int16:
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return raw.to(tl.float32)
 
@@ -74,12 +83,23 @@ def store(
 @triton.jit
 def store_nearest(values: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
     """Round fp32 values to the nearest, ties to even, and write them."""
+    _write(values, _nearest(values, x), mask)
+
+
+@triton.jit
+def store_nearest_at(places: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
+    """The same, each value to a place of its own."""
+    tl.store(places, _nearest(places, x), mask=mask)
+
+
+@triton.jit
+def _nearest(values: tl.tensor, x: tl.tensor) -> tl.tensor:
     if values.dtype.element_ty == tl.int16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        _write(values, tl.where(x == x, nearest, 0x7FC0).to(tl.int16), mask)
+        return tl.where(x == x, nearest, 0x7FC0).to(tl.int16)
     else:
-        _write(values, x.to(values.dtype.element_ty), mask)
+        return x.to(values.dtype.element_ty)
 
 
 @triton.jit
