@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ds_optim
+from tests.tiers import cells
 
 from .harness import device, run_ranks
 from .small_runs import (
@@ -250,7 +251,7 @@ def train_all(rank: int, world_size: int, cases: list[Case]) -> list[tuple[Weigh
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", cells([], [3, 4], [2]))
 def test_unusual_parameters_train_as_without_sharding(world_size: int) -> None:
     cases = cases_at(world_size)
     for rank, results in enumerate(run_ranks(world_size, train_all, cases, timeout=300)):

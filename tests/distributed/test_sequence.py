@@ -68,7 +68,7 @@ def train_stages(rank: int, world_size: int, sequence: int, family: str, stages:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("world_size", "family"), [(2, "Llama"), (2, "Qwen3"), (4, "Llama")])
+@pytest.mark.parametrize(("world_size", "family"), cells([], [(2, "Qwen3"), (4, "Llama")], [(2, "Llama")]))
 def test_losses_are_those_of_whole_sequences(world_size: int, family: str) -> None:
     """Attention over cut sequences adds up in another order, and gradients are twice as large at stages 0 to 2."""
     stages = (0, 1, 2, 3) if world_size == 2 else (1, 3)
