@@ -39,7 +39,7 @@ try() {
         cd "$root"
         export PATH="$venv/bin:$PATH" PYTHONPATH="$root" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
         export TORCH_EXTENSIONS_DIR="$venv/torch_extensions"
-        python -c 'import time, torch; began = time.process_time(); import ds_optim
+        python -c 'import time, torch; began = time.process_time(); import ds_optim; ds_optim.initialize, ds_optim.Lion
 print(f"import ds_optim: {time.process_time() - began:.2f} s beyond torch")'
         pip install --quiet "${root}[all]" pytest hypothesis
         (($# == 0)) || pip install --quiet "$@"

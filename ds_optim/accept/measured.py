@@ -14,7 +14,8 @@ from ds_optim.bench import polar as polar_bench
 from ds_optim.bench import step as step_bench
 from ds_optim.bench import wire as wire_bench
 from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON, ModelShape
-from ds_optim.report.schema import RESULTS, Row, read_rows
+from ds_optim.machine.kept_results import RESULTS
+from ds_optim.report.schema import Row, read_rows
 from ds_optim.sweep.memory import MemorySettings, run_memory
 
 _TOLERATED = {"model states": 0.02, "activations": 0.5, "peak": 0.25, "": 0.1}

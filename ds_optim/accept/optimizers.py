@@ -23,12 +23,12 @@ from ds_optim.accept.kernels import limit_of
 from ds_optim.bench import ranks as bench_ranks
 from ds_optim.machine import ranks
 from ds_optim.machine.child import reason_line
+from ds_optim.machine.plugins import load_plugins
 from ds_optim.memory import account
 from ds_optim.memory.estimate import estimate
 from ds_optim.memory.estimate_model import shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import ZeroSettings
-from ds_optim.optimizers.registry import load_plugins
 
 STAGES = (0, 1, 2, 3)
 _MOMENTA = ("float32", "bfloat16")

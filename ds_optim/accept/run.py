@@ -21,9 +21,10 @@ from ds_optim.accept.parts import MINUTES, PARTS
 from ds_optim.accept.worker import CHECKS, SETTINGS
 from ds_optim.bench.output import open_folder
 from ds_optim.machine.child import last_line
+from ds_optim.machine.kept_results import RESULTS, RUN_FILE
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.render import Report, render
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows
+from ds_optim.report.schema import Row, RunInfo, append_row, read_rows
 from ds_optim.sweep.run import interruptible
 
 LOG = "log.txt"

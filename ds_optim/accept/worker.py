@@ -17,7 +17,7 @@ def main(name: str, folder: Path) -> None:
     from ds_optim.accept.checks import AcceptSettings, Check
     from ds_optim.accept.parts import PARTS
     from ds_optim.machine.child import reason_line
-    from ds_optim.optimizers.registry import load_plugins
+    from ds_optim.machine.plugins import load_plugins
     from ds_optim.report.schema import append_row
 
     settings = AcceptSettings.model_validate_json((folder / SETTINGS).read_bytes())

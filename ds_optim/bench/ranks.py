@@ -90,7 +90,7 @@ def _work(
     import torch
 
     from ds_optim.machine import ranks
-    from ds_optim.optimizers.registry import load_plugins
+    from ds_optim.machine.plugins import load_plugins
 
     try:
         load_plugins()

@@ -1,6 +1,6 @@
 """The command line as a whole: its commands, and how a command that fails ends.
 
-Commands import what they need when they run, so that ``--help`` is quick. A user's mistake is one line on
+Commands import what they need when they run: no ``--help`` needs torch. A user's mistake is one line on
 stderr and exit status 2.
 """
 
@@ -32,7 +32,7 @@ from ds_optim.cli.train import train
 from ds_optim.errors import UserError
 from ds_optim.job.exits import RunStopped
 from ds_optim.machine.held import release
-from ds_optim.optimizers.registry import PLUGINS, load_plugins
+from ds_optim.machine.plugins import PLUGINS, load_plugins
 from ds_optim.zero.versions import EXTRA_OF, check_extra, missing
 
 NEEDS = {"train": ("train",), "compare": ("train", "report"), "memory": ("train", "report")}
@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         release()
     command = typer.main.get_command(app)
     try:
-        load_plugins(plugins)
         if "--help" not in arguments:
+            load_plugins(plugins)
             for extra in NEEDS.get(next(iter(arguments), ""), ()):
                 check_extra(extra, f"ds-optim {arguments[0]}")
         status = command.main(args=arguments, prog_name="ds-optim", standalone_mode=False)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ds_optim.cli.dry_run import print_plan
 from ds_optim.cli.failing import fail
 from ds_optim.cli.flags import with_flags
 from ds_optim.errors import UserError
-from ds_optim.job.recipes import Recipe, load_recipe
 from ds_optim.job.settings import WITHOUT_FLAG, TrainSettings, make_settings, parse_object
-from ds_optim.machine import ranks
-from ds_optim.machine.meeting import launched
-from ds_optim.survival.preemption import Preemption
+
+if TYPE_CHECKING:
+    from ds_optim.job.recipes import Recipe
+    from ds_optim.survival.preemption import Preemption
 
 _Recipe = Annotated[
     str | None, typer.Option(help="A published run: a name in configs/recipes, or a path; flags win over it.")
@@ -42,9 +41,16 @@ def train(
     --time-limit-s, saved: start again with --resume;
     69 a rank died or hung: the same; 74 the last checkpoint could not be written; 65 no finite numbers (--max-skips).
     """
+    from ds_optim.job.recipes import load_recipe
+    from ds_optim.machine import ranks
+    from ds_optim.machine.meeting import launched
+    from ds_optim.survival.preemption import Preemption
+
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
     published = None if recipe is None else load_recipe(recipe)
     if dry_run:
+        from ds_optim.cli.dry_run import print_plan
+
         count = ranks.expected() if launched() or published is None else published.ranks
         return print_plan(train_settings(given, config, published, count), count, published, tokens_per_s)
     if tokens_per_s is not None:
@@ -76,6 +82,7 @@ def train_settings(
 def run_train(settings: TrainSettings, preemption: Preemption | None = None) -> int:
     """Train, print the outcome on rank 0, and return the status to exit with."""
     from ds_optim.job import exits
+    from ds_optim.machine import ranks
     from ds_optim.survival.watchdog import end_process
     from ds_optim.train.loop import train as train_model
 

@@ -1,7 +1,8 @@
-"""Random numbers that are a function of what they are for: Philox4x32-10 (Salmon et al., SC 2011).
+"""Random numbers that are a function of what they are for: Philox4x32-7 (Salmon et al., SC 2011).
 
 A counter-based generator has no state: the number of an element is the same on any rank, at any stage, in
-any chunk, and after a resume. Integers round nothing, so every device agrees to the bit.
+any chunk, and after a resume. Integers round nothing, so every device agrees to the bit. Seven rounds are the least
+that pass all of BigCrush (their table 2); ten, their margin, cost a step of 8-bit momentum 8 % of its time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_ROUNDS = 10
+_ROUNDS = 7
 _BLOCK = 256
-# Ten rounds are a hundred passes over 8-byte integers: worth staying in a CPU's second-level cache for.
+# Seven rounds are seventy passes over 8-byte integers: worth staying in a CPU's second-level cache for.
 _CPU_CHUNK = 1 << 14
 # They hold 72 bytes a counter at once.
 _CUDA_CHUNK = 1 << 20

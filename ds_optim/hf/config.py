@@ -14,9 +14,8 @@ from torch import nn
 from ds_optim.errors import UserError
 from ds_optim.optimizers import ZeroOptimizer
 from ds_optim.optimizers.routes import say
-from ds_optim.zero import from_config
 from ds_optim.zero.auto import AUTO, is_open
-from ds_optim.zero.config import is_ours, type_of
+from ds_optim.zero.config import from_config, is_ours, type_of
 
 Section = dict[str, Any]
 _FLAGS = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ds_optim.optimizers.registry import DESCRIBED, canonical_type, plain_name
-
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -73,6 +71,8 @@ _TINY_PARAMS: dict[str, dict[str, Any]] = {
 
 def tuned_params(preset: str | None, optimizer: str) -> dict[str, Any]:
     """The tuned parameters of a preset, or nothing: then the optimizer's own defaults hold."""
+    from ds_optim.optimizers.registry import DESCRIBED, canonical_type, plain_name
+
     described = DESCRIBED.get(canonical_type(optimizer))
     if described is not None:
         return dict(described.tuned.get(preset, {})) if preset is not None else {}

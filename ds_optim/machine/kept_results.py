@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ds_optim.errors import UserError
 
+RESULTS, RUN_FILE = "results.jsonl", "run.json"
+"""The files of a run: its rows, and what it was."""
+
 
 def holds(folder: Path, names: Sequence[str]) -> str | None:
     """The first of these files that ``folder`` has, and that is not empty."""

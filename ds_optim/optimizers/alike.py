@@ -18,6 +18,7 @@ from ds_optim.optimizers.experts import label_of
 from ds_optim.optimizers.rules import STEP
 from ds_optim.sharding.binding import Member
 from ds_optim.sharding.comm import Comm
+from ds_optim.sharding.later import complete
 
 EVERY = 100
 NOTHING = "nothing"
@@ -147,6 +148,7 @@ def join_load(optimizer: torch.optim.Optimizer, problem: Exception | None, meant
         UserError: on all ranks, where one cannot load, or loads another checkpoint.
         RuntimeError: another rank is gone.
     """
+    complete()
     comm = next((found for found in (peers(optimizer) for peers in _loads) if found is not None), Comm())
     mine = None if problem is None else (isinstance(problem, UserError), " ".join(str(problem).split()))
     try:

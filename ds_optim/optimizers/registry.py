@@ -6,21 +6,12 @@ it, where it comes from, and what it is for.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
-from ds_optim.errors import UserError
 from ds_optim.optimizers.base import ZeroOptimizer
 from ds_optim.optimizers.rules import RULES, Rule
-
-PLUGINS = "DS_OPTIM_PLUGINS"
-"""Of the environment: files and modules with optimizers of a user's own, apart by os.pathsep; ranks inherit it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,44 +98,3 @@ def plain_name(optimizer: str) -> str:
 def canonical_type(name: str) -> str:
     """The name of a registered class for ``name`` ("LionMuon", "lion_muon", "lionmuon"); others as they are."""
     return {plain_name(key): key for key in OPTIMIZERS}.get(plain_name(name), name)
-
-
-def plugins() -> list[str]:
-    """Files and modules of a user's own that this process and its ranks import."""
-    return [name for name in os.environ.get(PLUGINS, "").split(os.pathsep) if name]
-
-
-def load_plugins(given: Sequence[str] = ()) -> None:
-    """Import what the environment names, and then ``given``, which ranks started from here will import too.
-
-    Raises:
-        UserError: a file that is not there, or that fails.
-    """
-    named = dict.fromkeys([*plugins(), *(str(Path(n).resolve()) if n.endswith(".py") else n for n in given)])
-    for name in named:
-        _load(name)
-    if named:
-        os.environ[PLUGINS] = os.pathsep.join(named)
-
-
-def _load(name: str) -> None:
-    try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
-            return
-        path = Path(name).resolve()
-        module = f"ds_optim_plugin_{path.stem}"
-        loaded = sys.modules.get(module)
-        if loaded is not None and loaded.__file__ == str(path):
-            return
-        spec = importlib.util.spec_from_file_location(module, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[module] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[module])
-    except Exception as problem:
-        fault = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-        raise UserError(
-            f"the plugin {name} cannot be imported ({fault}): name a Python file or a module that calls "
-            f"ds_optim.register, by --plugin or in {PLUGINS}"
-        ) from problem

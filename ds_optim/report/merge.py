@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ds_optim.errors import UserError
 from ds_optim.machine.files import Unreadable, read_json, short, write_atomic
+from ds_optim.machine.kept_results import RESULTS, RUN_FILE
 from ds_optim.report.compare import render_compare
 from ds_optim.report.memory import render_memory
 from ds_optim.report.render import Report
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows, write_rows
+from ds_optim.report.schema import Row, RunInfo, read_rows, write_rows
 
 _RENDERERS = {"memory": render_memory, "compare": render_compare}
 

@@ -13,8 +13,6 @@ from ds_optim.errors import UserError
 from ds_optim.machine.files import Unreadable, open_append, parse_json, read_bytes, short, typed, write_atomic
 
 SCHEMA_VERSION = 1
-#: The files of a run: its rows, and what it was.
-RESULTS, RUN_FILE = "results.jsonl", "run.json"
 _LIMIT = 1 << 28
 _Name = Annotated[str, Field(max_length=1000)]
 _Count = Annotated[int, Field(gt=-(2**63), lt=2**63)]

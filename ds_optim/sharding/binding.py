@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm
+from ds_optim.sharding.later import complete
 from ds_optim.sharding.layout import Layout, ParamSpec, build_layout
 
 
@@ -141,6 +142,7 @@ def register_engine_check(check: EngineCheck) -> None:
 
 def is_read_by_engine(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], groups: Groups) -> bool:
     """Whether who reads the groups is the engine that is going to step the optimizer."""
+    complete()
     return any([check(optimizer, members, groups) for check in _engine_checks])
 
 
@@ -151,6 +153,7 @@ def bind(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[Member]], 
         members: for each of ``groups`` the parameters that the optimizer was built with.
         groups: all parameter groups as they are now.
     """
+    complete()
     for binder, _ in _binders:
         binding = binder(optimizer, members, groups)
         if binding is not None:
@@ -239,6 +242,7 @@ def taken(members: Sequence[Sequence[Member]], groups: Groups) -> list[list[Memb
     The parameters themselves tell, where the groups hold them, and else who took them into partitions. Fp32 copies
     (stage 0, 16-bit) tell nothing but their number: ask while DeepSpeed makes them.
     """
+    complete()
     held = {id(tensor) for group in groups for tensor in group["params"]}
     for is_held in (lambda parameter: id(parameter) in held, *(is_partitioned for _, is_partitioned in _binders)):
         found = [[m for m in group if is_held(m.parameter)] for group in members]

@@ -17,8 +17,8 @@ from ds_optim.errors import UserError, did_you_mean
 from ds_optim.job.deepspeed_json import section_of
 from ds_optim.job.presets import PRESETS
 from ds_optim.job.settings import TrainSettings, make_settings
+from ds_optim.machine.plugins import plugins
 from ds_optim.memory.estimate_optimizers import takes_momentum_dtype
-from ds_optim.optimizers.registry import plugins
 from ds_optim.zero.config import DEEPSPEED_PREFIX, check_type
 
 #: Steps left out of the timing: kernels warm up, optimizer state is made, and memory is counted.

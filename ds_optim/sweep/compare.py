@@ -8,10 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 
+from ds_optim.machine.kept_results import RESULTS
 from ds_optim.report.compare import compare_answers, render_compare, terminal_table
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.repeats import merge_repeats
-from ds_optim.report.schema import RESULTS, Row, RunInfo
+from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import failures, to_rich
 from ds_optim.report.units import milliseconds
 from ds_optim.sweep.cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce

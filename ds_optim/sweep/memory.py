@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ds_optim.machine.forked import usable_gpus
+from ds_optim.machine.kept_results import RESULTS
 from ds_optim.report.blocks import to_terminal
 from ds_optim.report.machine import describe_machine
 from ds_optim.report.memory import memory_answers, merge_repeats, render_memory, with_savings
-from ds_optim.report.schema import RESULTS, Row, RunInfo
+from ds_optim.report.schema import Row, RunInfo
 from ds_optim.report.table import failures
 from ds_optim.report.units import size
 from ds_optim.sweep.cells import Cell, CompareSettings, bucket_settings, plan_cells, reproduce

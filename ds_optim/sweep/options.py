@@ -9,8 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ds_optim.errors import UserError
-from ds_optim.machine.kept_results import free_folder, newest_folder
-from ds_optim.report.schema import RESULTS, RUN_FILE
+from ds_optim.machine.kept_results import RESULTS, RUN_FILE, free_folder, newest_folder
 
 #: Of a list of names.
 Optimizers = Annotated[str, typer.Option(help="Names, comma-separated; deepspeed:Muon is DeepSpeed's own.")]

@@ -19,10 +19,10 @@ from ds_optim.job.exits import Preempted
 from ds_optim.job.presets import tuned_params
 from ds_optim.machine.files import write_atomic
 from ds_optim.machine.forked import check_ranks
-from ds_optim.machine.kept_results import holds, refuse
+from ds_optim.machine.kept_results import RESULTS, RUN_FILE, holds, refuse
 from ds_optim.machine.run_lock import RunLock
 from ds_optim.report.merge import read_info
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, append_row, read_rows, write_rows
+from ds_optim.report.schema import Row, RunInfo, append_row, read_rows, write_rows
 from ds_optim.sweep.cells import Cell, CompareSettings
 from ds_optim.sweep.launch import CellJob, CellLauncher, CellOutcome, ForkserverLauncher
 from ds_optim.sweep.nodes import launcher_from

@@ -58,7 +58,7 @@ def _train_and_measure(folder: Path) -> None:
     from ds_optim.job.settings import TrainSettings
     from ds_optim.machine import ranks
     from ds_optim.machine.files import write_atomic
-    from ds_optim.optimizers.registry import load_plugins
+    from ds_optim.machine.plugins import load_plugins
     from ds_optim.sweep.result import CellResult
     from ds_optim.train.loop import train
 

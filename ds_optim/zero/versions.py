@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING
 
 from ds_optim.errors import UserError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _CORE = ("torch", "deepspeed")
 EXTRA_OF = {
@@ -52,6 +54,8 @@ def missing(module: str, extra: str, command: str) -> str:
 
 def _declared(extra: str) -> Iterator[Requirement]:
     """The core's requirements, or those that an extra adds; none in a source tree that was never installed."""
+    from packaging.requirements import Requirement
+
     try:
         lines = requires("ds-optim") or []
     except PackageNotFoundError:

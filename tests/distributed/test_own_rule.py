@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ds_optim.cli.app import main
+from ds_optim.machine.plugins import PLUGINS, load_plugins
 from ds_optim.memory.account import account
 from ds_optim.memory.estimate import ZeroSettings, estimate
 from ds_optim.memory.estimate_model import shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
-from ds_optim.optimizers.registry import DESCRIBED, OPTIMIZERS, PLUGINS, load_plugins
+from ds_optim.optimizers.registry import DESCRIBED, OPTIMIZERS
 from ds_optim.optimizers.rules import RULES
 from tests.tiers import cells
 

@@ -6,7 +6,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -104,8 +104,48 @@ def test_the_check_sees_wrong_imports(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(complaints(path)) == len(lines), complaints(path)
 
 
-@pytest.mark.parametrize("module", ["ds_optim", "ds_optim.hf", "ds_optim.cli.app"])
-def test_import_is_light(module: str) -> None:
-    code = f"import json, sys, {module}; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert json.loads(done.stdout) == []
+def imported(code: str, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that a process of its own has imported after ``code``."""
+    asked = f"import json, sys\n{code}\nprint(json.dumps([m for m in {names!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=120, check=True)
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("ds_optim", (*HEAVY, "torch", "pydantic")), ("ds_optim.optimizers", HEAVY), ("ds_optim.hf", HEAVY)],
+)
+def test_import_is_light(module: str, heavy: Sequence[str]) -> None:
+    assert imported(f"import {module}", heavy) == []
+
+
+def test_no_help_imports_torch() -> None:
+    code = """
+from typer.main import get_command
+from ds_optim.cli import main
+from ds_optim.cli.app import app
+
+def lines(command, path):
+    yield [*path, "--help"]
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from lines(inner, [*path, name])
+
+shown = 0
+for line in lines(get_command(app), []):
+    try:
+        main(line)
+    except SystemExit as end:
+        assert end.code == 0, line
+        shown += 1
+assert shown >= 20, shown
+"""
+    assert imported(code, (*HEAVY, "torch")) == []
+
+
+def test_an_optimizer_finds_its_partitions_whatever_was_imported() -> None:
+    """What knows ZeRO's partitions registers when first asked for, though an optimizer's file alone is imported."""
+    one = "import torch\nfrom ds_optim.optimizers.lion import Lion\n"
+    seam = ("ds_optim.zero.seam",)
+    assert imported(one, seam) == []
+    assert imported(f"{one}Lion([torch.nn.Parameter(torch.ones(4))])", seam) == [*seam]

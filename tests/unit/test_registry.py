@@ -13,8 +13,9 @@ from ds_optim import optimizers
 from ds_optim.cli.app import take_plugins
 from ds_optim.errors import UserError
 from ds_optim.job.presets import PRESETS, tuned_params
+from ds_optim.machine.plugins import PLUGINS, load_plugins
 from ds_optim.optimizers.options import known_keys
-from ds_optim.optimizers.registry import DESCRIBED, OPTIMIZERS, PLUGINS, load_plugins, register
+from ds_optim.optimizers.registry import DESCRIBED, OPTIMIZERS, register
 from ds_optim.optimizers.rules import MEAN, PARAMETER, ROOT_SQUARES, ROW, RULES, Buffer, rule
 from ds_optim.optimizers.saved import Identity, describe
 from ds_optim.optimizers.table import COLUMNS, table

@@ -16,6 +16,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(256)
 LANES = tl.constexpr(32)
+_ROUNDS = tl.constexpr(7)
 _LEVELS = tl.constexpr(127.0)
 _LARGEST_BF16 = tl.constexpr(0x7F7F0000)
 _INFINITE = tl.constexpr(0x7F800000)
@@ -107,9 +108,8 @@ def rounding_bits(key: tl.tensor, step: tl.tensor, counter: tl.tensor) -> tl.ten
     """``noise.rounding_bits`` of a block: key is seed + 2^32 (the stream's number), counter the block's first."""
     step = step.to(tl.int64)
     counters = counter.to(tl.int64) + tl.arange(0, LANES)
-    a, b, c, d = tl.philox(
-        key, step.to(tl.uint32), (step >> 32).to(tl.uint32), counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
-    )
+    low, high = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(key, step.to(tl.uint32), (step >> 32).to(tl.uint32), low, high, n_rounds=_ROUNDS)
     # (counter, half of a word, last bit and first bit of the word's number) -> (word, half, counter)
     words = tl.join(tl.join(_halves(a), _halves(b)), tl.join(_halves(c), _halves(d)))
     return tl.reshape(tl.permute(words, (3, 2, 1, 0)), [BLOCK])
@@ -119,9 +119,8 @@ def rounding_bits(key: tl.tensor, step: tl.tensor, counter: tl.tensor) -> tl.ten
 def uniform(key: tl.tensor, step: tl.tensor, first: tl.tensor) -> tl.tensor:
     """``noise.uniform_noise`` of a block whose first element is ``first``: key is seed + 2^32 stream."""
     element = first + tl.arange(0, BLOCK)
-    a, _, _, _ = tl.philox(
-        key, step.to(tl.uint32), (step >> 32).to(tl.uint32), element.to(tl.uint32), (element >> 32).to(tl.uint32)
-    )
+    low, high = element.to(tl.uint32), (element >> 32).to(tl.uint32)
+    a, _, _, _ = tl.philox(key, step.to(tl.uint32), (step >> 32).to(tl.uint32), low, high, n_rounds=_ROUNDS)
     # (a + 1/2) / 2^31 - 1 is exact before it is rounded to fp32: a - 2^31 is a with its first bit turned over, signed.
     signed = (a ^ 0x80000000).to(tl.int32, bitcast=True)
     return (signed.to(tl.float64) + 0.5).to(tl.float32) * 4.656612873077393e-10

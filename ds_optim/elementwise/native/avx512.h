@@ -37,7 +37,7 @@ static inline void wide_noise(__m512i words[8], const Rounds *rounds, uint64_t b
         c[3][v] = p;
     }
 #pragma GCC unroll 8
-    for (int round = 2; round < 10; round++) {
+    for (int round = 2; round < ROUNDS; round++) {
         const __m512i k0 = broadcast64(keys[round][0]), k1 = broadcast64(keys[round][1]);
         for (int v = 0; v < 4; v++) {
             const __m512i p = _mm512_mul_epu32(c[0][v], m0), q = _mm512_mul_epu32(c[2][v], m1);

@@ -16,7 +16,7 @@
 #endif
 
 enum { NONE, FLOAT32, BFLOAT16, INT8 };
-enum { BLOCK = 256, LEVELS = 127, LANES = 32 };
+enum { BLOCK = 256, LEVELS = 127, LANES = 32, ROUNDS = 7 /* of Philox */ };
 
 /* (seed, stream, step) of a parameter's noise, and the place of the first element in its parameter. */
 typedef struct {

@@ -1,16 +1,16 @@
-/* Philox4x32-10 and the bits that values are rounded by (noise.py). */
+/* Philox4x32-7 and the bits that values are rounded by (noise.py). */
 #pragma once
 
 #include "common.h"
 
-/* The step and the key of each of the ten rounds, each key in the low half of 64 bits. */
+/* The step and the key of each of the rounds, each key in the low half of 64 bits. */
 typedef struct {
-    uint64_t step, keys[10][2];
+    uint64_t step, keys[ROUNDS][2];
 } Rounds;
 
 static inline Rounds rounds_of(uint64_t step, uint32_t seed, uint32_t stream) {
     Rounds r = {.step = step};
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < ROUNDS; i++) {
         r.keys[i][0] = seed + (uint32_t)i * 0x9E3779B9u;
         r.keys[i][1] = stream + (uint32_t)i * 0xBB67AE85u;
     }
@@ -22,7 +22,7 @@ static inline Rounds rounding_of(const Array *a) {
     return rounds_of(a->key.step, (uint32_t)a->key.seed, (uint32_t)a->key.stream ^ 0xFFFFFFFFu);
 }
 
-/* Philox4x32-10 of LANES counters (step, first ... first + LANES - 1), a word of each in words[i]. */
+/* Philox4x32-7 of LANES counters (step, first ... first + LANES - 1), a word of each in words[i]. */
 static inline void philox(uint32_t words[4][LANES], uint64_t first, const Rounds *rounds) {
     uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
     for (int i = 0; i < LANES; i++) {
@@ -31,7 +31,7 @@ static inline void philox(uint32_t words[4][LANES], uint64_t first, const Rounds
         c2[i] = (uint32_t)(first + (uint64_t)i);
         c3[i] = (uint32_t)((first + (uint64_t)i) >> 32);
     }
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < ROUNDS; round++) {
         const uint32_t k0 = (uint32_t)rounds->keys[round][0], k1 = (uint32_t)rounds->keys[round][1];
         for (int i = 0; i < LANES; i++) {
             const uint64_t p = (uint64_t)c0[i] * 0xD2511F53u, q = (uint64_t)c2[i] * 0xCD9E8D57u;

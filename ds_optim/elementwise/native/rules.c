@@ -126,7 +126,7 @@ typedef uint32_t Words __attribute__((vector_size(32)));
 typedef int32_t Signed __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
-enum { WIDTH = 8, VECTORS = 8, GROUP = WIDTH * VECTORS, ROUNDS = 10 };
+enum { WIDTH = 8, VECTORS = 8, GROUP = WIDTH * VECTORS };
 enum { NOISE = 4 * GROUP }; /* long enough for what was stored to have left for the cache before it is loaded */
 
 typedef struct {
@@ -151,7 +151,7 @@ static inline Wide product(Wide a, uint32_t b) {
 #endif
 }
 
-/* (w + 1/2) / 2^31 - 1 of the first words w of Philox4x32-10 of GROUP counters (step, first ...). It is exact
+/* (w + 1/2) / 2^31 - 1 of the first words w of Philox4x32-7 of GROUP counters (step, first ...). It is exact
  * before it is rounded to fp32: w - 2^31 is the word as a signed number once its first bit is turned over. */
 static inline void uniform_group(float noise[GROUP], uint64_t first, const Schedule *s) {
     const Wide ramp = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -165,7 +165,7 @@ static inline void uniform_group(float noise[GROUP], uint64_t first, const Sched
         c2[v] = (element >> 32) ^ (p >> 32) ^ s->k1[0];
         c3[v] = (Wide){0} + p;
     }
-#pragma GCC unroll 10
+#pragma GCC unroll 7
     for (int round = 1; round < ROUNDS; round++) {
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) {
