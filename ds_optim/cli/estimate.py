@@ -52,6 +52,9 @@ def estimate(
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
     checkpointing: _Checkpointing = False,
+    attention: Annotated[str, typer.Option(help="sdpa, or eager, which keeps its scores.")] = "sdpa",
+    loss_chunks: Annotated[int, typer.Option(help="Pieces in which logits and loss are computed.")] = 1,
+    lora: Annotated[int | None, typer.Option(help="Train LoRA of this rank alone, on all linear layers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for curves over ranks and stages, PNG and SVG.")] = None,
 ) -> int:
@@ -68,7 +71,7 @@ def estimate(
     from ds_optim.zero.support import sequences_cut_in
 
     loaded = _read(config)
-    shape = load_shape(model, params, seq_len)
+    shape = load_shape(model, params, seq_len, lora=lora)
     given = {"dtype": dtype, **_zero_keys(loaded, shape)}  # under autocast weights are fp32 whatever the flag says
     zero = ZeroSettings(stage=0, ranks=1, accumulation=accumulation, **given)
     request = EstimateRequest(
@@ -83,6 +86,8 @@ def estimate(
         micro_batch=micro_batch,
         seq_len=max(1, seq_len // (sequences_cut_in(loaded) or 1)),  # a rank's part of a sequence
         checkpointing=checkpointing,
+        attention=attention,
+        loss_chunks=loss_chunks,
         experts_over=experts_over(loaded),
     )
     return run_estimate(request, as_json=as_json, out=out)

@@ -1,14 +1,14 @@
 """What training takes, in closed form: bytes by rank of everything that a model, an optimizer and ZeRO will hold.
 
 No weights, no GPU, no process group: the layout of ``ds_optim.sharding.layout`` says to the element what every rank
-holds, DeepSpeed 0.19.8's buffers follow from its settings, and an exchange's scratch from its plan. Activations are
-the one part that is not exact (see ``activations``).
+holds, DeepSpeed 0.19.8's buffers follow from its settings, and an exchange's scratch from its plan. What forward and
+backward hold comes from ``estimate_passes``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
 from ds_optim.memory.estimate_files import gradient_files, in_files, pinned, stored_numel
@@ -19,22 +19,19 @@ from ds_optim.memory.estimate_terms import (
     accumulating,
     buckets,
     chunk_scratch,
+    collected,
+    early_buckets,
     gradients,
     rows,
     shares,
     step_gradients,
+    whole_gradients,
 )
-from ds_optim.memory.estimate_widths import Transformer
+from ds_optim.memory.passes import NOTHING, Backward, Passes
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Layout, Unit, build_layout
 
 _FP32 = 4
-
-ACTIVATIONS = (
-    "an estimate: weights' bytes x micro-batch x sequence x (layers x (4 h + 2 a d + 2 k d + f i) + h) with"
-    " f = 4 for a gated MLP, else 2, attention that keeps no s x s scores, and logits of (2 or 4) + 8 bytes each;"
-    " with checkpointing, layers x h and one layer in full"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ class RankMemory:
         work. chunks: scratch of elementwise steps.
         host: the part of gradients, master and state that lies in the host's memory. host_buckets: there too.
         files: the part of them that lies in files, of NVMe.
-        persistent_buckets: the buckets are held all the time.
+        persistent_buckets: the buckets are held all the time. backward: what of this there is in it, and when.
     """
 
     weights: int
@@ -71,6 +68,7 @@ class RankMemory:
     host_buckets: int = 0
     files: int = 0
     persistent_buckets: bool = False
+    backward: Backward = field(default_factory=Backward)
 
     @property
     def optimizer_state(self) -> int:
@@ -86,12 +84,35 @@ class RankMemory:
         """The same with the gradients of several micro-batches."""
         return self.model_states + self.accumulating
 
-    def peak(self, activations: int = 0) -> int:
-        """The most that the accelerator holds: in backward, with all gradients made, or in the step."""
-        held = self.model_states + self.scalars - self.host - self.files
-        backward = self.accumulating + self.buckets + self.gathered + activations
-        step = self.step_gradients + self.exchange + self.chunks + (self.buckets if self.persistent_buckets else 0)
-        return held + max(backward, step)
+    @property
+    def steady(self) -> int:
+        """What the accelerator holds at any moment: all but gradients and what comes and goes."""
+        return self.model_states + self.scalars - self.host - self.files - self._gradients_here
+
+    @property
+    def step(self) -> int:
+        """What it holds at most in the optimizer's step."""
+        buckets = self.backward.early_buckets if self.persistent_buckets else 0
+        scratch = self.step_gradients + self.exchange + self.chunks
+        return self.steady + self._gradients_here + scratch + buckets
+
+    @property
+    def _gradients_here(self) -> int:
+        return 0 if self.host or self.files else self.gradients
+
+    def peak(self, passes: Passes = NOTHING) -> int:
+        """The most that the accelerator holds: in the passes of a micro-batch, or in the step."""
+        return max(self.steady + self.backward.fullest(passes).total, self.step)
+
+    def at_peak(self, passes: Passes = NOTHING) -> dict[str, int]:
+        """What the peak is of, by owner, bytes that add up to it; ``states``: masters, optimizer state and scalars."""
+        owners = {"weights": self.weights, "states": self.steady - self.weights}
+        at = self.backward.fullest(passes)
+        if self.step > self.steady + at.total:
+            buckets = self.backward.early_buckets if self.persistent_buckets else 0
+            scratch = self.step_gradients + self.exchange + self.chunks
+            return {**owners, "gradients": self._gradients_here, "buckets": buckets, "step": scratch}
+        return {**owners, **asdict(at)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +128,8 @@ class MemoryEstimate:
 
     @property
     def largest(self) -> RankMemory:
-        """The rank that needs most."""
-        return max(self.ranks, key=lambda rank: (rank.peak(), rank.most_model_states))
+        """The rank that needs most; of equal ones the last, whose gradients come first."""
+        return max(reversed(self.ranks), key=lambda rank: (rank.peak(), rank.most_model_states))
 
     def total(self, term: str) -> int:
         """A term's sum over the ranks, by its name in :class:`RankMemory`; ``state`` is summed over its buffers."""
@@ -148,24 +169,6 @@ def estimate(
         ranks=tuple(ranks * zero.ranks if zero.stage == 0 else ranks),
         largest_layer=model.largest_layer * zero.itemsize,
     )
-
-
-def activations(
-    shape: Transformer, *, micro_batch: int, seq_len: int, dtype_bytes: int = 2, checkpointing: bool = False
-) -> int:
-    """Bytes that a forward pass keeps for the backward pass, roughly: an estimate, as ``ACTIVATIONS`` says.
-
-    After Korthikanti et al. 2022 (arXiv 2205.05198), for layers without dropout whose attention is fused: of each
-    layer its input, both normalized inputs and the sum between (4 h), queries and output (2 a d), keys and values
-    (2 k d), and the MLP's inner tensors. Kernels, compilers and norms that compute in fp32 move it by tens of percent:
-    of what a forward pass of qwen3-tiny and of a small GPT-2 held on a CPU it is 0.84 to 1.00, of the peak in backward,
-    gradients of weights apart, 0.68 to 0.87, and 0.9 to 1.7 with checkpointing.
-    """
-    attention = 2 * shape.heads * shape.head_dim + 2 * shape.key_value_heads * shape.head_dim
-    layer = 4 * shape.hidden + attention + (4 if shape.gated else 2) * shape.intermediate
-    layers = shape.layers * shape.hidden + layer if checkpointing else shape.layers * layer
-    logits = shape.vocabulary * (dtype_bytes + 2 * _FP32)
-    return micro_batch * seq_len * ((layers + shape.hidden) * dtype_bytes + logits)
 
 
 def _rank(
@@ -211,7 +214,8 @@ def _rank(
     stored = sum(stored_numel(unit, zero) for unit in units)
     master = 0 if zero.stage == 0 and zero.dtype == "fp32" else stored * zero.master_itemsize
     before_step = gradients(units, rank, zero) + extra_gradients
-    on_device, on_host = buckets(units, rank, zero)
+    on_device, on_host = buckets(units, zero)
+    added = collected(units, rank, zero)
     nearest = max((sampled for sampled in scratch if sampled <= rank), default=0)
     narrow = optimizer.momentum_dtype != "float32" and optimizer.ours
     in_swap += gradient_files(units, rank, zero)
@@ -223,7 +227,7 @@ def _rank(
         state=state,
         scalars=scalars,
         padding=padding,
-        buckets=on_device + staging,
+        buckets=on_device + added + staging,
         gathered=_gathered(model, zero),
         step_gradients=step_gradients(units, zero),
         exchange=scratch.get(nearest, 0),
@@ -234,6 +238,37 @@ def _rank(
         host_buckets=on_host + pinned(units, zero),
         files=in_swap,
         persistent_buckets=zero.stage == 3,
+        backward=_backward(rank, model, units, zero, before_step, added, on_device + staging),
+    )
+
+
+def _backward(
+    rank: int,
+    model: ModelShape,
+    units: tuple[Unit, ...],
+    zero: ZeroSettings,
+    before_step: int,
+    added: int,
+    on_device: int,
+) -> Backward:
+    """What a rank holds in the last micro-batch's backward, of ``before_step`` bytes of gradients at its end."""
+    before, more = before_step + accumulating(units, before_step, zero), added
+    if zero.accumulation == 1 and zero.stage < 3:
+        before, more = 0, max(before_step, whole_gradients(units, zero))
+    if zero.offload:
+        before = more = 0
+    cut = zero.stage == 2  # the last rank's partition holds the model's end
+    return Backward(
+        gradients=before,
+        more_gradients=more,
+        first=1 - (rank + 1) / zero.ranks if cut else 0.0,
+        last=1 - rank / zero.ranks if cut else 1.0,
+        buckets=on_device,
+        early_buckets=early_buckets(zero),
+        reduced_last=zero.stage == 0,
+        gathered=_gathered(model, zero),
+        whole=_whole(model, zero),
+        ahead=_ahead(model, zero),
     )
 
 
@@ -276,12 +311,23 @@ def _gathered(model: ModelShape, zero: ZeroSettings) -> int:
     A layer stays gathered if it is used again within ``max_reuse_distance`` elements, there and back; besides, the
     layer in work and what is fetched ahead of it.
     """
+    kept = min(zero.max_reuse_distance // 2, zero.max_live_parameters) * zero.itemsize
+    return min(_whole(model, zero), kept + _ahead(model, zero))
+
+
+def _whole(model: ModelShape, zero: ZeroSettings) -> int:
+    """Bytes of all parameters that stage 3 gathers."""
     if zero.stage != 3:
         return 0
-    whole = model.numel - numel_of(p for p in model.parameters if p.numel <= zero.param_persistence_threshold)
-    kept = min(zero.max_reuse_distance // 2, zero.max_live_parameters)
-    ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters)
-    return min(max(0, whole), kept + model.largest_layer + ahead) * zero.itemsize
+    small = numel_of(p for p in model.parameters if p.numel <= zero.param_persistence_threshold)
+    return max(0, model.numel - small) * zero.itemsize
+
+
+def _ahead(model: ModelShape, zero: ZeroSettings) -> int:
+    """Bytes of the layer in work, and of what is fetched before it is met."""
+    if zero.stage != 3:
+        return 0
+    return (model.largest_layer + min(zero.prefetch_bucket_size, zero.max_live_parameters)) * zero.itemsize
 
 
 def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, ...]) -> dict[int, int]:

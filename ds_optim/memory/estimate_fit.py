@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate import RankMemory
+from ds_optim.memory.passes import NOTHING, Passes
 
 #: What tensors may take of an accelerator: the rest is its context, NCCL, and what an allocator keeps in pieces.
 USABLE = 0.9
@@ -29,28 +30,32 @@ def parse_size(text: str) -> int:
     return int(number * _UNITS[found["unit"].lower().removesuffix("b")])
 
 
-def fits(memory: RankMemory, size: int, activations: int = 0) -> bool:
-    """Whether a rank's peak leaves the reserve of ``size`` bytes alone."""
-    return memory.peak(activations) <= size * USABLE
+def fits(memory: RankMemory, size: int, passes: Passes = NOTHING) -> bool:
+    """Whether a rank's peak, and what that may be short by, leaves the reserve of ``size`` bytes alone."""
+    return memory.peak(passes) + passes.short <= size * USABLE
 
 
-def largest_micro_batch(memory: RankMemory, size: int, activations: int) -> int:
-    """The most sequences that a rank can take at once, of ``activations`` bytes each; 0 where not one fits."""
-    if activations < 1:
+def largest_micro_batch(memory: RankMemory, size: int, passes_of: Callable[[int], Passes]) -> int:
+    """The most sequences that a rank can take at once; 0 where not one fits.
+
+    Args:
+        passes_of: those of so many sequences, of which each needs memory.
+    """
+    if passes_of(1).most < 1:
         raise ValueError("a sequence has activations: give their bytes")
-    if not fits(memory, size, activations):
+    if not fits(memory, size, passes_of(1)):
         return 0
     low, high = 1, _LARGEST_BATCH
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(memory, size, middle * activations) else (low, middle - 1)
+        low, high = (middle, high) if fits(memory, size, passes_of(middle)) else (low, middle - 1)
     return low
 
 
-def fewest_ranks(memory_at: Callable[[int], RankMemory], size: int, activations: int = 0) -> int | None:
+def fewest_ranks(memory_at: Callable[[int], RankMemory], size: int, passes: Passes = NOTHING) -> int | None:
     """The smallest of ``RANKS`` at which a rank's share fits; None if none of them is enough.
 
     Found by halving: of a share that more ranks make larger, by padding, it may miss the smallest by one.
     """
-    found = bisect_left(RANKS, True, key=lambda ranks: fits(memory_at(ranks), size, activations))
+    found = bisect_left(RANKS, True, key=lambda ranks: fits(memory_at(ranks), size, passes))
     return RANKS[found] if found < len(RANKS) else None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_optim.errors import UserError, did_you_mean
 from ds_optim.job.architectures import described_model
 from ds_optim.job.deepspeed_json import section_of
@@ -35,17 +37,20 @@ _ZERO_KEYS = {
 BYTES_VOCABULARY = 257
 
 
-def load_shape(model: str | None, params: float | None, seq_len: int = 1024) -> ModelShape:
+def load_shape(model: str | None, params: float | None, seq_len: int = 1024, *, lora: int | None = None) -> ModelShape:
     """The model that the command names: one of ``model`` and ``params``.
 
     Args:
         model: a preset, a folder or ``config.json`` of ``transformers`` (the class that its "architectures" names, all
             of it), a hub name "owner/model", or a JSON file with a list of parameters.
         params: a number of parameters, of a model that is not known otherwise.
+        lora: rank of PEFT's LoRA on all linear layers, which are then all that is trained.
 
     Raises:
-        UserError: there is no such model, or both or none are given.
+        UserError: there is no such model, or both or none are given; or there is no class to put LoRA into.
     """
+    if lora is not None:
+        return _with_lora(load_shape(model, params, seq_len), lora)
     if (model is None) == (params is None):
         raise UserError("give --model (a preset, a config, a parameter list) or --params (a number), one of the two")
     if params is not None:
@@ -103,3 +108,19 @@ def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any
 def _of_config(name: str, config: Any) -> ModelShape:
     model, counted = described_model(config)
     return shape_of_module(name, model, config=model.config, counted=counted)
+
+
+def _with_lora(shape: ModelShape, rank: int) -> ModelShape:
+    """The model with PEFT's LoRA of ``rank`` on all linear layers, the rest of it frozen."""
+    module, config = shape.module, getattr(shape.module, "config", None)
+    if module is None or config is None:
+        raise UserError(f"--lora needs a model's class, and {shape.name} is only a list of parameters: give a config")
+    if rank < 1:
+        raise UserError(f"--lora is {rank}: write the rank, a whole number from 1")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("--lora needs PEFT: pip install peft") from None
+    with torch.device("meta"):
+        model = get_peft_model(module, LoraConfig(r=rank, target_modules="all-linear"))
+    return shape_of_module(f"{shape.name}, LoRA of rank {rank}", model, config=config, counted=shape.counted)

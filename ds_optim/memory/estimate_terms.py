@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from ds_optim.elementwise import native
 from ds_optim.elementwise.chunks import CPU_CHUNK, CUDA_CHUNK, CUDA_SCRATCH, CUDA_SCRATCH_ELEMENT
 from ds_optim.elementwise.momentum import scales_numel
 from ds_optim.errors import UserError
@@ -179,7 +180,7 @@ def accumulating(units: Sequence[Unit], before_step: int, zero: ZeroSettings) ->
     return max(0, whole * zero.grad_itemsize - before_step)
 
 
-def buckets(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> tuple[int, int]:
+def buckets(units: Sequence[Unit], zero: ZeroSettings) -> tuple[int, int]:
     """Bytes of DeepSpeed's communication buckets: (on the accelerator, on the host).
 
     Made anew by each backward at stages 1 and 2, kept for good at stage 3; as large as ``reduce_bucket_size`` says
@@ -201,10 +202,29 @@ def buckets(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> tuple[int, 
     on_device = bucket * (2 if zero.overlaps else 1) * (2 if zero.autocast else 1)
     if zero.offload:  # a staging copy of the largest gradient on either side, and the 16-bit partitions on the host
         return on_device + largest * zero.itemsize, (partitions + largest) * zero.itemsize
-    if zero.accumulation > 1 and zero.stage == 2 and zero.grad_itemsize == zero.itemsize:
-        # A micro-batch's gradients are collected beside those that it is added to.
-        on_device += sum(shares(unit)[rank].touched for unit in units) * zero.itemsize
     return on_device, 0
+
+
+def early_buckets(zero: ZeroSettings) -> int:
+    """Bytes of them that are there before a backward's first gradient is complete: at stage 3 the bucket itself, and
+    at stage 1 those of an earlier micro-batch."""
+    if zero.stage == 3:
+        return zero.reduce_bucket_size * zero.itemsize if zero.contiguous_gradients else 0
+    if zero.stage == 1 and zero.accumulation > 1 and zero.contiguous_gradients:
+        return zero.reduce_bucket_size * zero.itemsize * (2 if zero.overlaps else 1)
+    return 0
+
+
+def collected(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:
+    """Bytes of a micro-batch's gradients that stage 2 collects beside those that they are added to."""
+    if zero.offload or zero.accumulation == 1 or zero.stage != 2 or zero.grad_itemsize != zero.itemsize:
+        return 0
+    return sum(shares(unit)[rank].touched for unit in units) * zero.itemsize if zero.contiguous_gradients else 0
+
+
+def whole_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
+    """Bytes of the gradients of all parameters at stages 0 and 1, which reduce them after backward."""
+    return sum(spec.numel for unit in units for spec in unit.params) * zero.itemsize if zero.stage < 2 else 0
 
 
 def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
@@ -227,8 +247,10 @@ def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
 def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool, kept: int = 0) -> int:
     """Bytes of the fp32 chunks that an elementwise step works in: two, one that rounded momentum is read to, and with
     bf16 masters two that weights and gradient are read to; ``kept`` more. On a GPU, what all of this comes to at most,
-    where no kernel does the work.
+    where no kernel does the work; on a CPU nothing where compiled kernels do.
     """
+    if zero.device == "cpu" and native.is_available():
+        return 0
     lengths = [max(s.numel for s in u.params) if u.cut == "none" else u.partition_numel for u in units]
     longest = max(lengths, default=0)
     if zero.offload or zero.device == "cpu":

@@ -8,11 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from ds_optim.errors import UserError
-from ds_optim.memory.estimate import ACTIVATIONS, MemoryEstimate, activations, estimate
+from ds_optim.memory.estimate import MemoryEstimate, estimate
 from ds_optim.memory.estimate_fit import USABLE, fewest_ranks, largest_micro_batch
 from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_optimizers import OptimizerPlan, plan_optimizer, takes_momentum_dtype
+from ds_optim.memory.estimate_passes import Batch, ModelPasses
 from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
+from ds_optim.memory.passes import Passes
+from ds_optim.optimizers.checks import check_choice
 
 BASELINE = "adamw"
 #: Terms of a row, in the order of the table.
@@ -36,8 +39,8 @@ TERMS = (
 class EstimateRequest:
     """What is to be estimated; ``zero`` gives all settings but stage and ranks.
 
-    gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing: for activations, where the
-    model's widths are known. experts_over: the ranks among which AutoEP deals out a model's experts.
+    gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing, attention, loss_chunks: see
+    ``Batch``. experts_over: the ranks among which AutoEP deals out a model's experts.
     """
 
     model: ModelShape
@@ -51,29 +54,38 @@ class EstimateRequest:
     micro_batch: int = 1
     seq_len: int = 1024
     checkpointing: bool = False
+    attention: str = "sdpa"
+    loss_chunks: int = 1
     experts_over: int = 1
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1 or self.seq_len < 1:
-            raise UserError("micro-batch and seq-len are whole numbers from 1")
+        if min(self.micro_batch, self.seq_len, self.loss_chunks) < 1:
+            raise UserError("micro-batch, seq-len and loss-chunks are whole numbers from 1")
+        check_choice("attention", self.attention, ("sdpa", "eager"))
         for name in self.optimizer_params:
             if name not in self.optimizers:
                 raise UserError(f"optimizer_params names {name!r}, which is not estimated: add it to --optimizers")
             if not isinstance(self.optimizer_params[name], Mapping):
                 raise UserError(f'optimizer_params of {name!r} are no JSON object such as {{"lr": 0.001}}')
 
-    @property
-    def sequence_bytes(self) -> int:
-        """Activations of one sequence; 0 where the model is only a list of parameters."""
-        if self.model.transformer is None:
-            return 0
-        return activations(
-            self.model.transformer,
-            micro_batch=1,
+    @cached_property
+    def passes(self) -> ModelPasses:
+        """Forward and backward of the model, for any number of sequences at once."""
+        batch = Batch(
+            micro_batch=self.micro_batch,
             seq_len=self.seq_len,
-            dtype_bytes=self.zero.itemsize,
+            dtype=self.zero.dtype,
             checkpointing=self.checkpointing,
+            attention=self.attention,
+            loss_chunks=self.loss_chunks,
+            device=self.zero.device,
         )
+        return ModelPasses(self.model, batch)
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether anything is known of them: not where the model is only a list of parameters."""
+        return bool(self.passes.own.moments)
 
     def plans(self) -> Iterator[OptimizerPlan]:
         """Every optimizer at every momentum dtype that it can have; those that can have none, once."""
@@ -118,12 +130,17 @@ class EstimateRow:
     baseline: MemoryEstimate
 
     @property
-    def activations(self) -> int:
-        return self.request.sequence_bytes * self.request.micro_batch
+    def passes(self) -> Passes:
+        return self.request.passes.own
 
     @property
     def peak(self) -> int:
-        return self.estimate.largest.peak(self.activations)
+        return self.estimate.largest.peak(self.passes)
+
+    @cached_property
+    def at_peak(self) -> Mapping[str, int]:
+        """The peak by owner."""
+        return self.estimate.largest.at_peak(self.passes)
 
     @cached_property
     def saving(self) -> dict[str, float]:
@@ -132,16 +149,16 @@ class EstimateRow:
         pairs = {
             "optimizer_state": (own.optimizer_state, base.optimizer_state),
             "model_states": (own.most_model_states, base.most_model_states),
-            "all": (own.peak(self.activations), base.peak(self.activations)),
+            "all": (own.peak(self.passes), base.peak(self.passes)),
         }
         return {name: 100 * (1 - mine / theirs) for name, (mine, theirs) in pairs.items()}
 
     @cached_property
     def largest_batch(self) -> int | None:
         """The largest micro-batch on an accelerator of the given size; None where that is not asked or known."""
-        if self.request.gpu_bytes is None or not self.request.sequence_bytes:
+        if self.request.gpu_bytes is None or not self.request.has_passes:
             return None
-        return largest_micro_batch(self.estimate.largest, self.request.gpu_bytes, self.request.sequence_bytes)
+        return largest_micro_batch(self.estimate.largest, self.request.gpu_bytes, self.request.passes.at)
 
     @cached_property
     def fewest(self) -> int | None:
@@ -154,7 +171,7 @@ class EstimateRow:
             settings = replace(own.zero, ranks=ranks)
             return estimate(own.model, own.optimizer, settings, transients=False).largest
 
-        return fewest_ranks(memory_at, self.request.gpu_bytes, self.activations)
+        return fewest_ranks(memory_at, self.request.gpu_bytes, self.passes)
 
     def record(self) -> dict[str, Any]:
         """The row as JSON, sizes in bytes."""
@@ -170,9 +187,11 @@ class EstimateRow:
             "sum_over_ranks": {term: self.estimate.total(term) for term in TERMS},
             "state": dict(largest.state),
             "largest_layer": self.estimate.largest_layer,
-            "activations": self.activations,
-            "activations_are": ACTIVATIONS,
+            "activations": self.passes.kept,
+            "activations_are": self.passes.how,
             "peak": self.peak,
+            "at_peak": dict(self.at_peak),
+            "peak_may_be_short_by": self.passes.short,
             "saving_percent_of_adamw": self.saving,
             "largest_micro_batch": self.largest_batch,
             "fewest_gpus": self.fewest,

@@ -118,7 +118,7 @@ def _lower(asked: EstimateRequest, name: str, dtype: str) -> Iterator[tuple[Esti
 
 def _fits(row: EstimateRow) -> bool:
     size = row.request.gpu_bytes
-    return size is None or fits(row.estimate.largest, size, row.activations)
+    return size is None or fits(row.estimate.largest, size, row.passes)
 
 
 def _request(

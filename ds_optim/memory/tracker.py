@@ -37,7 +37,7 @@ class TensorTracker(TorchDispatchMode):
         self._watched: dict[int, weakref.ref[Any]] = {}
 
     def __enter__(self) -> TensorTracker:
-        self._add(live_tensors())
+        self._add(self._alive())
         self.base_bytes = self.peak_bytes = self.live_bytes
         super().__enter__()
         return self
@@ -50,6 +50,9 @@ class TensorTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._add(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
         return result
+
+    def _alive(self) -> Iterable[torch.Tensor]:
+        return live_tensors()
 
     def _add(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:

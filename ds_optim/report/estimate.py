@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_optim.memory.estimate import ACTIVATIONS, RankMemory, estimate
+from ds_optim.memory.estimate import RankMemory, estimate
 from ds_optim.memory.estimate_fit import RANKS, USABLE
 from ds_optim.memory.side_by_side import BASELINE, EstimateRequest
 from ds_optim.report.memory_plots import SavingOverRanks, alike, over_ranks
@@ -19,8 +19,8 @@ _GIB = 2**30
 def notes(request: EstimateRequest) -> list[str]:
     """What the figures of the table are, one line each."""
     lines = [
-        "GiB of the rank that needs most. Peak: model states with the larger of backward (buckets, gathered layers, "
-        "activations) and step (its scratch). "
+        "GiB of the rank that needs most. Peak: at the fullest moment of backward or of the step, with what there is "
+        "then of gradients, buckets, gathered layers, logits and activations. "
         f"Gradients: {'at their most between micro-batches' if request.zero.accumulation > 1 else 'before the step'}. "
         "Scratch of the step: its gradients, exchanged matrices and what an update works with.",
     ]
@@ -34,14 +34,16 @@ def notes(request: EstimateRequest) -> list[str]:
             f"and gradients of 1/{request.experts_over} of them at stages 0 to 2, and of the optimizer's state at "
             "stage 0; the rest is as counted, but for padding."
         )
-    if request.sequence_bytes:
-        amount = size(request.sequence_bytes * request.micro_batch)
+    passes = request.passes.own
+    if passes.moments:
         how = "with" if request.checkpointing else "without"
         whose = ", of the text decoder alone," if request.model.has_towers else ""
         lines.append(
-            f"Activations, {amount} for {request.micro_batch} x {request.seq_len} tokens {how} checkpointing{whose} are"
-            f" {ACTIVATIONS}."
+            f"Activations, {size(passes.kept)} for {request.micro_batch} x {request.seq_len} tokens {how} "
+            f"checkpointing{whose} are {passes.how}."
         )
+        if passes.short:
+            lines.append(f"They may be {size(passes.short)} more: what fits has room for that.")
     else:
         lines.append("Activations are left out: a decoder's widths are not known of this model.")
     if request.gpu_bytes is not None:

@@ -23,11 +23,16 @@ _STATES: tuple[_Term, ...] = (
     ("master weights", lambda m: m.master),
     ("optimizer state", lambda m: m.optimizer_state),
 )
-_MOMENTS: tuple[_Term, ...] = (
-    ("buckets", lambda m: m.buckets),
-    ("gathered layers", lambda m: m.gathered),
-    ("scratch of the step", lambda m: m.step_gradients + m.exchange + m.chunks),
-)
+_AT_PEAK = {
+    "gradients": "gradients then",
+    "buckets": "buckets",
+    "gathered": "gathered layers",
+    "logits": "logits",
+    "activations": "activations",
+    "step": "scratch of the step",
+}
+"""Of what a peak is beside weights and what the optimizer keeps: then, which may be in backward or in the step."""
+_WITHOUT_PASSES = ("gradients", "buckets", "gathered", "step")
 _SAVED = {"all": "saved of peak", "model_states": "saved of model states", "optimizer_state": "saved of state"}
 
 
@@ -51,16 +56,17 @@ def _sections(request: EstimateRequest) -> Iterator[list[_Line]]:
     if request.zero.nvme:
         totals.append(_sized("in files", lambda memory: memory.files))
     yield totals
-    moments = [_sized(label, term) for label, term in _MOMENTS]
-    if request.sequence_bytes:
-        moments.append(("activations", lambda row: _gib(row.activations)))
-    yield moments
+    yield [_part(owner, label) for owner, label in _AT_PEAK.items() if request.has_passes or owner in _WITHOUT_PASSES]
     yield [("peak", lambda row: _gib(row.peak))]
     yield [(label, _saving(key)) for key, label in _SAVED.items()]
     if request.gpu_bytes is not None:
         largest: list[_Line] = [("largest micro-batch", lambda row: str(row.largest_batch))]
         fewest: _Line = ("fewest GPUs", lambda row: MISSING if row.fewest is None else str(row.fewest))
-        yield [*(largest if request.sequence_bytes else []), fewest]
+        yield [*(largest if request.has_passes else []), fewest]
+
+
+def _part(owner: str, label: str) -> _Line:
+    return label, lambda row: _gib(row.at_peak.get(owner, 0))
 
 
 def _sized(label: str, term: Callable[[RankMemory], int]) -> _Line:

@@ -19,6 +19,14 @@ from ds_optim.report.units import fixed, percent_change, size
 CSV = "results.csv"
 _OWNERS_TITLE = "Peak per rank, and what of it are model states"
 _OWNERS = ("weights", "gradients", "master", "state")
+#: What else a peak is of, as the estimate counts it, and how it is called.
+_REST = {
+    "activations": "activations",
+    "logits": "logits",
+    "gathered": "gathered layers",
+    "buckets": "buckets",
+    "step": "scratch of the step",
+}
 
 
 def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
@@ -128,9 +136,17 @@ def memory_answers(rows: Sequence[Row]) -> list[str]:
             share = (base.model_state_bytes or 0) / (base.peak_bytes or 1)
             found.append(
                 f"{_group_title(base, rows)} against AdamW: {'; '.join(saved)}. Of AdamW's peak {share:.0%} are model "
-                "states; the rest is activations, logits, gathered layers and buckets, which no optimizer changes."
+                f"states; the rest is {_rest_in_words(base)}, which no optimizer changes."
             )
     return found
+
+
+def _rest_in_words(row: Row) -> str:
+    """What a peak is of beside model states, with sizes where they were estimated at the peak."""
+    at_peak = row.extra["estimate"].get("at_peak")
+    if at_peak is None:
+        return "activations, logits, gathered layers and buckets"
+    return ", ".join(f"{label} {size(at_peak[name])}" for name, label in _REST.items() if at_peak.get(name))
 
 
 def _saving_in_words(row: Row) -> str:
@@ -226,8 +242,12 @@ def _group_title(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _parts(row: Row) -> dict[str, float]:
-    owners = {name: float(row.extra["owners"][name]) for name in _OWNERS}
-    return {**owners, "the rest of the peak": max(0.0, (row.peak_bytes or 0) - sum(owners.values()))}
+    """What was counted of model states, what the estimate says of the rest at the peak, and what is left of it."""
+    at_peak = row.extra["estimate"].get("at_peak", {})
+    parts = {name: float(row.extra["owners"][name]) for name in _OWNERS}
+    parts["gradients"] = float(at_peak.get("gradients", parts["gradients"]))
+    parts |= {label: float(at_peak[name]) for name, label in _REST.items() if at_peak.get(name)}
+    return {**parts, "the rest of the peak": max(0.0, (row.peak_bytes or 0) - sum(parts.values()))}
 
 
 def _saving(rows: Sequence[Row]) -> SavingOverRanks | None:

@@ -41,17 +41,23 @@ _SHARES = {
     "percent_accounted_over_measured": "after backward",
     "percent_estimated_peak_over_measured": "peak",
 }
+#: Of what the estimate's peak is; columns that were added since stand last.
+_AT_PEAK: Mapping[str, tuple[str, ...]] = {
+    f"estimated_{owner}_at_peak": ("estimate", "at_peak", owner)
+    for owner in ("gradients", "activations", "logits", "gathered", "buckets", "step")
+}
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write merged rows; what was not measured is left empty, ``reason`` says why a cell failed."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow([*_COLUMNS, *_SHARES])
+    writer.writerow([*_COLUMNS, *_SHARES, *_AT_PEAK])
     for row in rows:
         shares = {line["what"]: round(100 * line["share"], 4) for line in row.extra.get("reconciliation", ())}
         values = [_value(row, column, keys) for column, keys in _COLUMNS.items()]
-        writer.writerow(map(_cell, [*values, *map(shares.get, _SHARES.values())]))
+        last = (_value(row, column, keys) for column, keys in _AT_PEAK.items())
+        writer.writerow(map(_cell, [*values, *map(shares.get, _SHARES.values()), *last]))
     write_atomic(path, text.getvalue())
 
 

@@ -17,6 +17,11 @@ OWNER_COLOURS = {
     "gradients": "#2fa36b",
     "master": "#a06cd5",
     "state": "#e07b39",
+    "activations": "#7fb8d8",
+    "logits": "#d8b84a",
+    "gathered layers": "#5b7f95",
+    "buckets": "#c98aa8",
+    "scratch of the step": "#8a9a5b",
     "the rest of the peak": "#b6bec6",
 }
 _DASHES = ("-", "--", ":", "-.")

@@ -62,7 +62,7 @@ def _ways_out(row: EstimateRow) -> str:
     ways = [f"on {row.fewest} GPUs it does"] if row.fewest else [f"it does not on {RANKS[-1]:,} GPUs either"]
     if row.request.micro_batch > 1:
         ways.append("take a smaller micro-batch")
-    if not row.request.checkpointing and row.request.sequence_bytes:
+    if not row.request.checkpointing and row.request.has_passes:
         ways.append("compute activations again (--checkpointing)")
     if zero.stage < 3:
         ways.append(f"raise the stage from {zero.stage}")

@@ -9,11 +9,13 @@ import torch
 
 from ds_optim.job.deepspeed_json import deepspeed_config
 from ds_optim.job.models import build_model, preset_config
-from ds_optim.memory.estimate import MemoryEstimate, activations, estimate
+from ds_optim.memory.estimate import MemoryEstimate, estimate
 from ds_optim.memory.estimate_model import ModelShape, shape_of_module
 from ds_optim.memory.estimate_optimizers import OptimizerPlan, plan_optimizer
+from ds_optim.memory.estimate_passes import Batch, ModelPasses
 from ds_optim.memory.estimate_sources import zero_settings
 from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
+from ds_optim.memory.passes import Passes
 from ds_optim.sweep.cells import Cell
 
 #: Numbers of ranks that a saving is drawn over.
@@ -22,10 +24,10 @@ OVER_RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class CellEstimate:
-    """What each rank of a cell is expected to hold; ``activations`` of one micro-batch, bytes."""
+    """What each rank of a cell is expected to hold, and the passes of one micro-batch."""
 
     memory: MemoryEstimate
-    activations: int
+    passes: Passes
 
 
 def estimate_cell(cell: Cell, ranks: int, vocab_size: int, device: str) -> CellEstimate:
@@ -35,14 +37,10 @@ def estimate_cell(cell: Cell, ranks: int, vocab_size: int, device: str) -> CellE
         device: where it ran, "cuda" or "cpu".
     """
     train = cell.train
+    assert train.preset is not None
     plan, zero, model = _planned(cell, ranks, vocab_size, device)
-    widths = model.transformer
-    kept = 0
-    if widths is not None:
-        kept = activations(
-            widths, micro_batch=train.micro_batch, seq_len=train.seq_len, dtype_bytes=TORCH_DTYPES[train.dtype].itemsize
-        )
-    return CellEstimate(memory=estimate(model, plan, zero), activations=kept)
+    batch = Batch(micro_batch=train.micro_batch, seq_len=train.seq_len, dtype=train.dtype, device=device)
+    return CellEstimate(memory=estimate(model, plan, zero), passes=_passes(train.preset, vocab_size, batch))
 
 
 def model_states_over_ranks(cell: Cell, ranks: int, vocab_size: int) -> dict[str, list[int]]:
@@ -74,3 +72,8 @@ def _shape(preset: str, vocab_size: int, seq_len: int) -> ModelShape:
     config = preset_config(preset, vocab_size, seq_len)
     with torch.device("meta"):
         return shape_of_module(preset, build_model(config, 0), config=config)
+
+
+@lru_cache(maxsize=8)
+def _passes(preset: str, vocab_size: int, batch: Batch) -> Passes:
+    return ModelPasses(_shape(preset, vocab_size, batch.seq_len), batch).own

@@ -15,7 +15,7 @@ from ds_optim.sweep.result import CellResult, RankMemory, largest
 #: A difference beyond this share of what it is against is flagged.
 TOLERATED = 0.02
 BEFORE_STEP = "after backward"
-_OF_ACTIVATIONS = "an estimate; norms in fp32, rotary embeddings and unfused kernels keep more"
+_OF_ACTIVATIONS = "kernels that keep other tensors than the shapes say"
 _OF_ALLOCATOR = "tensors that no owner is known of: batches, workspaces of libraries, rounding by the allocator"
 
 
@@ -61,11 +61,11 @@ def reconcile(ranks: Sequence[RankMemory], peaks: Sequence[int], expected: CellE
     of_activations = [rank.moments["after forward"].accounted["activations"] for rank in ranks]
     states = [(memory.model_states, rank.model_state_bytes) for memory, rank in zip(memories, ranks, strict=True)]
     lines.append(_line("model states", "estimated", "accounted", states, "unknown"))
-    kept = [(expected.activations, counted) for counted in of_activations]
+    kept = [(expected.passes.kept, counted) for counted in of_activations]
     lines.append(_line("activations", "estimated", "accounted", kept, _OF_ACTIVATIONS))
-    guessed = [memory.peak(expected.activations) for memory in memories]
+    guessed = [memory.peak(expected.passes) for memory in memories]
     missing = max(zip(guessed, peaks, of_activations, strict=True), key=lambda entry: abs(entry[0] - entry[1]))
-    cause = _cause_of_peak(*missing, expected.activations)
+    cause = _cause_of_peak(*missing, expected.passes.kept)
     lines.append(_line("peak", "estimated", "measured", list(zip(guessed, peaks, strict=True)), cause))
     for moment in ranks[0].moments:
         pairs = [(rank.moments[moment].total, rank.moments[moment].measured) for rank in ranks]
@@ -122,7 +122,8 @@ def _estimated(expected: CellEstimate) -> dict[str, Any]:
     terms = ("weights", "gradients", "master", "optimizer_state", "buckets", "gathered", "step_gradients", "exchange")
     return {
         "model_states": most.model_states,
-        "activations": expected.activations,
-        "peak": most.peak(expected.activations),
+        "activations": expected.passes.kept,
+        "peak": most.peak(expected.passes),
+        "at_peak": most.at_peak(expected.passes),
         **{term: getattr(most, term) for term in terms},
     }

@@ -19,12 +19,14 @@ from rich.console import Console
 from ds_optim.cli.app import main
 from ds_optim.errors import UserError
 from ds_optim.job.models import build_model, preset_config
-from ds_optim.memory.estimate import MemoryEstimate, activations, estimate, layout_of
-from ds_optim.memory.estimate_fit import fewest_ranks, largest_micro_batch, parse_size
+from ds_optim.memory.estimate import MemoryEstimate, estimate, layout_of
+from ds_optim.memory.estimate_fit import fewest_ranks, fits, largest_micro_batch, parse_size
 from ds_optim.memory.estimate_model import ModelShape, Parameter, Transformer, shape_of_count, shape_of_list
 from ds_optim.memory.estimate_optimizers import plan_optimizer
+from ds_optim.memory.estimate_passes import Batch, ModelPasses, by_formula
 from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.estimate_terms import ZeroSettings
+from ds_optim.memory.rehearsal import COUNTED
 from ds_optim.memory.side_by_side import EstimateRequest, estimate_rows
 from ds_optim.memory.tracker import TensorTracker
 from ds_optim.optimizers import LionMuon, param_groups
@@ -171,16 +173,15 @@ def test_deepspeed_muon_keeps_more_than_a_partition() -> None:
 
 def test_batches_and_gpus_are_monotone() -> None:
     model = load_shape("qwen3-134m", None)
-    assert model.transformer is not None
-    each = activations(model.transformer, micro_batch=1, seq_len=1024)
+    passes = ModelPasses(model, Batch()).at
     memory = {ranks: run(model, stage=3, ranks=ranks, transients=False).largest for ranks in (1, 2, 8, 64)}
-    batches = [largest_micro_batch(memory[8], size * GIB, each) for size in (2, 8, 24, 80)]
+    batches = [largest_micro_batch(memory[8], size * GIB, passes) for size in (2, 8, 24, 80)]
     assert batches == sorted(batches)
     assert batches[0] < batches[-1]
-    by_ranks = [largest_micro_batch(memory[ranks], 8 * GIB, each) for ranks in (1, 2, 8, 64)]
+    by_ranks = [largest_micro_batch(memory[ranks], 8 * GIB, passes) for ranks in (1, 2, 8, 64)]
     assert by_ranks == sorted(by_ranks)
     best = by_ranks[2]
-    assert memory[8].peak(best * each) <= 0.9 * 8 * GIB < memory[8].peak((best + 1) * each)
+    assert memory[8].peak(passes(best)) <= 0.9 * 8 * GIB < memory[8].peak(passes(best + 1))
 
 
 @pytest.mark.full
@@ -201,13 +202,19 @@ def test_fewest_gpus_fit_and_one_less_does_not() -> None:
     assert fewest_ranks(at, GIB // 100) is None
 
 
-def test_activations_follow_their_formula() -> None:
+def test_what_runs_on_no_shapes_follows_a_formula_and_says_by_how_much_it_may_be_short() -> None:
     shape = Transformer(
         layers=2, hidden=8, intermediate=16, heads=2, key_value_heads=1, head_dim=4, vocabulary=10, gated=True
     )
     layer = 4 * 8 + 2 * 8 + 2 * 4 + 4 * 16
-    assert activations(shape, micro_batch=3, seq_len=5) == 15 * (2 * (2 * layer + 8) + 10 * 10)
-    assert activations(shape, micro_batch=3, seq_len=5, checkpointing=True) == 15 * (2 * (2 * 8 + layer + 8) + 100)
+    found = by_formula(shape, micro_batch=3, seq_len=5)
+    assert found.kept == found.most == 15 * (2 * (2 * layer + 8) + 10 * 10)
+    assert found.short == pytest.approx(0.47 * found.most, rel=0.01)
+    assert by_formula(shape, micro_batch=3, seq_len=5, checkpointing=True).kept == 15 * (2 * (2 * 8 + layer + 8) + 100)
+    room = run(tiny(), stage=0, ranks=1).largest
+    size = int((room.peak(found) + found.short) / 0.9) + 1
+    assert fits(room, size, found)
+    assert not fits(room, size - 2, found)
 
 
 def test_size_of_a_gpu() -> None:
@@ -258,7 +265,7 @@ def test_command_prints_rows_as_json(capsys: pytest.CaptureFixture[str], tmp_pat
     assert rows[1]["sum_over_ranks"]["optimizer_state"] == 8 * rows[1]["per_rank"]["optimizer_state"]
     assert rows[1]["fewest_gpus"] == 1
     assert rows[1]["largest_micro_batch"] > 1
-    assert "an estimate" in rows[1]["activations_are"]
+    assert rows[1]["activations_are"] == COUNTED
 
 
 def test_activations_are_of_a_ranks_part_of_a_sequence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -318,7 +325,8 @@ def test_every_number_stands_in_lines_of_any_width(width: int) -> None:
         ("--params -3", "params is -3.0: write a number of parameters"),
         ("--params 1e6 --model qwen3-tiny", "one of the two"),
         ("--model qwen3-tiny --accumulation 0", "accumulation is 0"),
-        ("--model qwen3-tiny --micro-batch 0", "micro-batch and seq-len"),
+        ("--model qwen3-tiny --micro-batch 0", "micro-batch, seq-len and"),
+        ("--model qwen3-tiny --attention flash", "attention is 'flash'"),
         ('--model qwen3-tiny --optimizer-params {"lion":{"lrr":1}}', "lrr"),
         ("--model qwen3-tiny --config nowhere.json", "cannot read the config"),
     ],

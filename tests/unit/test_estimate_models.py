@@ -82,7 +82,7 @@ def test_towers_are_counted_and_their_activations_are_not(tmp_path: Path) -> Non
     llava, t5 = (counted(tmp_path, config_of(f"{name}ForConditionalGeneration")) for name in ("Llava", "T5"))
     said = notes(EstimateRequest(model=llava, optimizers=("lion",)))
     assert said[0] == "Counted: LlavaForConditionalGeneration."
-    assert any("checkpointing, of the text decoder alone, are an estimate" in line for line in said)
+    assert any("checkpointing, of the text decoder alone, are counted by" in line for line in said)
     assert any("widths are not known" in line for line in notes(EstimateRequest(model=t5, optimizers=("lion",))))
 
 
@@ -169,3 +169,18 @@ def test_options_of_routing_count_in_an_estimate(tmp_path: Path) -> None:
         plan_optimizer(model, "muon", {"matrix_exclude": ["nothing"]})
     with pytest.raises(UserError, match="views: 1,000 parameters has no names and shapes to route"):
         plan_optimizer(load_shape(None, 1000), "muon", {"views": []})
+
+
+def test_lora_trains_and_keeps_little(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_of("LlamaForCausalLM", hidden_size=64, intermediate_size=96)))
+    whole, adapted = load_shape(str(path), None), load_shape(str(path), None, lora=8)
+    assert sum(p.numel for p in adapted.frozen) == whole.numel
+    assert sum(p.numel for p in adapted.trainable) == 2 * 8 * (4 * (64 + 64) + 3 * (64 + 96))
+    passes = [EstimateRequest(model=m, optimizers=("lion",), seq_len=32).passes.own for m in (whole, adapted)]
+    assert passes[1].kept < passes[0].kept
+    with pytest.raises(UserError, match="--lora is 0: write the rank"):
+        load_shape(str(path), None, lora=0)
+    with pytest.raises(UserError, match="is only a list of parameters"):
+        load_shape(None, 1e6, lora=8)

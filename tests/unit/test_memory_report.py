@@ -12,6 +12,7 @@ import pytest
 
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate import MemoryEstimate
+from ds_optim.memory.passes import Moment, Passes
 from ds_optim.report import Row, RunInfo, read_rows, write_rows
 from ds_optim.report.memory import memory_answers, merge_repeats, reconciliation, render_memory, with_savings
 from ds_optim.report.merge import merge_runs
@@ -127,8 +128,8 @@ def test_reconciliation_takes_the_rank_that_lies_farthest_apart() -> None:
     class Rank:
         model_states = 100
 
-        def peak(self, activations: int) -> int:
-            return 200 + activations
+        def peak(self, passes: Passes) -> int:
+            return 200 + passes.most
 
     def measured(states: int, counted: int, held: int) -> Any:
         forward = SimpleNamespace(accounted={"activations": 50}, total=counted, measured=held)
@@ -136,7 +137,8 @@ def test_reconciliation_takes_the_rank_that_lies_farthest_apart() -> None:
 
     estimate = MemoryEstimate(model=None, optimizer=None, zero=None, ranks=(Rank(), Rank()))  # type: ignore[arg-type]
     ranks = [measured(100, 1000, 1010), measured(104, 1000, 1100)]
-    found = reconcile(ranks, [250, 240], CellEstimate(memory=estimate, activations=50))
+    passes = Passes(kept=50, moments=(Moment(held=50, made=0),))
+    found = reconcile(ranks, [250, 240], CellEstimate(memory=estimate, passes=passes))
     by_name = {entry["what"]: entry for entry in found}
     assert list(by_name) == ["model states", "activations", "peak", "after forward"]
     assert (by_name["model states"]["rank"], by_name["model states"]["difference"]) == (1, -4)
