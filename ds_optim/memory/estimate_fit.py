@@ -8,8 +8,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from ds_optim.errors import UserError
-from ds_optim.memory.estimate import RankMemory
 from ds_optim.memory.passes import NOTHING, Passes
+from ds_optim.memory.rank import RankMemory
 
 #: What tensors may take of an accelerator: the rest is its context, NCCL, and what an allocator keeps in pieces.
 USABLE = 0.9

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_optim.memory.estimate import RankMemory, estimate
+from ds_optim.memory.estimate import estimate
 from ds_optim.memory.estimate_fit import RANKS, USABLE
+from ds_optim.memory.rank import RankMemory
 from ds_optim.memory.side_by_side import BASELINE, EstimateRequest
 from ds_optim.report.memory_plots import SavingOverRanks, alike, over_ranks
 from ds_optim.report.plots import PAPER_INK, colour_map, new_figure

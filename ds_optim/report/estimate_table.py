@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ds_optim.memory.estimate import RankMemory
+from ds_optim.memory.rank import RankMemory
 from ds_optim.memory.side_by_side import EstimateRequest, EstimateRow
 from ds_optim.report.blocks import Column, blocks
 from ds_optim.report.units import MISSING, fixed
