@@ -79,7 +79,13 @@ def _print(title: str, rows: Sequence[Simulated]) -> None:
         columns = [Column(name=f"{row.ranks:,} rank{'s' * (row.ranks > 1)}", cells=_cells(row)) for row in same]
         for table in blocks(f"ZeRO-{stage}, of a rank and step", _LABELS, columns, console.width):
             console.print(table)
-    for line in _NOTES:
+    better = [
+        f'At stage 3 on {row.ranks} ranks "sub_group_size": {row.better_size} brings {row.makespan:.3f} to '
+        f"{row.better_makespan:.3f}."
+        for row in rows
+        if row.better_size is not None
+    ]
+    for line in (*_NOTES, *better):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -90,6 +96,7 @@ _LABELS = (
 _NOTES = (
     "Sent: for one step that brings matrices together, there and back, the mean; LionMuon does so every P-th step.",
     "Busiest / bound: the busiest owner's modelled work over max(mean, largest matrix). Waiting: of all ranks' time.",
+    "ZeRO-3 steps one sub-group after the other: busiest is the sum over them, the bound that of all at once.",
 )
 
 

@@ -12,6 +12,7 @@ from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
 from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_optimizers import OptimizerPlan
 from ds_optim.memory.estimate_terms import ZeroSettings
+from ds_optim.memory.sub_groups import balance, better_size
 from ds_optim.sharding.plan import ExchangePlan
 
 
@@ -24,8 +25,10 @@ class Simulated:
         mean_bytes, most_bytes: that a rank sends, over the ranks looked at.
         inside, between: of ``mean_bytes``, what stays on a node and what leaves it.
         scratch: the most bytes that any rank holds for it.
-        jobs: matrices by rank, the mean. makespan: the busiest rank's modelled work over max(mean, largest job).
+        jobs: matrices by rank, the mean. makespan: the busiest rank's modelled work over max(mean, largest job), of
+        exchanges that follow each other the sum of each one's busiest.
         idle: the share of ranks' time that is spent waiting for the busiest one.
+        better_size, better_makespan: a ``sub_group_size`` of stage 3 that balances better, and how; None without.
     """
 
     stage: int
@@ -40,6 +43,8 @@ class Simulated:
     jobs: float
     makespan: float
     idle: float
+    better_size: int | None = None
+    better_makespan: float | None = None
 
     @property
     def formula(self) -> float:
@@ -57,21 +62,16 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
     sampled = sampled_ranks(zero.ranks)
     sent = [(0, 0)] * len(sampled)
     scratch = 0
-    busy = [0.0] * zero.ranks
-    largest = 0.0
     jobs = elements = 0
     for plan in plans:
         jobs += len(plan.views)
         elements += sum(plan.unit.params[param].numel for param in plan.views)
-        for rank, load in enumerate(plan.loads):
-            busy[rank] += load
-        largest = max([largest, *plan.costs.values()])
         for place, rank in enumerate(sampled):
             inside, between = _sent(plan, rank, ranks_per_node)
             sent[place] = sent[place][0] + inside, sent[place][1] + between
             scratch = max(scratch, plan.peak_scratch(rank))
-    mean = sum(busy) / len(busy)
-    most = max(busy, default=0.0)
+    makespan, idle = balance(plans, zero.ranks)
+    better = better_size(plans, optimizer, zero)
     totals = [inside + between for inside, between in sent]
     return Simulated(
         stage=zero.stage,
@@ -84,8 +84,10 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
         between=sum(between for _, between in sent) / len(sent),
         scratch=scratch,
         jobs=jobs / zero.ranks,
-        makespan=most / max(mean, largest) if most else 1.0,
-        idle=1 - mean / most if most else 0.0,
+        makespan=makespan,
+        idle=idle,
+        better_size=None if better is None else better[0],
+        better_makespan=None if better is None else better[1],
     )
 
 

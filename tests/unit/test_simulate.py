@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from ds_optim.bench import engines
 from ds_optim.bench.engines import qwen3
 from ds_optim.cli.simulate import simulate as command
 from ds_optim.errors import UserError
+from ds_optim.memory.estimate import layout_of
+from ds_optim.memory.estimate_exchange import exchange_plans
 from ds_optim.memory.estimate_model import ModelShape, shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.simulate import Simulated, simulate
+from ds_optim.sharding.owners import assign_owners
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -74,6 +78,58 @@ def test_owners_are_balanced_where_there_are_many_matrices() -> None:
     assert found.jobs == pytest.approx(28 / 3)
     assert found.makespan <= 1.05
     assert 0 <= found.idle < 0.1
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(2, 70_000), (4, 70_000), (4, 100_000), (8, 30_000)])
+def test_sub_groups_follow_each_other(ranks: int, size: int) -> None:
+    """Each lasts as long as its busiest rank; a size that is named balances better, as simulated with it."""
+    shape, plan = model(), plan_optimizer(model(), "muon", {"polar": {"dtype": "bfloat16"}}, device="cpu")
+    zero = ZeroSettings(stage=3, ranks=ranks, device="cpu", sub_group_size=size)
+    loads = [one.loads for one in exchange_plans(layout_of(plan, zero).units, plan, zero)]
+    found = simulate(shape, plan, zero)
+    assert len(loads) > 1
+    assert found.idle == pytest.approx(1 - sum(map(sum, loads)) / (ranks * sum(map(max, loads))))
+    assert found.makespan >= run(3, ranks).makespan - 1e-9, "one exchange of all is never worse"
+    if found.better_size is not None:
+        assert found.better_size <= size
+        there = simulate(shape, plan, replace(zero, sub_group_size=found.better_size))
+        assert there.makespan == found.better_makespan < found.makespan - 0.01
+
+
+def test_a_last_sub_group_of_a_few_matrices_is_evened_out() -> None:
+    """As a 70B model on 64 ranks has one: all but some matrices first, which keep a few ranks busy then."""
+    shape, plan = model(), plan_optimizer(model(), "muon", {"polar": {"dtype": "bfloat16"}}, device="cpu")
+    most = sum(p.numel for p in shape.parameters if p.role == "matrix") // 4 * 9 // 10
+    found = simulate(shape, plan, ZeroSettings(stage=3, ranks=4, device="cpu", sub_group_size=most))
+    assert found.better_size is not None
+    assert found.better_makespan is not None
+    assert found.better_makespan < 1.05 < 1.15 < found.makespan
+
+
+@pytest.mark.parametrize(
+    ("ranks", "large", "small"), [(8, 28, 20), (16, 56, 38), (32, 112, 76), (64, 15, 10), (64, 30, 20)]
+)
+def test_no_owners_are_better_for_a_transformers_matrices(ranks: int, large: int, small: int) -> None:
+    """A Llama 70B's two costs, 1 and 0.469, in the numbers of its sub-groups: where the busiest rank is above the
+    bound, whole matrices allow no less."""
+    jobs = [1000] * large + [469] * small
+    loads = [0] * ranks
+    for job, owner in zip(jobs, assign_owners(jobs, [0] * ranks), strict=True):
+        loads[owner] += job
+    assert fits(max(loads), ranks, large, small)
+    assert not fits(max(loads) - 1, ranks, large, small)
+
+
+def fits(most: int, ranks: int, large: int, small: int) -> bool:
+    """Whether some assignment keeps every rank within ``most``: by how many small ones go in beside k large ones."""
+    beside = [(most - 1000 * k) // 469 for k in range(most // 1000 + 1)]
+    held = [0, *[-1] * large]  # the most small ones with so many large ones dealt
+    for _ in range(ranks):
+        held = [
+            max((held[n - k] + beside[k] for k in range(min(n + 1, len(beside))) if held[n - k] >= 0), default=-1)
+            for n in range(large + 1)
+        ]
+    return held[large] >= small
 
 
 def test_more_ranks_than_matrices_wait_for_the_largest() -> None:
