@@ -616,6 +616,27 @@ MUTANTS = [
         f"{U}momentum.py {U}native_library.py {U}native_bits.py",
     ),
     Mutant(
+        "noise has a round less",
+        "noise.py",
+        "_ROUNDS = 7",
+        "_ROUNDS = 6",
+        f"{U}sto_sign_sgd.py {U}momentum.py",
+    ),
+    Mutant(
+        "what finds partitions is never registered",
+        "later.py",
+        "        register()",
+        "        pass",
+        f"{U}imports.py",
+    ),
+    Mutant(
+        "sub-groups are taken for one exchange",
+        "sub_groups.py",
+        "longest = sum(max(plan.loads) for plan in plans)",
+        "longest = max(map(sum, zip(*(plan.loads for plan in plans), strict=True)))",
+        f"{U}simulate.py",
+    ),
+    Mutant(
         "noise wraps after 2^32 elements",
         "noise.py",
         "counter += [element & _LOW, element >> 32 & _LOW]",
