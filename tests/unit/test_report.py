@@ -165,7 +165,7 @@ def test_the_answer_stands_first_a_sentence_a_stage(tmp_path: Path) -> None:
     assert "time about −5.0 %, loss" in alone[0]
     assert "Losses are of one seed" in alone[1]
     assert "one pass over the cells" in alone[1]
-    assert "--repeat 3 tells them from noise" in alone[1]
+    assert "--repeat 5 tells them from noise" in alone[1]
     report = render_compare(rows, RunInfo(title="t"), tmp_path)
     assert report.markdown.read_text().index("ZeRO-1 against AdamW") < report.markdown.read_text().index("Results")
     assert "0.003, — (tuned)" in report.markdown.read_text()
