@@ -98,6 +98,7 @@ def move_on(m: Tensor, g: Tensor, blend: Blend, b: Tensor) -> Tensor:
 
 def check_flat(like: Flat, **others: Flat | None) -> None:
     """Raise ValueError unless ``like`` and all others are one-dimensional and of one length."""
+    numel = like.numel()
     for name, tensor in {"": like, **others}.items():
-        if tensor is not None and (tensor.dim() != 1 or tensor.shape != like.shape):
+        if tensor is not None and (tensor.dim() != 1 or tensor.numel() != numel):
             raise ValueError(f"flat tensors of one length expected: {name} {tuple(tensor.shape)}, {tuple(like.shape)}")

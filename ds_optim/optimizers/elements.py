@@ -18,7 +18,7 @@ def step_elements(local: Local, update: SignUpdate | AdamWUpdate) -> None:
         if local.rounds or local.cautious_decay:
             for held in local.slices():
                 for piece in map(local.piece, local.parts(held)):
-                    with local.decaying(piece, update.lr):
+                    with local.decaying(piece.p, update.lr):
                         _step(local, update, piece.p, piece.momentum, piece.second, piece.g)
             return
         for p, g, state in zip(local.p, local.g, local.states, strict=True):

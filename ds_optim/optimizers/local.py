@@ -82,17 +82,22 @@ class Local:
 
     def piece(self, held: Slice) -> Piece:
         """A slice of weights, gradient and the rule's buffers, as they are stored."""
-        state, p, g = self.states[held.tensor], run(self.p[held.tensor], held), self.g[held.tensor]
+        state, g = self.states[held.tensor], self.g[held.tensor]
         assert g is not None
         return Piece(
             spec=self.unit.params[held.param],
             start=held.start,
-            p=Bfloat16(rounding=self._rounding(held, WEIGHTS + self.step), values=p) if p.dtype in NARROW else p,
+            p=self.weights(held),
             g=self.read(held, run(g, held)),
             momentum=self._momentum(held, state),
             second=run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None,
             scratch=self.scratch,
         )
+
+    def weights(self, held: Slice) -> Flat:
+        """A slice of the weights, as they are stored."""
+        p = run(self.p[held.tensor], held)
+        return Bfloat16(rounding=self._rounding(held, WEIGHTS + self.step), values=p) if p.dtype in NARROW else p
 
     def parts(self, held: Slice) -> Iterator[Slice]:
         """A slice as it is to be stepped: whole, or where the old weights are to be kept, in chunks of whole blocks."""
@@ -110,15 +115,16 @@ class Local:
             yield replace(held, start=held.start + begin, offset=held.offset + begin, numel=end - begin)
 
     @contextmanager
-    def decaying(self, piece: Piece, lr: float, *, alone: bool = False) -> Iterator[None]:
-        """Around a step of one of these parts without decay: decays, by lr, where the step was not away from zero.
+    def decaying(self, weights: Flat, lr: float, *, alone: bool = False) -> Iterator[None]:
+        """Around a step of one of these parts' weights without decay: decays them, by lr, where the step was not away
+        from zero.
 
         alone: of a step that may do anything; of all others kernels decay as they step.
         """
         if not self.cautious_decay:
             yield
             return
-        weights, rate, kept = piece.p, lr * self.cautious_decay, []
+        rate, kept = lr * self.cautious_decay, []
         assert isinstance(weights, Tensor)
         with ExitStack() as lent:
 
@@ -152,12 +158,17 @@ class Local:
             return Int8(rounding=self._rounding(held, self.step), codes=codes, scales=scales)
         if MOMENTUM not in state:
             return None
-        values = run(flat(state[MOMENTUM]), held)
+        values = run(self._momenta[held.tensor], held)
         return Bfloat16(rounding=self._rounding(held, self.step), values=values) if values.dtype in NARROW else values
 
     def _rounding(self, held: Slice, step: int) -> NoiseKey:
         name = self.unit.params[held.param].noise_name
         return NoiseKey(seed=self.seed, stream=stream_of(name), step=step, start=held.start)
+
+    @cached_property
+    def _momenta(self) -> list[Tensor]:
+        """Momentum that is stored as values, flat, by tensor."""
+        return [flat(state[MOMENTUM]) for state in self.states]
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:

@@ -46,17 +46,19 @@ def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUp
             copy_into(message, local.rows(held, rule) if part.per_row else run(local.p[held.tensor], held))
 
     views = exchange.plan.views
+    scales = {view: scale_of(view, update.scale) for view in set(views.values())}
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
         for moved in results[1:]:
             copy_into(local.rows(held, rule), moved)
-        scale = scale_of(views[held.param], update.scale)
-        for piece, change in _parts(local, held, results[0]):
-            if opened[held.param]:
-                with local.decaying(piece, update.lr):
-                    apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale, scratch=local.scratch)
-            else:
-                _apply_raw(local, piece, update)
+        rates = {"lr": update.lr, "decay": update.decay, "scale": scales[views[held.param]]}
+        for part, change in _parts(local, held, results[0]):
+            if not opened[held.param]:
+                _apply_raw(local, local.piece(part), update)
+                continue
+            weights = local.weights(part)
+            with local.decaying(weights, update.lr):
+                apply_update(weights, change, **rates, scratch=local.scratch)
 
     exchange.run(fill, shaped(exchange.plan, update.scale, update.finish), apply, local.absent)
     return opened
@@ -70,9 +72,9 @@ def step_by_shaped_gradients(local: Local, exchange: Exchange, update: MatrixSig
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
         rates = {"lr": update.lr, "decay": update.decay}
-        for piece, shaped_gradient in _parts(local, held, results[0].to(local.p[held.tensor].device)):
-            gradient = local.read(held, shaped_gradient)
-            with local.decaying(piece, update.lr):
+        for part, shaped_gradient in _parts(local, held, results[0].to(local.p[held.tensor].device)):
+            piece, gradient = local.piece(part), local.read(held, shaped_gradient)
+            with local.decaying(piece.p, update.lr):
                 sign_step(piece.p, piece.m, gradient, blend=update.blend, **rates, scratch=local.scratch)
 
     exchange.run(fill, shaped(exchange.plan, None), apply, local.absent)
@@ -90,18 +92,18 @@ def _step_raw(local: Local, update: MatrixUpdate) -> None:
                 _apply_raw(local, piece, update)
 
 
-def _parts(local: Local, held: Slice, result: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+def _parts(local: Local, held: Slice, result: Tensor) -> Iterator[tuple[Slice, Tensor]]:
     """A slice in the parts that it is to be stepped in, each with its values of a result (n,) of the slice."""
     for part in local.parts(held):
         begin = part.start - held.start
-        yield local.piece(part), result[begin : begin + part.numel]
+        yield part, result if part is held else result[begin : begin + part.numel]
 
 
 def _apply_raw(local: Local, piece: Piece, update: MatrixUpdate) -> None:
     """By the momentum itself, which has moved on and is the direction of every rule with a gate."""
     assert update.gate is not None
     assert update.blend.direction == update.blend.momentum
-    with local.decaying(piece, update.gate.lr):
+    with local.decaying(piece.p, update.gate.lr):
         apply_update(piece.p, piece.m, lr=update.gate.lr, decay=update.decay, scratch=piece.scratch)
 
 

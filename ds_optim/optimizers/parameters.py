@@ -34,7 +34,7 @@ def step_parameters(local: Local, rule: Rule, update: ParameterUpdate) -> Decisi
     with nullcontext() if alone else fused.together():
         for held in local.slices():
             for piece in map(local.piece, local.parts(held)):
-                with local.decaying(piece, decisions[held.param].lr, alone=alone):
+                with local.decaying(piece.p, decisions[held.param].lr, alone=alone):
                     update.apply(piece, decisions[held.param])
     return decisions
 

@@ -48,7 +48,7 @@ def step_rows(local: Local, exchange: Exchange, update: RowsUpdate) -> None:
     def apply(run: Slice, results: Sequence[Tensor]) -> None:
         scale = scale_of(views[run.param], update.scale)
         for piece, rows, part in walk(run):
-            with local.decaying(piece, update.lr):
+            with local.decaying(piece.p, update.lr):
                 rates = update.lr * scale, 1 - update.lr * update.decay, update.kept
                 if not fused.step("step_rows", (piece.p, piece.m, results[0]), (*rates, rows)):
                     step_eagerly(piece, scale, results[0], *elements(run, part))

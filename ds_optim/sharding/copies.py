@@ -6,7 +6,7 @@ them message by message. So a run of equal parameters takes a few copies, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -100,20 +100,31 @@ def _joined(before: Copy, lines: Copy) -> Copy | None:
     return before._replace(ranks=before.ranks + 1, message=message, stack=stack)
 
 
-def to_stacks(copies: Sequence[Copy], message: Tensor, stacks: Sequence[Tensor]) -> None:
-    """Bring slices from a message to their places in the stacks of all runs."""
+Stacks = Sequence[Sequence[Tensor]]
+"""By run, a tensor (rows, values of a whole) for each part that travels."""
+
+
+def to_stacks(copies: Sequence[Sequence[Copy]], messages: Sequence[Tensor], stacks: Stacks) -> None:
+    """Bring slices from the messages, one a part, to their places in stacks. copies: of each part."""
     with together():
-        for one in copies:
-            values, place = one.views(message, stacks[one.run])
+        for values, place in _pairs(copies, messages, stacks):
             _copied(place, values)
 
 
-def to_message(copies: Sequence[Copy], stacks: Sequence[Tensor], message: Tensor) -> None:
+def to_messages(copies: Sequence[Sequence[Copy]], stacks: Stacks, messages: Sequence[Tensor]) -> None:
     """The inverse of :func:`to_stacks`."""
     with together():
-        for one in copies:
-            place, values = one.views(message, stacks[one.run])
+        for place, values in _pairs(copies, messages, stacks):
             _copied(place, values)
+
+
+def _pairs(
+    copies: Sequence[Sequence[Copy]], messages: Sequence[Tensor], stacks: Stacks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places in messages, and in stacks."""
+    for number, (of_part, message) in enumerate(zip(copies, messages, strict=True)):
+        for one in of_part:
+            yield one.views(message, stacks[one.run][number])
 
 
 def _copied(out: Tensor, values: Tensor) -> None:

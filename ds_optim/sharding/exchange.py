@@ -22,7 +22,7 @@ from ds_optim.elementwise.fused import together
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm, Pending
-from ds_optim.sharding.copies import Copy, Lie, copies_of, to_message, to_stacks
+from ds_optim.sharding.copies import Copy, Lie, copies_of, to_messages, to_stacks
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.plan import Bucket, ExchangePlan
 from ds_optim.sharding.shards import ShardView, Solve, solve_whole
@@ -36,7 +36,7 @@ owner, or to take them as results from it."""
 
 _Place = tuple[Slice, list[slice], list[slice]]
 """A slice, and where its values of each part stand: in the messages, and in a row of the stacks."""
-_Pieces = Iterator[tuple[Slice, list[Tensor]]]
+_Pieces = Iterator[tuple[Slice, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class _Route:
 
     def in_stacks(self, places: Sequence[_Place], stacks: Sequence[Sequence[Tensor]]) -> _Pieces:
         """Slices, each with its values in the stacks of all runs."""
+        cut = [list(zip(*(stack.unbind() for stack in of_run), strict=True)) for of_run in stacks]
         for held, _, spans in places:
             run, row = self.rows[held.param]
-            yield held, [stack[row, span] for stack, span in zip(stacks[run], spans, strict=True)]
+            yield held, [values[span] for values, span in zip(cut[run][row], spans, strict=True)]
 
 
 class Exchange:
@@ -178,13 +179,13 @@ class Exchange:
             stacks = [self._stacks(run, self.device) for run in there.runs]
             if self.crosses:
                 kept = self._filled(fill, there.kept, self.plan.there)
-                _to_stacks(there.crossing, kept, stacks)
+                to_stacks(there.crossing, kept, stacks)
                 del kept
             else:
                 _call(fill, there.in_stacks(there.kept, stacks))
         yield
         _wait(pending)
-        _to_stacks(there.incoming, arrived, stacks)
+        to_stacks(there.incoming, arrived, stacks)
         with record_function(SOLVE):
             views = [self.plan.views[run[0]] for run in there.runs]
             results = [self._solved(solve, view, of_run) for view, of_run in zip(views, stacks, strict=True)]
@@ -192,11 +193,11 @@ class Exchange:
         messages = arrived if self.plan.there == self.plan.back else []
         del arrived, stacks
         messages = messages or self._messages(map(sum, back.received), self.plan.back, self.device)
-        _to_messages(back.incoming, results, messages)
+        to_messages(back.incoming, results, messages)
         returned, pending = self._post(messages, back.received, back.sent)
         if self.crosses:
             kept = self._messages(_sizes(back.kept, self.plan.back), self.plan.back, self.device)
-            _to_messages(back.crossing, results, kept)
+            to_messages(back.crossing, results, kept)
             _call(apply, _in_messages(back.kept, _moved(kept, self.home)))
         else:
             _call(apply, back.in_stacks(back.kept, results))
@@ -248,9 +249,15 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _in_messages(places: Sequence[_Place], messages: Sequence[Tensor]) -> _Pieces:
-    """Slices, each with its values in the messages."""
-    for held, spans, _ in places:
-        yield held, [message[span] for message, span in zip(messages, spans, strict=True)]
+    """Slices, each with its values in the messages, which are cut at once: slicing one by one costs a dispatch each."""
+    if not places:
+        return
+    cut = [
+        message.split([spans[number].stop - spans[number].start for _, spans, _ in places])
+        for number, message in enumerate(messages)
+    ]
+    for (held, _, _), values in zip(places, zip(*cut, strict=True), strict=True):
+        yield held, values
 
 
 def _call(function: Values, pieces: _Pieces) -> None:
@@ -272,22 +279,6 @@ def _copies(places: Sequence[_Place], rows: Mapping[int, tuple[int, int]], part:
         for held, spans, in_rows in places
     )
     return copies_of(lies, even=even)
-
-
-def _to_stacks(
-    copies: Sequence[Sequence[Copy]], messages: Sequence[Tensor], stacks: Sequence[Sequence[Tensor]]
-) -> None:
-    """stacks: by run, a tensor for each part."""
-    for number, (of_part, message) in enumerate(zip(copies, messages, strict=True)):
-        to_stacks(of_part, message, [of_run[number] for of_run in stacks])
-
-
-def _to_messages(
-    copies: Sequence[Sequence[Copy]], results: Sequence[Sequence[Tensor]], messages: Sequence[Tensor]
-) -> None:
-    """The inverse of :func:`_to_stacks`."""
-    for number, (of_part, message) in enumerate(zip(copies, messages, strict=True)):
-        to_message(of_part, [of_run[number] for of_run in results], message)
 
 
 def _wait(pending: list[Pending]) -> None:

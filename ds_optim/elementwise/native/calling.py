@@ -18,6 +18,8 @@ from ds_optim.elementwise.noise import NoiseKey
 
 # Elements worth a thread of their own: about 20 microseconds of work.
 _GRAIN = 1 << 16
+LEAST_CUT = 2 * _GRAIN
+"""Elements from which on several threads take a part each."""
 # What a thread takes at a time. Two threads with a half of 2^26 elements each took 0.82 of AdamW's time for a sign
 # step, with parts of 2^22 0.71, of 2^20 0.74, of 2^18 0.87: near each other they share what memory has open.
 _MOST = 1 << 22

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import BLOCK, Bfloat16, Flat, Int8, Stored
-from ds_optim.elementwise.native.calling import BlendWeights, Key, address, in_parts, is_flat_cpu, is_plain, key_of
+from ds_optim.elementwise.native.calling import (
+    LEAST_CUT,
+    BlendWeights,
+    Key,
+    address,
+    in_parts,
+    is_flat_cpu,
+    is_plain,
+    key_of,
+)
 from ds_optim.elementwise.native.library import library
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -134,12 +143,21 @@ def _data(tensor: Flat) -> Tensor:
     return tensor if isinstance(tensor, Tensor) else tensor.data
 
 
+_NO_KEY = Key(0, 0, 0, 0)
+_NO_ARRAY = _Array(0, None, None, _NO_KEY)
+
+
 def _array(tensor: Flat | None, begin: int) -> _Array:
     """The part of a tensor that starts at its element ``begin``."""
     if tensor is None:
-        return _Array(0, None, None, Key(0, 0, 0, 0))
-    if isinstance(tensor, Tensor):
-        return _Array(_KINDS[tensor.dtype], address(tensor, begin), None, Key(0, 0, 0, 0))
+        return _NO_ARRAY
+    if type(tensor) is not Tensor and isinstance(tensor, Stored):
+        return _stored(tensor, begin)
+    place = tensor.data_ptr() + begin * tensor.element_size() if begin else tensor.data_ptr()
+    return _Array(_KINDS[tensor.dtype], place, None, _NO_KEY)
+
+
+def _stored(tensor: Stored, begin: int) -> _Array:
     scales = None
     if isinstance(tensor, Int8):
         block = (tensor.rounding.start + begin) // BLOCK - tensor.rounding.start // BLOCK
@@ -149,5 +167,8 @@ def _array(tensor: Flat | None, begin: int) -> _Array:
 
 def _in_parts(numel: int, rounded: tuple[Flat | None, ...], part: Callable[[int, int], None]) -> None:
     """Deal tensors out to torch's threads, cut where no block of those that are rounded is."""
+    if numel < LEAST_CUT:
+        part(0, numel)
+        return
     head = next((-tensor.rounding.start % BLOCK for tensor in rounded if isinstance(tensor, Stored)), 0)
     in_parts(numel, BLOCK, part, head)
