@@ -491,15 +491,15 @@ MUTANTS = [
     Mutant(
         "matrices do not decay",
         "matrix_steps.py",
-        "apply_update(piece.p, change, lr=update.lr, decay=update.decay, scale=scale",
-        "apply_update(piece.p, change, lr=update.lr, decay=0.0, scale=scale",
+        '"decay": update.decay, "scale": scales',
+        '"decay": 0.0, "scale": scales',
         f"{U}optimizers.py",
     ),
     Mutant(
         "matrices step without their scale",
         "matrix_steps.py",
-        "decay=update.decay, scale=scale, scratch",
-        "decay=update.decay, scale=1.0, scratch",
+        '"scale": scales[views[held.param]]}',
+        '"scale": 1.0}',
         f"{U}optimizers.py",
     ),
     Mutant(
