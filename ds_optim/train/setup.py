@@ -25,7 +25,7 @@ from ds_optim.train.sequences import mpu_of
 from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.config import is_ours
 from ds_optim.zero.refused import is_nvme
-from ds_optim.zero.support import check_config
+from ds_optim.zero.support import check_config, check_files_op
 from ds_optim.zero.values import understood
 
 SETTINGS_NAME = "settings.json"
@@ -99,7 +99,9 @@ def check_config_of(settings: TrainSettings) -> None:
         UserError: with what to write instead.
     """
     if is_ours(settings.optimizer):
-        check_config(deepspeed_config(settings, ranks.world_size()))
+        config = deepspeed_config(settings, ranks.world_size())
+        check_config(config)
+        check_files_op(config)
 
 
 def start_engine(settings: TrainSettings, data: TextData) -> Any:

@@ -26,7 +26,7 @@ from ds_optim.zero.reading import load_config
 from ds_optim.zero.refused import SEQUENCE
 from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.sequence import check_sequence, is_of_sequences
-from ds_optim.zero.support import check_config, check_model, tensor_parallel_size
+from ds_optim.zero.support import check_config, check_files_op, check_model, tensor_parallel_size
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 
@@ -136,6 +136,7 @@ def _read(
         if ours:
             sharing = check_sequence(loaded, mpu, mesh)
             check_config(loaded)
+            check_files_op(loaded)
             check_pipeline(model, loaded)
         loaded = understood(loaded)
         fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))

@@ -146,6 +146,27 @@ def _check_files(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_files_op(config: Mapping[str, Any]) -> None:
+    """Refuse state in files where DeepSpeed's op for them does not build, which it says in many lines later.
+
+    Raises:
+        UserError: with what to install.
+    """
+    if not is_nvme(at(config, f"{OFFLOAD}.device")):
+        return
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    if installed_ops.get("async_io"):  # built when DeepSpeed was
+        return
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise UserError(
+            f'{OFFLOAD}.device is "nvme", and DeepSpeed\'s async_io does not build here: install libaio with its '
+            'headers (libaio-dev, libaio-devel), or use "cpu"'
+        )
+
+
 def _sums_in_fp32(config: Mapping[str, Any]) -> bool:
     return str(at(config, "data_types.grad_accum_dtype")).removeprefix("torch.") in ("fp32", "float32", "float")
 

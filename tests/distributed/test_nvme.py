@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 import ds_optim
+from ds_optim.job.deepspeed_json import settings_from_json
+from ds_optim.job.settings import make_settings
 from ds_optim.memory.estimate import estimate
 from ds_optim.memory.estimate_model import shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
+from ds_optim.train.loop import train
 from tests.tiers import cells
 
 from .harness import assert_all_raised, run_ranks
 from .nvme import SUB_GROUPS, Net, config_of, skip_without_aio, start, take_steps
-from .small_runs import equal, full_weights, identical, own_optimizer
+from .small_runs import equal, full_weights, identical, own_optimizer, quiet
 
 STEPS = 4
 PIPELINED = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
@@ -232,3 +236,31 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
         ):
             assert part in line
             assert "\n" not in line
+
+
+# ------------------------------------------------------------------------------------------------ by the command
+
+
+def commanded(rank: int, world_size: int, offload: Mapping[str, Any], config: Mapping[str, Any], flags: Any) -> Any:
+    """The losses of ``ds-optim train --config`` with state in files."""
+    quiet()
+    zero = {"stage": 3, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000}
+    given = {
+        "train_batch_size": 6,
+        "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0, "offload_optimizer": dict(offload)},
+        "optimizer": {"type": "LionMuon", "params": {"lr": 1e-3, **TYPES["LionMuon"]}},
+        **config,
+    }
+    told = {"seq_len": 16, "steps": 4, "warmup": 0, "eval_batches": 1, "preset": "qwen3-tiny", **flags}
+    return train(make_settings(**settings_from_json(given, told))).losses
+
+
+@pytest.mark.full
+def test_the_command_has_the_losses_of_memory_and_goes_on(tmp_path: Path) -> None:
+    config, there = {"bf16": {"enabled": True}}, {"device": "nvme", "nvme_path": str(tmp_path / "files")}
+    memory = run_ranks(2, commanded, {"device": "cpu"}, config, {})
+    saving = {"out": tmp_path / "out", "save_every": 2}
+    assert run_ranks(2, commanded, there, config, saving) == memory
+    assert any((tmp_path / "files").rglob("*.swp"))
+    shutil.rmtree(tmp_path / "out/checkpoints/step-4")
+    assert run_ranks(2, commanded, there, config, {**saving, "resume": True}) == [losses[2:] for losses in memory]

@@ -19,7 +19,14 @@ import ds_optim
 from ds_optim.errors import UserError
 from ds_optim.zero.config import canonical_type
 from ds_optim.zero.refused import REFUSED_ATTRIBUTES, REFUSED_SETTINGS
-from ds_optim.zero.support import check_config, check_engine, check_model, check_parameters, check_wrapper
+from ds_optim.zero.support import (
+    check_config,
+    check_engine,
+    check_files_op,
+    check_model,
+    check_parameters,
+    check_wrapper,
+)
 
 LION_MUON = {"type": "LionMuon", "params": {"lr": 1e-3}}
 
@@ -228,6 +235,19 @@ def test_quantized_gradients_are_refused_under_tensor_parallelism() -> None:
     check_config({"zero_optimization": zero})
     with pytest.raises(UserError, match="zero_quantized_gradients is not supported under tensor parallelism"):
         check_wrapper(types.SimpleNamespace(all2all_process_group={}, model_parallel_group=object()))
+
+
+def test_state_in_files_asks_for_libaio_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    there = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/local"}}
+    given = config(train_micro_batch_size_per_gpu=1, zero_optimization=there)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    with pytest.raises(UserError, match="async_io does not build here: install libaio"):
+        check_files_op(given)
+    check_files_op({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    check_files_op(given)
 
 
 def test_state_in_files_is_for_stage_3_with_a_folder() -> None:
