@@ -32,13 +32,15 @@ def plan_rows(
     settings: TrainSettings, ranks: int, recipe: Recipe | None, tokens_per_s: float | None
 ) -> Iterator[tuple[str, str]]:
     """The lines, each with what it is of."""
+    from ds_optim.memory.estimate_shards import parallel_of
     from ds_optim.memory.estimate_sources import load_shape, zero_settings
     from ds_optim.memory.estimate_terms import ZeroSettings
     from ds_optim.memory.side_by_side import EstimateRequest, estimate_rows
     from ds_optim.report.units import size
 
     shape = load_shape(settings.model or settings.preset, None, settings.seq_len)
-    told = zero_settings(deepspeed_config(settings, ranks), shape)
+    config = deepspeed_config(settings, ranks)
+    told, (tensor, experts) = zero_settings(config, shape), parallel_of(config)
     given = {"dtype": settings.dtype, "accumulation": settings.accumulation, **told}
     request = EstimateRequest(
         model=shape,
@@ -49,6 +51,8 @@ def plan_rows(
         optimizer_params={settings.optimizer: settings.resolved_params()},
         micro_batch=settings.micro_batch,
         seq_len=settings.seq_len // (sequences_cut_in(settings.deepspeed) or 1),
+        tensor=tensor,
+        experts=experts,
     )
     (row,) = estimate_rows(request)
     readers = data_ranks(settings.deepspeed, ranks)  # ranks that share a batch read it once

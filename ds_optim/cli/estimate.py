@@ -29,6 +29,9 @@ _OptimizerParams = Annotated[
     str | None, typer.Option(help='By optimizer, as JSON: \'{"lion_muon": {"aux": "adamw"}}\'.')
 ]
 _Config = Annotated[Path | None, typer.Option(help="A DeepSpeed JSON, for its buckets and bf16 master weights.")]
+_Tensor = Annotated[int | None, typer.Option(min=1, help="Ranks among which AutoTP cuts the model. [1]")]
+_Experts = Annotated[int | None, typer.Option(min=1, help="Ranks among which AutoEP deals out experts. [1]")]
+_Sequence = Annotated[int | None, typer.Option(min=1, help="Ranks that share a sequence. [1]")]
 _Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")]
 
 
@@ -48,6 +51,9 @@ def estimate(
     accumulation: _Accumulation = 2,
     optimizer_params: _OptimizerParams = None,
     config: _Config = None,
+    tensor_parallel: _Tensor = None,
+    expert_parallel: _Experts = None,
+    sequence_parallel: _Sequence = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
@@ -64,14 +70,16 @@ def estimate(
     """
     from ds_optim.job.settings import parse_object
     from ds_optim.memory.estimate_fit import parse_size
+    from ds_optim.memory.estimate_shards import parallel_of
     from ds_optim.memory.estimate_sources import load_shape
     from ds_optim.memory.estimate_terms import ZeroSettings
     from ds_optim.memory.side_by_side import EstimateRequest
-    from ds_optim.zero.experts import experts_over
     from ds_optim.zero.support import sequences_cut_in
 
     loaded = _read(config)
     shape = load_shape(model, params, seq_len, lora=lora)
+    tensor, experts = parallel_of(loaded)
+    cut = sequence_parallel or sequences_cut_in(loaded) or 1
     given = {"dtype": dtype, **_zero_keys(loaded, shape)}  # under autocast weights are fp32 whatever the flag says
     zero = ZeroSettings(stage=0, ranks=1, accumulation=accumulation, **given)
     request = EstimateRequest(
@@ -84,11 +92,12 @@ def estimate(
         optimizer_params={} if optimizer_params is None else parse_object(optimizer_params, "--optimizer-params"),
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
         micro_batch=micro_batch,
-        seq_len=max(1, seq_len // (sequences_cut_in(loaded) or 1)),  # a rank's part of a sequence
+        seq_len=max(1, seq_len // cut),  # a rank's part of a sequence
         checkpointing=checkpointing,
         attention=attention,
         loss_chunks=loss_chunks,
-        experts_over=experts_over(loaded),
+        tensor=tensor_parallel or tensor,
+        experts=expert_parallel or experts,
     )
     return run_estimate(request, as_json=as_json, out=out)
 

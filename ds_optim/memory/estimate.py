@@ -7,12 +7,12 @@ backward hold comes from ``estimate_passes``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
 from ds_optim.memory.estimate_files import gradient_files, in_files, pinned, stored_numel
-from ds_optim.memory.estimate_model import ModelShape, numel_of
+from ds_optim.memory.estimate_model import ModelShape, Parameter, numel_of
 from ds_optim.memory.estimate_optimizers import GroupPlan, OptimizerPlan
 from ds_optim.memory.estimate_terms import (
     ZeroSettings,
@@ -22,8 +22,9 @@ from ds_optim.memory.estimate_terms import (
     collected,
     early_buckets,
     gradients,
+    place_in,
     rows,
-    shares,
+    share_of,
     step_gradients,
     whole_gradients,
 )
@@ -65,6 +66,7 @@ def layout_of(plan: OptimizerPlan, zero: ZeroSettings) -> Layout:
         world_size=zero.ranks,
         param_alignment=zero.param_alignment,
         sub_group_size=zero.sub_group_size,
+        group_ranks=[max(1, zero.ranks // group.over) for group in plan.groups],
         round_robin=zero.round_robin,
     )
 
@@ -91,6 +93,50 @@ def estimate(
     )
 
 
+@dataclass
+class _Kept:
+    """Bytes of what a rank keeps for units, summed over them; extra_gradients, staging: of DeepSpeed's Muon."""
+
+    state: dict[str, int] = field(default_factory=dict)
+    padding: int = 0
+    scalars: int = 0
+    extra_gradients: int = 0
+    staging: int = 0
+    files: int = 0
+
+    def add(self, key: str, amount: int) -> None:
+        self.state[key] = self.state.get(key, 0) + amount
+
+
+def _keep(kept: _Kept, unit: Unit, plan: GroupPlan, optimizer: OptimizerPlan, zero: ZeroSettings, rank: int) -> None:
+    """Add what a rank keeps for one unit."""
+    share = share_of(unit, rank, zero)
+    partition = stored_numel(unit, zero)
+    filed = in_files(unit, zero)
+    kept.files += partition * zero.master_itemsize if filed else 0
+    for key, itemsize in plan.buffers.items():
+        swaps = filed and itemsize == zero.master_itemsize  # others stay in memory
+        numel = partition if swaps else unit.partition_numel
+        kept.files += numel * itemsize if swaps else 0
+        if plan.whole and zero.stage in (1, 2):
+            numel = share.touched
+        if zero.bf16_masters and not optimizer.ours:
+            itemsize = min(itemsize, zero.master_itemsize)  # others keep state in the dtype of what they step
+        kept.add(key, numel * itemsize)
+        kept.padding += 0 if plan.whole else (numel - share.held) * itemsize
+        if plan.whole and zero.stage in (1, 2):  # DeepSpeed's Muon: a copy until the step is known to be sound,
+            kept.staging += numel * itemsize
+            kept.extra_gradients += numel * itemsize  # and updates beside the gradients that they were made from
+    if plan.int8:
+        kept.add(SCALES_OF_MOMENTUM, share.blocks * _FP32)
+    columns = tuple(plan.views[spec.name].columns for spec in unit.params) if plan.rows else ()
+    for key in plan.rows:
+        kept.add(key, rows(unit, columns)[place_in(unit, rank, zero)] * _FP32)
+    kept.padding += (partition - share.held) * zero.master_itemsize if zero.stage else 0
+    kept.scalars += plan.scalar * len(unit.params)
+    kept.scalars += optimizer.step_scalar * (len(unit.params) if unit.cut == "none" else 1)
+
+
 def _rank(
     rank: int,
     model: ModelShape,
@@ -100,65 +146,37 @@ def _rank(
     plans: list[GroupPlan],
     scratch: Mapping[int, int],
 ) -> RankMemory:
-    state: dict[str, int] = {}
-    padding = scalars = extra_gradients = staging = in_swap = 0
+    kept = _Kept()
     for unit, plan in zip(units, plans, strict=True):
-        share = shares(unit)[rank]
-        partition = stored_numel(unit, zero)
-        empty = partition - share.held
-        in_swap += partition * zero.master_itemsize if in_files(unit, zero) else 0
-        for key, itemsize in plan.buffers.items():
-            swaps = in_files(unit, zero) and itemsize == zero.master_itemsize  # others stay in memory
-            numel = partition if swaps else unit.partition_numel
-            in_swap += numel * itemsize if swaps else 0
-            if plan.whole and zero.stage in (1, 2):
-                numel = share.touched
-            if zero.bf16_masters and not optimizer.ours:
-                itemsize = min(itemsize, zero.master_itemsize)  # others keep state in the dtype of what they step
-            state[key] = state.get(key, 0) + numel * itemsize
-            padding += 0 if plan.whole else (numel - share.held) * itemsize
-            if plan.whole and zero.stage in (1, 2):  # DeepSpeed's Muon: a copy until the step is known to be sound,
-                staging += numel * itemsize
-                extra_gradients += numel * itemsize  # and updates beside the gradients that they were made from
-        if plan.int8:
-            state[SCALES_OF_MOMENTUM] = state.get(SCALES_OF_MOMENTUM, 0) + share.blocks * _FP32
-        for key in plan.rows:
-            state[key] = (
-                state.get(key, 0)
-                + rows(unit, tuple(plan.views[spec.name].columns for spec in unit.params))[rank] * _FP32
-            )
-        padding += empty * zero.master_itemsize if zero.stage else 0
-        scalars += plan.scalar * len(unit.params)
-        scalars += optimizer.step_scalar * (len(unit.params) if unit.cut == "none" else 1)
-    partitions = sum(unit.partition_numel for unit in units)
+        _keep(kept, unit, plan, optimizer, zero, rank)
     stored = sum(stored_numel(unit, zero) for unit in units)
     master = 0 if zero.stage == 0 and zero.dtype == "fp32" else stored * zero.master_itemsize
-    before_step = gradients(units, rank, zero) + extra_gradients
+    before_step = gradients(units, rank, zero) + kept.extra_gradients
     on_device, on_host = buckets(units, zero)
     added = collected(units, rank, zero)
     nearest = max((sampled for sampled in scratch if sampled <= rank), default=0)
     narrow = optimizer.momentum_dtype != "float32" and optimizer.ours
-    in_swap += gradient_files(units, rank, zero)
+    files = kept.files + gradient_files(units, rank, zero)
     return RankMemory(
-        weights=_weights(model, zero, partitions),
+        weights=_weights(model, zero, units),
         gradients=before_step,
         accumulating=accumulating(units, before_step, zero),
         master=master,
-        state=state,
-        scalars=scalars,
-        padding=padding,
-        buckets=on_device + added + staging,
+        state=kept.state,
+        scalars=kept.scalars,
+        padding=kept.padding,
+        buckets=on_device + added + kept.staging,
         gathered=_gathered(model, zero),
         step_gradients=step_gradients(units, zero),
         exchange=scratch.get(nearest, 0),
         chunks=chunk_scratch(units, zero, stored=narrow, kept=2 * optimizer.cautious)
         if optimizer.ours and not zero.offload
         else 0,
-        host=master + before_step + sum(state.values()) - in_swap if zero.offload else 0,
+        host=master + before_step + sum(kept.state.values()) - files if zero.offload else 0,
         host_buckets=on_host + pinned(units, zero),
-        files=in_swap,
+        files=files,
         persistent_buckets=zero.stage == 3,
-        backward=_backward(rank, model, units, zero, before_step, added, on_device + staging),
+        backward=_backward(rank, model, units, zero, before_step, added, on_device + kept.staging),
     )
 
 
@@ -192,13 +210,14 @@ def _backward(
     )
 
 
-def _weights(model: ModelShape, zero: ZeroSettings, partitions: int) -> int:
+def _weights(model: ModelShape, zero: ZeroSettings, units: Sequence[Unit]) -> int:
     frozen = numel_of(model.frozen)
+    partitions = sum(unit.partition_numel for unit in units)
     if zero.stage == 3:
         frozen = sum(-(-parameter.numel // zero.ranks) for parameter in model.frozen)
         elements = partitions + frozen + _persistent(model, zero) + _secondary(model, zero)
     else:
-        elements = partitions * (zero.ranks if zero.stage else 1) + frozen
+        elements = sum(unit.partition_numel * unit.world_size for unit in units) + frozen
     return elements * zero.itemsize + model.buffer_bytes
 
 
@@ -209,7 +228,7 @@ def _persistent(model: ModelShape, zero: ZeroSettings) -> int:
         fits = total + parameter.numel <= zero.model_persistence_threshold
         if fits and parameter.numel <= zero.param_persistence_threshold:
             total += parameter.numel
-            held += _padded(parameter.numel, zero)
+            held += _padded(parameter, zero)
     return held
 
 
@@ -217,12 +236,13 @@ def _secondary(model: ModelShape, zero: ZeroSettings) -> int:
     """Elements of a rank's shards of the second copy that hpZ keeps of all that is not left gathered."""
     if zero.hpz <= 1:
         return 0
-    whole = sum(_padded(parameter.numel, zero) for parameter in model.parameters)
+    whole = sum(_padded(parameter, zero) for parameter in model.parameters)
     return (whole - _persistent(model, zero)) // min(zero.hpz, zero.ranks)
 
 
-def _padded(numel: int, zero: ZeroSettings) -> int:
-    return -(-numel // zero.ranks) * zero.ranks
+def _padded(parameter: Parameter, zero: ZeroSettings) -> int:
+    ranks = max(1, zero.ranks // parameter.over)
+    return -(-parameter.numel // ranks) * ranks
 
 
 def _gathered(model: ModelShape, zero: ZeroSettings) -> int:
@@ -255,5 +275,6 @@ def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, 
     most: dict[int, int] = {}
     for plan in exchange_plans(units, optimizer, zero):
         for rank in sampled_ranks(plan.unit.world_size):
-            most[rank] = max(most.get(rank, 0), plan.peak_scratch(rank))
+            of_all = rank * zero.ranks // plan.unit.world_size if zero.stage else rank
+            most[of_all] = max(most.get(of_all, 0), plan.peak_scratch(rank))
     return most

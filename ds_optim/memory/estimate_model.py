@@ -13,10 +13,11 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
+from ds_optim.memory.estimate_shards import added_bytes, held_by_one
 from ds_optim.memory.estimate_widths import Transformer, has_towers, transformer_of
 from ds_optim.optimizers.routing import MEMBERS, param_groups
 from ds_optim.sharding.binding import is_optimized
-from ds_optim.sharding.layout import ParamSpec
+from ds_optim.sharding.layout import ParamSpec, Shard
 
 FROZEN = "frozen"
 #: Elements of one parameter of a model that is only a count: small beside any partition that matters.
@@ -29,7 +30,8 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 class Parameter:
     """A parameter by name and shape; its role is what routing gave it: "matrix", "aux", "vector" or "frozen".
 
-    derived: see ``Member``.
+    derived: see ``Member``. shard: what part ``shape`` is of a parameter that AutoTP cut. over: among how many ranks
+    AutoEP deals out the experts that ``shape`` is some of.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Parameter:
     role: str
     view: MatrixView | None = None
     derived: str = ""
+    shard: Shard | None = None
+    over: int = 1
 
     @property
     def numel(self) -> int:
@@ -44,7 +48,7 @@ class Parameter:
 
     @property
     def spec(self) -> ParamSpec:
-        return ParamSpec(name=self.name, shape=self.shape)
+        return ParamSpec(name=self.name, shape=self.shape, shard=self.shard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class ModelShape:
     parameters: in the model's order, tied ones once. buffer_bytes: of the module's buffers. transformer: None where
     the widths of a decoder are not known. counted: the class and the part of a config that this is, where it is of one.
     has_towers: there are others beside the text decoder that ``transformer`` is of. module: what was routed.
+    tensor, experts: ranks among which AutoTP and AutoEP have cut the parameters to what one holds.
     """
 
     name: str
@@ -63,12 +68,30 @@ class ModelShape:
     counted: str = ""
     has_towers: bool = False
     module: nn.Module | None = field(default=None, repr=False, compare=False)
+    tensor: int = 1
+    experts: int = 1
+
+    def for_ranks(self, tensor: int, experts: int) -> ModelShape:
+        """What one of so many tensor- and expert-parallel ranks holds of a whole model.
+
+        Raises:
+            UserError: what they cut is not known, or does not divide.
+        """
+        if tensor == experts == 1:
+            return self
+        held = held_by_one(self.parameters, self.module, tensor=tensor, experts=experts)
+        buffers = self.buffer_bytes + added_bytes(held)
+        return replace(self, parameters=held, buffer_bytes=buffers, tensor=tensor, experts=experts)
 
     def routed(self, **routing: Any) -> ModelShape:
         """The same model under other options of ``ds_optim.param_groups``."""
         if self.module is None:
             raise UserError(f"{', '.join(routing)}: {self.name} has no names and shapes to route; give a model")
-        return replace(self, parameters=_parameters(self.module, routing))
+        whole = _parameters(self.module, routing)
+        if self.tensor == self.experts == 1:
+            return replace(self, parameters=whole)
+        held = held_by_one(whole, self.module, tensor=self.tensor, experts=self.experts)
+        return replace(self, parameters=held)
 
     @property
     def numel(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,11 @@ class GroupPlan:
     rows: tuple[str, ...] = ()
     fraction: float = 1.0
     whole: bool = False
+
+    @property
+    def over(self) -> int:
+        """Among how many ranks its experts are dealt out; 1 for what all ranks hold."""
+        return self.parameters[0].over
 
     @cached_property
     def views(self) -> dict[str, MatrixView]:
@@ -138,7 +143,7 @@ def plan_optimizer(
     return OptimizerPlan(
         name=name,
         momentum_dtype=dtype,
-        groups=tuple(
+        groups=_by_ranks(
             _ours(group, [replace(known[m.spec.name], view=m.view) for m in members], dtype)
             for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
         ),
@@ -174,7 +179,17 @@ def _theirs(model: ModelShape, name: str, params: Mapping[str, Any], weights: to
     else:
         raise UserError(f"what {name!r} keeps is not known here: estimate one of {', '.join([*OPTIMIZERS, *_THEIRS])}")
     group = GroupPlan(parameters=model.trainable, buffers=dict.fromkeys(buffers, _FP32))
-    return OptimizerPlan(name=name, momentum_dtype="float32", groups=(group,), step_scalar=_FP32, ours=False)
+    groups = _by_ranks([group])
+    return OptimizerPlan(name=name, momentum_dtype="float32", groups=groups, step_scalar=_FP32, ours=False)
+
+
+def _by_ranks(groups: Iterable[GroupPlan]) -> tuple[GroupPlan, ...]:
+    """Experts in groups of their own, as DeepSpeed has them: fewer ranks hold the same ones."""
+    found = []
+    for group in groups:
+        for over in dict.fromkeys(parameter.over for parameter in group.parameters):
+            found.append(replace(group, parameters=tuple(p for p in group.parameters if p.over == over)))
+    return tuple(found)
 
 
 def _their_muon(model: ModelShape, name: str, weights: torch.dtype) -> OptimizerPlan:

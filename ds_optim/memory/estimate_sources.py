@@ -17,7 +17,7 @@ from ds_optim.memory.estimate_model import ModelShape, shape_of_count, shape_of_
 from ds_optim.zero.auto import AUTO, at, sizes_by_width
 from ds_optim.zero.reading import read_json
 from ds_optim.zero.refused import is_nvme, is_true
-from ds_optim.zero.support import tensor_parallel_size, uses_autocast, uses_bf16_masters
+from ds_optim.zero.support import uses_autocast, uses_bf16_masters
 
 #: Keys of a DeepSpeed JSON's ``zero_optimization`` that an estimate reads, and the settings that they are.
 _ZERO_KEYS = {
@@ -75,15 +75,7 @@ def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any
     """What a DeepSpeed JSON that was understood says of buckets, offload and gradients, as fields of ``ZeroSettings``.
 
     "auto" is what ``ds_optim.initialize`` makes of it, by the model's width, or DeepSpeed's default.
-
-    Raises:
-        UserError: parameters are cut before ZeRO cuts them.
     """
-    if tensor_parallel_size(config) > 1:
-        raise UserError(
-            "tensor_parallel.autotp_size: an estimate counts whole parameters; set it to 0, and give --model a list of "
-            "the shapes that one rank holds and --ranks the data-parallel ranks"
-        )
     section = dict(section_of(dict(config), "zero_optimization"))
     sizes = {} if model.transformer is None else sizes_by_width(model.transformer.hidden)
     section |= {key: size for key, size in sizes.items() if section.get(key) == AUTO}

@@ -138,6 +138,16 @@ def shares(unit: Unit) -> tuple[Share, ...]:
     return tuple(Share(*numbers) for numbers in zip(held, touched, blocks, strict=True))
 
 
+def share_of(unit: Unit, rank: int, zero: ZeroSettings) -> Share:
+    """The share of a rank of all; experts' units have fewer, of which neighbours hold others."""
+    return shares(unit)[place_in(unit, rank, zero)]
+
+
+def place_in(unit: Unit, rank: int, zero: ZeroSettings) -> int:
+    """The number of a rank of all among those that share the unit."""
+    return rank * unit.world_size // zero.ranks if zero.stage else 0
+
+
 @lru_cache(maxsize=256)
 def rows(unit: Unit, columns: tuple[int, ...]) -> tuple[int, ...]:
     """Of how many rows every rank keeps values; columns: of the matrices of each parameter."""
@@ -163,12 +173,13 @@ def gradients(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:
     if zero.offload:
         return partitions * _FP32
     if zero.grad_itemsize == zero.itemsize:
-        mine = [shares(unit)[rank] for unit in units]
+        mine = [share_of(unit, rank, zero) for unit in units]
         padding = partitions - sum(share.held for share in mine)
         return (sum(share.touched for share in mine) + padding) * zero.itemsize
     if zero.stage == 1:
         whole = sum(spec.numel for unit in units for spec in unit.params)
-        return partitions * zero.ranks * zero.grad_itemsize + whole * zero.itemsize
+        padded = sum(unit.partition_numel * unit.world_size for unit in units)
+        return padded * zero.grad_itemsize + whole * zero.itemsize
     return partitions * zero.grad_itemsize
 
 
@@ -219,7 +230,7 @@ def collected(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:
     """Bytes of a micro-batch's gradients that stage 2 collects beside those that they are added to."""
     if zero.offload or zero.accumulation == 1 or zero.stage != 2 or zero.grad_itemsize != zero.itemsize:
         return 0
-    return sum(shares(unit)[rank].touched for unit in units) * zero.itemsize if zero.contiguous_gradients else 0
+    return sum(share_of(unit, rank, zero).touched for unit in units) * zero.itemsize if zero.contiguous_gradients else 0
 
 
 def whole_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:

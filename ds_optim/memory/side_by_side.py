@@ -18,6 +18,7 @@ from ds_optim.memory.passes import Passes
 from ds_optim.optimizers.checks import check_choice
 
 BASELINE = "adamw"
+_PARALLEL = {"tensor": "--tensor-parallel", "experts": "--expert-parallel"}
 #: Terms of a row, in the order of the table.
 TERMS = (
     *("weights", "gradients", "accumulating", "master", "optimizer_state", "scalars", "padding", "buckets"),
@@ -40,7 +41,8 @@ class EstimateRequest:
     """What is to be estimated; ``zero`` gives all settings but stage and ranks.
 
     gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing, attention, loss_chunks: see
-    ``Batch``. experts_over: the ranks among which AutoEP deals out a model's experts.
+    ``Batch``. ranks: of all, those of a tensor-parallel group too. tensor, experts: over how many AutoTP cuts the
+    model, and AutoEP deals out its experts.
     """
 
     model: ModelShape
@@ -56,17 +58,28 @@ class EstimateRequest:
     checkpointing: bool = False
     attention: str = "sdpa"
     loss_chunks: int = 1
-    experts_over: int = 1
+    tensor: int = 1
+    experts: int = 1
 
     def __post_init__(self) -> None:
         if min(self.micro_batch, self.seq_len, self.loss_chunks) < 1:
             raise UserError("micro-batch, seq-len and loss-chunks are whole numbers from 1")
         check_choice("attention", self.attention, ("sdpa", "eager"))
+        for name in ("tensor", "experts"):
+            size = getattr(self, name)
+            if size < 1 or any(ranks % size for ranks in self.ranks):
+                ranks = ", ".join(map(str, self.ranks))
+                raise UserError(f"{_PARALLEL[name]} is {size}, and the ranks are {ranks}: write multiples of it")
         for name in self.optimizer_params:
             if name not in self.optimizers:
                 raise UserError(f"optimizer_params names {name!r}, which is not estimated: add it to --optimizers")
             if not isinstance(self.optimizer_params[name], Mapping):
                 raise UserError(f'optimizer_params of {name!r} are no JSON object such as {{"lr": 0.001}}')
+
+    @cached_property
+    def held(self) -> ModelShape:
+        """What one rank holds of the model before ZeRO cuts it."""
+        return self.model.for_ranks(self.tensor, self.experts)
 
     @cached_property
     def passes(self) -> ModelPasses:
@@ -95,7 +108,7 @@ class EstimateRequest:
 
     def plan(self, name: str, momentum_dtype: str = "float32") -> OptimizerPlan:
         return plan_optimizer(
-            self.model,
+            self.held,
             name,
             self.optimizer_params.get(name),
             momentum_dtype=momentum_dtype,
@@ -110,7 +123,7 @@ class EstimateRequest:
         return replace(
             self.zero,
             stage=stage,
-            ranks=ranks,
+            ranks=ranks // self.tensor,
             offload=self.zero.offload and sharded and (stage == 3 or not self.zero.nvme),
             nvme=self.zero.nvme and stage == 3,
             bf16_masters=self.zero.bf16_masters and sharded,
@@ -128,6 +141,11 @@ class EstimateRow:
     request: EstimateRequest
     estimate: MemoryEstimate
     baseline: MemoryEstimate
+
+    @property
+    def ranks(self) -> int:
+        """Of all."""
+        return self.estimate.zero.ranks * self.request.tensor
 
     @property
     def passes(self) -> Passes:
@@ -171,18 +189,22 @@ class EstimateRow:
             settings = replace(own.zero, ranks=ranks)
             return estimate(own.model, own.optimizer, settings, transients=False).largest
 
-        return fewest_ranks(memory_at, self.request.gpu_bytes, self.passes)
+        found = fewest_ranks(memory_at, self.request.gpu_bytes, self.passes)
+        return None if found is None else max(found, self.request.experts) * self.request.tensor
 
     def record(self) -> dict[str, Any]:
         """The row as JSON, sizes in bytes."""
         largest = self.estimate.largest
         return {
             "model": self.estimate.model.name,
-            "parameters": self.estimate.model.numel,
+            "parameters": self.request.model.numel,
             "counted": self.estimate.model.counted,
             "optimizer": self.estimate.optimizer.name,
             "momentum_dtype": self.estimate.optimizer.momentum_dtype,
             **{key: value for key, value in asdict(self.estimate.zero).items() if key != "device"},
+            "ranks": self.ranks,
+            "tensor_parallel": self.request.tensor,
+            "expert_parallel": self.request.experts,
             "per_rank": {term: getattr(largest, term) for term in TERMS},
             "sum_over_ranks": {term: self.estimate.total(term) for term in TERMS},
             "state": dict(largest.state),
@@ -208,9 +230,9 @@ def estimate_rows(request: EstimateRequest) -> list[EstimateRow]:
         for stage in request.stages:
             settings = request.at(stage, ranks)
             usual = request.baseline_at(stage, ranks)
-            base = estimate(request.model, baseline, usual)
+            base = estimate(request.held, baseline, usual)
             for plan in plans:
                 same = plan == baseline and settings == usual
-                own = base if same else estimate(request.model, plan, settings)
+                own = base if same else estimate(request.held, plan, settings)
                 rows.append(EstimateRow(request=request, estimate=own, baseline=base))
     return rows

@@ -13,12 +13,12 @@ from ds_optim.elementwise.momentum import DTYPES
 from ds_optim.errors import UserError
 from ds_optim.memory.estimate_fit import USABLE, fits
 from ds_optim.memory.estimate_model import ModelShape
+from ds_optim.memory.estimate_shards import parallel_of
 from ds_optim.memory.estimate_sources import zero_settings
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.side_by_side import BASELINE, EstimateRequest, EstimateRow, estimate_rows
 from ds_optim.zero.auto import AUTO, at
 from ds_optim.zero.conversion import Converted, convert
-from ds_optim.zero.experts import experts_over
 from ds_optim.zero.refused import is_true
 from ds_optim.zero.support import sequences_cut_in
 from ds_optim.zero.values import understood
@@ -136,6 +136,7 @@ def _request(
         raise UserError('zero_optimization.stage is "auto" in --from: write 0, 1, 2 or 3')
     accumulation = at(config, "gradient_accumulation_steps")
     given = {"dtype": _dtype(config), **zero_settings(config, model)}
+    tensor, experts = parallel_of(config)
     told = at(config, "train_micro_batch_size_per_gpu")
     return EstimateRequest(
         model=model,
@@ -147,7 +148,8 @@ def _request(
         micro_batch=micro_batch or (told if _whole(told) else 1),
         seq_len=max(1, seq_len // (sequences_cut_in(dict(config)) or 1)),
         checkpointing=checkpointing,
-        experts_over=experts_over(dict(config)),
+        tensor=tensor,
+        experts=experts,
     )
 
 

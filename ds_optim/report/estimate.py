@@ -29,12 +29,13 @@ def notes(request: EstimateRequest) -> list[str]:
         lines.insert(0, f"Counted: {request.model.counted}.")
     if request.zero.bf16_masters:
         lines.append("Master weights are bf16 from stage 1 on; savings are against AdamW with fp32 ones.")
-    if request.experts_over > 1:
+    if request.tensor > 1:
         lines.append(
-            f"Experts are counted as if each rank held all of them. Over {request.experts_over} ranks it holds weights "
-            f"and gradients of 1/{request.experts_over} of them at stages 0 to 2, and of the optimizer's state at "
-            "stage 0; the rest is as counted, but for padding."
+            f"Of what AutoTP cuts a rank holds 1/{request.tensor}; its matrices come together whole in the step. "
+            "Activations are those of the whole model."
         )
+    if request.experts > 1:
+        lines.append(f"Of the experts a rank holds 1/{request.experts}, which ZeRO cuts among the ranks with the same.")
     passes = request.passes.own
     if passes.moments:
         how = "with" if request.checkpointing else "without"
@@ -57,7 +58,7 @@ def draw_curves(request: EstimateRequest, out: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    ranks = [1]
+    ranks = [max(request.tensor, request.experts)]
     while ranks[-1] < max(64, *request.ranks):
         ranks.append(2 * ranks[-1])
     out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def _held(request: EstimateRequest, ranks: Sequence[int]) -> Held:
             at = request.baseline_at if label == BASELINE else request.at
             if (label, stage) not in found:
                 settings = (at(stage, n) for n in ranks)
-                found[label, stage] = [estimate(request.model, plan, s, transients=False).largest for s in settings]
+                found[label, stage] = [estimate(request.held, plan, s, transients=False).largest for s in settings]
     return found
 
 

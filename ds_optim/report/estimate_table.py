@@ -40,7 +40,7 @@ def to_tables(rows: Sequence[EstimateRow], width: int) -> Iterator[Table]:
     """GiB of the rank that needs most, term by term, and the saving against AdamW, in lines of ``width`` characters."""
     sections = list(_sections(rows[0].request))
     labels = [[label for label, _ in section] for section in sections]
-    for (ranks, stage), same in groupby(rows, key=lambda row: (row.estimate.zero.ranks, row.estimate.zero.stage)):
+    for (ranks, stage), same in groupby(rows, key=lambda row: (row.ranks, row.estimate.zero.stage)):
         columns = [
             Column(name=_name(row), cells=[text(row) for section in sections for _, text in section]) for row in same
         ]

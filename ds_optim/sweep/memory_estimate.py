@@ -13,6 +13,7 @@ from ds_optim.memory.estimate import MemoryEstimate, estimate
 from ds_optim.memory.estimate_model import ModelShape, shape_of_module
 from ds_optim.memory.estimate_optimizers import OptimizerPlan, plan_optimizer
 from ds_optim.memory.estimate_passes import Batch, ModelPasses
+from ds_optim.memory.estimate_shards import parallel_of
 from ds_optim.memory.estimate_sources import zero_settings
 from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
 from ds_optim.memory.passes import Passes
@@ -60,8 +61,12 @@ def _planned(cell: Cell, ranks: int, vocab_size: int, device: str) -> tuple[Opti
     model = _shape(train.preset, vocab_size, train.seq_len)
     params = train.resolved_params()
     dtype = str(params.pop("momentum_dtype", "float32"))
-    given = {"dtype": train.dtype, **zero_settings(deepspeed_config(train, ranks), model)}
-    zero = ZeroSettings(stage=train.stage, ranks=ranks, accumulation=train.accumulation, device=device, **given)
+    config = deepspeed_config(train, ranks)
+    tensor, experts = parallel_of(config)
+    model = model.for_ranks(tensor, experts)
+    given = {"dtype": train.dtype, **zero_settings(config, model)}
+    given |= {"accumulation": train.accumulation, "device": device}
+    zero = ZeroSettings(stage=train.stage, ranks=ranks // tensor, **given)
     weights = TORCH_DTYPES[train.dtype]
     plan = plan_optimizer(model, train.optimizer, params, momentum_dtype=dtype, weights=weights, device=device)
     return plan, zero, model

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ds_optim.cli.app import main
 from ds_optim.errors import UserError
-from ds_optim.memory.estimate_model import ModelShape, Parameter
+from ds_optim.memory.estimate import estimate
+from ds_optim.memory.estimate_model import ModelShape, Parameter, shape_of_list
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_sources import load_shape
+from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.estimate_widths import Transformer
 from ds_optim.memory.side_by_side import EstimateRequest
 from ds_optim.report.estimate import notes
@@ -184,3 +188,62 @@ def test_lora_trains_and_keeps_little(tmp_path: Path) -> None:
         load_shape(str(path), None, lora=0)
     with pytest.raises(UserError, match="is only a list of parameters"):
         load_shape(None, 1e6, lora=8)
+
+
+def test_tensor_parallel_ranks_hold_what_transformers_says_is_cut() -> None:
+    held = {p.name: p for p in load_shape("qwen3-tiny", None).for_ranks(2, 1).parameters}
+    whole = {p.name: p.shape for p in load_shape("qwen3-tiny", None).parameters}
+    layer = "model.layers.0"
+    for name, dim in {"self_attn.q_proj": 0, "self_attn.o_proj": 1, "mlp.up_proj": 0, "mlp.down_proj": 1}.items():
+        shape = list(whole[f"{layer}.{name}.weight"])
+        shape[dim] //= 2
+        assert held[f"{layer}.{name}.weight"].shape == tuple(shape)
+        assert held[f"{layer}.{name}.weight"].spec.whole_numel == math.prod(whole[f"{layer}.{name}.weight"])
+    assert whole["lm_head.weight"][0] % 2 == 1
+    assert held["lm_head.weight"].shape[0] == whole["lm_head.weight"][0] // 2 + 1
+    for name in ("model.embed_tokens.weight", f"{layer}.input_layernorm.weight"):
+        assert held[name].shape == whole[name]
+
+
+def test_matrices_are_worked_on_whole_over_tensor_parallel_ranks() -> None:
+    """What a step holds of the largest matrix does not shrink with the shards, though its state does."""
+    model = load_shape("qwen3-134m", None)
+    whole, cut = (
+        estimate(shape, plan_optimizer(shape, "muon"), ZeroSettings(stage=1, ranks=8 // shape.tensor)).largest
+        for shape in (model, model.for_ranks(2, 1))
+    )
+    assert cut.optimizer_state < 0.7 * 2 * whole.optimizer_state
+    assert cut.exchange > whole.exchange
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"tensor": 3}, "--tensor-parallel is 3, and the ranks are 8: write multiples of it"),
+        ({"tensor": 16, "ranks": (16,)}, "heads of keys and values, which 16 tensor-parallel ranks do not divide"),
+        ({"experts": 2}, "the model has no stacks of experts that AutoEP replaces"),
+        ({"tensor": 2, "experts": 2}, "tensor- and expert-parallel ranks together are not supported"),
+        ({"tensor": 2, "model": "list"}, "transformers has no tp_plan of it"),
+    ],
+)
+def test_what_parallel_ranks_cannot_cut_is_said(flags: dict[str, Any], line: str) -> None:
+    name = flags.pop("model", "qwen3-tiny")
+    model = shape_of_list("list", {"w": [8, 8]}) if name == "list" else load_shape(name, None)
+    with pytest.raises(UserError, match=re.escape(line)):
+        EstimateRequest(model=model, optimizers=("lion",), **flags).held  # noqa: B018
+
+
+def test_a_json_says_what_the_flags_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"tensor_parallel": {"autotp_size": 2}}))
+    rows = []
+    for flags in (["--config", str(path)], ["--tensor-parallel", "2"], []):
+        given = ["estimate", "--model", "qwen3-tiny", "--optimizers", "lion", "--stages", "2", "--json", *flags]
+        with pytest.raises(SystemExit) as end:
+            main(given)
+        assert end.value.code in (0, None)
+        rows.append(json.loads(capsys.readouterr().out)[0])
+    assert rows[0] == rows[1]
+    assert [row["tensor_parallel"] for row in rows] == [2, 2, 1]
+    assert all(row["ranks"] == 8 for row in rows)
+    assert rows[0]["per_rank"]["weights"] < rows[2]["per_rank"]["weights"]
