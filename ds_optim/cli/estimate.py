@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,7 @@ def estimate(
     lora: Annotated[int | None, typer.Option(help="Train LoRA of this rank alone, on all linear layers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for curves over ranks and stages, PNG and SVG.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File for a page with sliders, which needs no other.")] = None,
 ) -> int:
     """Estimate what a rank will hold: no GPU, no weights, no process group.
 
@@ -99,11 +101,11 @@ def estimate(
         tensor=tensor_parallel or tensor,
         experts=expert_parallel or experts,
     )
-    return run_estimate(request, as_json=as_json, out=out)
+    return run_estimate(request, as_json=as_json, out=out, html=html)
 
 
-def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -> int:
-    """Print the rows, and draw the curves where ``out`` says so."""
+def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None, html: Path | None) -> int:
+    """Print the rows; draw the curves where ``out`` says so, and write the page to ``html``."""
     import json
     import sys
 
@@ -111,15 +113,11 @@ def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -
 
     from ds_optim.memory.side_by_side import estimate_rows
     from ds_optim.report.estimate import draw_curves, notes, title_of
+    from ds_optim.report.estimate_page import write_page
     from ds_optim.report.estimate_table import to_tables
 
     rows = estimate_rows(request)
-    drawn: list[Path] = []
-    if out is not None:
-        try:
-            drawn = draw_curves(request, out)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
+    written = [*_written("--out", out, draw_curves, request), *_written("--html", html, write_page, request)]
     if as_json:
         typer.echo(json.dumps([row.record() for row in rows], indent=2))
         return 0
@@ -127,9 +125,19 @@ def run_estimate(request: EstimateRequest, *, as_json: bool, out: Path | None) -
     console.print(title_of(request), markup=False, highlight=False)
     for table in to_tables(rows, console.width):
         console.print(table)
-    for line in (*notes(request), *(f"curves: {path}" for path in drawn)):
+    for line in (*notes(request), *(f"written: {path}" for path in written)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _written(
+    flag: str, place: Path | None, write: Callable[[EstimateRequest, Path], list[Path]], request: EstimateRequest
+) -> list[Path]:
+    """The files that a flag asks for."""
+    try:
+        return [] if place is None else write(request, place)
+    except OSError as error:
+        raise UserError(f"cannot write to {flag} {str(place)!r}: {error.strerror}") from None
 
 
 def _sharded(zero: Any, **settings: bool) -> Any:

@@ -67,18 +67,19 @@ def render(
     }
     report = Report(table=table, markdown=out_dir / MARKDOWN, html=out_dir / HTML)
     for path in (report.markdown, report.html):
-        text = _templates().get_template(f"{path.name}.j2").render(page)
+        text = templates().get_template(f"{path.name}.j2").render(page)
         write_atomic(path, text.rstrip("\n") + "\n")
     return report
 
 
 @cache
-def _templates() -> Any:
+def templates() -> Any:
+    """The package's templates; what is put into HTML is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("ds_optim.report", "templates"),
-        autoescape=lambda name: name == f"{HTML}.j2",
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
