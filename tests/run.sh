@@ -29,6 +29,13 @@ if command -v shellcheck >/dev/null; then
 fi
 ((${#failed[@]} == 0)) || fail "not clean: ${failed[*]} (the tests were not run)"
 
+# The page of estimate is looked at in a browser, where there is one or apt-get has it.
+if [[ " $* " == *" --full "* && $(id -u) == 0 ]] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    say "installing chromium"
+    { timeout 300 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y -qq chromium; } >&2 ||
+        say "it cannot be installed: tests that need it are skipped"
+fi
+
 gpus=0
 for ((i = 1; i <= $#; i++)); do
     case "${!i}" in

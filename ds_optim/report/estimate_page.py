@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ds_optim.machine.files import write_atomic
+from ds_optim.memory.estimate_fit import USABLE
 from ds_optim.memory.grid import grid
 from ds_optim.memory.side_by_side import EstimateRequest
 from ds_optim.report.estimate import notes, title_of
@@ -39,7 +41,7 @@ def write_page(request: EstimateRequest, path: Path) -> list[Path]:
     page = {
         "title": title_of(request),
         "seq_len": f"{request.seq_len:,}",
-        "notes": notes(request),
+        "notes": [*notes(replace(request, gpu_bytes=None)), f"What fits leaves {1 - USABLE:.0%} of a GPU free."],
         "data": grid(request),
         "owners": {owner: {"label": label, "colour": OWNER_COLOURS[name]} for owner, (label, name) in _OWNERS.items()},
         "start": start,

@@ -84,6 +84,7 @@ def templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     environment.filters |= {"words": markdown_text, "markdown": lambda table: to_markdown(table).rstrip("\n")}
     return environment
 

@@ -1,4 +1,4 @@
-"""The page of ``ds-optim estimate --html`` in a browser: its numbers, its controls, and how it looks on a narrow screen."""
+"""The page of ``ds-optim estimate --html`` in a browser: its numbers, its controls, and narrow screens."""
 
 from __future__ import annotations
 

@@ -107,7 +107,11 @@ const LINES = [
   ["peak", (row) => row.peak],
 ];
 const field = (id) => document.getElementById(id);
-const gib = (bytes) => (bytes / GIB).toFixed(2);
+function size(bytes) {
+  let scaled = bytes, unit = 0;
+  while (Math.abs(scaled) >= 1024 && unit < 4) { scaled /= 1024; unit += 1; }
+  return `${Number(scaled.toPrecision(3)).toLocaleString("en", { useGrouping: false })} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`;
+}
 const percent = (saved, base) => `${saved < 0 ? "+" : "−"}${Math.abs((100 * saved) / base).toFixed(1)} %`;
 
 function element(tag, parent, text = "", attributes = {}) {
@@ -143,15 +147,15 @@ function show() {
   if (data.passes) field("batch-said").textContent = at.batch;
   const others = rows.slice(1).map((row) =>
     `${row.name}: model states ${percent(row.saved.states, base.memory.most_model_states)}, ` +
-    `peak ${percent(row.saved.peak, base.peak)} (${gib(row.peak)} GiB, which ${row.fits ? "fits" : "does not fit"})`);
+    `peak ${percent(row.saved.peak, base.peak)} (${size(row.peak)}, which ${row.fits ? "fits" : "does not fit"})`);
   const said = `ZeRO-${at.stage}, ${at.ranks} rank${at.ranks > 1 ? "s" : ""}, against ${base.name}'s ` +
-    `${gib(base.peak)} GiB, which ${base.fits ? "fits" : "does not fit"} in ${at.gpu} GiB: ${others.join("; ")}.`;
+    `${size(base.peak)}, which ${base.fits ? "fits" : "does not fit"} in ${at.gpu} GiB: ${others.join("; ")}.`;
   field("said").textContent = said;
   drawBars(at, rows, said);
   field("heads").replaceChildren();
   for (const head of ["", ...rows.map((row) => row.name)]) element("th", field("heads"), head, head ? { class: "number" } : {});
   field("lines").replaceChildren();
-  const lines = [...LINES.map(([name, of]) => [name, of, gib])];
+  const lines = [...LINES.map(([name, of]) => [name, of, size])];
   if (data.passes) lines.push(["largest micro-batch", (row) => row.largest, String]);
   for (const [name, of, said] of lines) {
     const line = element("tr", field("lines"));
@@ -162,8 +166,8 @@ function show() {
 }
 
 function drawBars(at, rows, said) {
-  const bars = field("bars"), size = at.gpu * GIB;
-  const width = Math.max(size, ...rows.map((row) => row.peak)) * 1.02;
+  const bars = field("bars"), limit = at.gpu * GIB;
+  const width = Math.max(limit, ...rows.map((row) => row.peak)) * 1.02;
   bars.replaceChildren();
   bars.setAttribute("aria-label", said);
   for (const row of rows) {
@@ -172,9 +176,9 @@ function drawBars(at, rows, said) {
     const track = element("div", bar, "", { class: "track" });
     for (const [owner, bytes] of Object.entries(row.parts)) {
       const { colour, label } = OWNERS[owner];
-      element("i", track, "", { style: `width:${(100 * bytes) / width}%;background:${colour}`, title: `${label}: ${gib(bytes)} GiB` });
+      element("i", track, "", { style: `width:${(100 * bytes) / width}%;background:${colour}`, title: `${label}: ${size(bytes)}` });
     }
-    element("b", track, "", { style: `left:${(100 * size) / width}%`, title: `${at.gpu} GiB` });
+    element("b", track, "", { style: `left:${(100 * limit) / width}%`, title: `${at.gpu} GiB` });
   }
 }
 
