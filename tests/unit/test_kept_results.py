@@ -13,7 +13,8 @@ from ds_optim.bench import output
 from ds_optim.cli import app as cli
 from ds_optim.errors import UserError
 from ds_optim.machine import shared_memory
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, write_rows
+from ds_optim.machine.kept_results import RESULTS, RUN_FILE
+from ds_optim.report.schema import Row, RunInfo, write_rows
 from ds_optim.sweep import options as sweep_options
 
 

@@ -23,10 +23,11 @@ from ds_optim.job.run_log import RunLog, keep_until
 from ds_optim.job.settings import make_settings
 from ds_optim.machine import files, ranks
 from ds_optim.machine.files import Unreadable
+from ds_optim.machine.kept_results import RESULTS, RUN_FILE
 from ds_optim.machine.run_lock import LOCK_NAME, RunLock
 from ds_optim.report.memory_csv import write_csv
 from ds_optim.report.merge import merge_runs
-from ds_optim.report.schema import RESULTS, RUN_FILE, Row, RunInfo, read_rows
+from ds_optim.report.schema import Row, RunInfo, read_rows
 from ds_optim.report.table import build_table, markdown_text, to_markdown, to_rich
 from ds_optim.zero.checkpoints import safe
 from tests import fuzz_read_back
