@@ -264,3 +264,22 @@ def test_the_command_has_the_losses_of_memory_and_goes_on(tmp_path: Path) -> Non
     assert any((tmp_path / "files").rglob("*.swp"))
     shutil.rmtree(tmp_path / "out/checkpoints/step-4")
     assert run_ranks(2, commanded, there, config, {**saving, "resume": True}) == [losses[2:] for losses in memory]
+
+
+_BF16 = {"bf16": {"enabled": True}}
+BESIDE: Mapping[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]] = {
+    "autocast": (3, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}),
+    "zero.Init": (2, _BF16, {"zero_init": True}),
+    "sequences cut": (2, {**_BF16, "sequence_parallel_size": 2}, {}),
+    "AutoTP": (2, {**_BF16, "tensor_parallel": {"autotp_size": 2}}, {}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BESIDE)
+def test_other_settings_beside_files_have_the_losses_of_memory(name: str, tmp_path: Path) -> None:
+    ranks, config, flags = BESIDE[name]
+    memory = run_ranks(ranks, commanded, {"device": "cpu"}, config, flags)
+    there = {"device": "nvme", "nvme_path": str(tmp_path / "files")}
+    assert run_ranks(ranks, commanded, there, config, flags) == memory
+    assert any((tmp_path / "files").rglob("*.swp"))
