@@ -2,8 +2,8 @@
 
 The default tier is to take under 3 minutes on two cores, and takes 2 min 59 s (2026-11-28, two cores that do nothing
 else): a cell of each kind, every rule unsharded and at one stage.
-``pytest --full``, which continuous integration runs in 25 minutes, adds the other cells and the tests marked ``full``. With
-DS_OPTIM_ALL_CELLS=1 all of every product runs, for hours. Ranks read the same from the environment.
+``pytest --full``, which continuous integration runs in 25 minutes, adds the other cells and the tests marked ``full``.
+With DS_OPTIM_ALL_CELLS=1 all of every product runs, for hours. Ranks read the same from the environment.
 """
 
 from __future__ import annotations
