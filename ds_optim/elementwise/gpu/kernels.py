@@ -50,14 +50,14 @@ def _number(row: tl.tensor, k: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _row(table: tl.tensor, slices: tl.tensor, program: tl.tensor) -> tl.tensor:
-    """The last row whose slice begins no later than with this program."""
+def row_of(table: tl.tensor, slices: tl.tensor, program: tl.tensor, width: tl.constexpr) -> tl.tensor:
+    """The last row, of ``width`` words, whose slice begins no later than with this program."""
     low, high = slices * 0, slices
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(table + middle * _WIDTH) <= program
+        before = tl.load(table + middle * width) <= program
         low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-    return table + low.to(tl.int64) * _WIDTH
+    return table + low.to(tl.int64) * width
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def run(
     p, m and v are written; nearest: p is rounded to the nearest.
     """
     program = tl.program_id(0).to(tl.int64)
-    row = _row(table, slices, program)
+    row = row_of(table, slices, program, _WIDTH)
     begin = (program - tl.load(row)) * each
     one = tl.full([BLOCK], identity, tl.float64)
     two = tl.full([BLOCK], identity, tl.float64)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ds_optim.elementwise.gpu import tiles
-from ds_optim.elementwise.gpu.kernels import decayed, folded
+from ds_optim.elementwise.gpu.kernels import decayed, folded, row_of
 from ds_optim.elementwise.gpu.tiles import BLOCK, LANES
 
 NAMES = (
@@ -33,17 +33,6 @@ def _kernel(function: Any) -> Any:
 @triton.jit
 def _number(row: tl.tensor, k: tl.constexpr) -> tl.tensor:
     return tl.load(row + _WORDS + k).to(tl.float64, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _row(table: tl.tensor, slices: tl.tensor, program: tl.tensor) -> tl.tensor:
-    """``kernels._row``, of this table."""
-    low, high = slices * 0, slices
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(table + middle * _WIDTH) <= program
-        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-    return table + low.to(tl.int64) * _WIDTH
 
 
 @triton.jit
@@ -76,7 +65,7 @@ def sum_rows(table: tl.tensor, slices: tl.int32, turned: tl.constexpr) -> None:
     A program takes a row, or where they are turned BLOCK rows of a matrix, along all columns in their order.
     """
     program = tl.program_id(0).to(tl.int64)
-    row = _row(table, slices, program)
+    row = row_of(table, slices, program, _WIDTH)
     n, start, columns, rows = tl.load(row + 1), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     own = program - tl.load(row)
     total = tl.full([BLOCK], 0.0, tl.float64)
@@ -107,7 +96,7 @@ def sum_rows(table: tl.tensor, slices: tl.int32, turned: tl.constexpr) -> None:
 def gather_rows(table: tl.tensor, slices: tl.int32, out: tl.constexpr, turned: tl.constexpr) -> None:
     """g, of type ``out``, <- the elements of m, fp32, in chosen rows, one behind the other."""
     program = tl.program_id(0).to(tl.int64)
-    row = _row(table, slices, program)
+    row = row_of(table, slices, program, _WIDTH)
     base = (program - tl.load(row)) * BLOCK
     mask = tiles.inside(base, tl.load(row + 1))
     chosen, place = _chosen(row, base, mask, turned)
@@ -126,7 +115,7 @@ def step_rows(
 ) -> None:
     """p <- factor p, in chosen rows p <- factor p - rate g and m <- kept m. weights, change: types of p and g."""
     program = tl.program_id(0).to(tl.int64)
-    row = _row(table, slices, program)
+    row = row_of(table, slices, program, _WIDTH)
     block = program - tl.load(row)
     base = block * BLOCK - tl.load(row + 2)
     mask = tiles.inside(base, tl.load(row + 1))
