@@ -66,11 +66,12 @@ class Block(_Part):
 
 
 class Cell(_Part):
-    """One run, by all that decides its losses."""
+    """One run, by all that decides its losses; ``setting``: what its names stand for, digested."""
 
     entry: str
     model: str
     data: str
+    setting: str = ""
     horizon: float
     optimizer: str
     params: dict[str, Any]
@@ -113,11 +114,17 @@ class Study(_Part):
         model = self.models[cell.model]
         return max(2, round(cell.horizon * model.body / (model.batch * model.seq_len)))
 
+    def setting(self, model: str, data: str) -> str:
+        """A digest of model, text and schedule as the file has them: rows made with others do not count as done."""
+        said = [self.models[model].model_dump(), self.data[data], self.clip, self.warmup]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+
     def cell(self, block: Block, name: str, params: Mapping[str, Any], seed: int) -> Cell:
         entry = self.entries[name]
         return Cell(
-            entry=name, model=block.model, data=block.data, horizon=block.horizon, optimizer=entry.type,
-            params={**params, **entry.params} if entry.like else {**entry.params, **params}, seed=seed,
+            entry=name, model=block.model, data=block.data, setting=self.setting(block.model, block.data),
+            horizon=block.horizon, optimizer=entry.type, seed=seed,
+            params={**params, **entry.params} if entry.like else {**entry.params, **params},
         )  # fmt: skip
 
     def due(self, done: Done) -> list[Cell]:

@@ -105,6 +105,19 @@ def test_two_runs_of_a_cell_agree_to_the_bit_and_so_does_a_resumed_one(
     assert losses(tmp_path / "cell.pt") == whole
 
 
+def test_rows_of_another_model_or_text_do_not_count_as_done() -> None:
+    block, known = STUDY.blocks[0], {cell.key for cell in STUDY.due({})}
+    other = STUDY.models[block.model].model_copy(update={"tokenizer": "bytes-of-another"})
+    for change in (
+        {"models": {**STUDY.models, block.model: other}},
+        {"data": {**STUDY.data, block.data: "another"}},
+        {"clip": 2 * STUDY.clip},
+    ):
+        assert not known & {cell.key for cell in STUDY.model_copy(update=change)._wanted(block, {})}, change
+    renamed = STUDY.model_copy(update={"evals": STUDY.evals + 1})
+    assert {cell.key for cell in renamed.due({})} == known
+
+
 def test_a_study_resumes_and_reports(text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = run.read_results(tmp_path, tmp_path)
     ran = 0
