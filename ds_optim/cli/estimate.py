@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_optim.cli.model_flags import (
+    MODEL,
+    Attention,
+    Checkpointing,
+    GpuMemory,
+    GpusPerNode,
+    LigerLoss,
+    Lora,
+    LossChunks,
+    SeqLen,
+)
 from ds_optim.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,10 +27,6 @@ if TYPE_CHECKING:
 
 _MOST_RANKS = 100_000
 
-_Model = Annotated[
-    str | None,
-    typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a JSON list of parameters."),
-]
 _Bf16Masters = Annotated[
     bool, typer.Option("--bf16-masters", help="bf16_master_weights_and_grads with bf16_optimizer_states.")
 ]
@@ -33,18 +40,17 @@ _Config = Annotated[Path | None, typer.Option(help="A DeepSpeed JSON, for its bu
 _Tensor = Annotated[int | None, typer.Option(min=1, help="Ranks among which AutoTP cuts the model. [1]")]
 _Experts = Annotated[int | None, typer.Option(min=1, help="Ranks among which AutoEP deals out experts. [1]")]
 _Sequence = Annotated[int | None, typer.Option(min=1, help="Ranks that share a sequence. [1]")]
-_Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")]
 
 
 def estimate(
-    model: _Model = None,
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     params: Annotated[float | None, typer.Option(help="In place of a model, a number of parameters: 7.5e9.")] = None,
     optimizers: Annotated[str, typer.Option(help="Names as in compare.")] = "adamw,lion,lion_muon",
     momentum_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8; of one-buffer optimizers.")] = "float32",
     stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",
     ranks: Annotated[str | None, typer.Option(help="Numbers of ranks. [8]")] = None,
     nodes: Annotated[str | None, typer.Option(help="In place of ranks, numbers of nodes.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    gpus_per_node: GpusPerNode = 8,
     offload: Annotated[bool, typer.Option("--offload", help="Optimizer state in the host's memory.")] = False,
     nvme: Annotated[bool, typer.Option("--nvme", help="The same in files, at stage 3; other stages keep it.")] = False,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
@@ -55,13 +61,14 @@ def estimate(
     tensor_parallel: _Tensor = None,
     expert_parallel: _Experts = None,
     sequence_parallel: _Sequence = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB: says what fits.")] = None,
+    gpu_memory: GpuMemory = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank takes at once.")] = 1,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
-    checkpointing: _Checkpointing = False,
-    attention: Annotated[str, typer.Option(help="sdpa, or eager, which keeps its scores.")] = "sdpa",
-    loss_chunks: Annotated[int, typer.Option(help="Pieces in which logits and loss are computed.")] = 1,
-    lora: Annotated[int | None, typer.Option(help="Train LoRA of this rank alone, on all linear layers.")] = None,
+    seq_len: SeqLen = 1024,
+    checkpointing: Checkpointing = False,
+    attention: Attention = "sdpa",
+    loss_chunks: LossChunks = 1,
+    liger_loss: LigerLoss = False,
+    lora: Lora = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON, in bytes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for curves over ranks and stages, PNG and SVG.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with sliders, which needs no other.")] = None,
@@ -73,7 +80,7 @@ def estimate(
     from ds_optim.job.settings import parse_object
     from ds_optim.memory.estimate_fit import parse_size
     from ds_optim.memory.estimate_shards import parallel_of
-    from ds_optim.memory.estimate_sources import load_shape
+    from ds_optim.memory.estimate_sources import load_shape, unused_keys
     from ds_optim.memory.estimate_terms import ZeroSettings
     from ds_optim.memory.side_by_side import EstimateRequest
     from ds_optim.zero.support import sequences_cut_in
@@ -98,8 +105,11 @@ def estimate(
         checkpointing=checkpointing,
         attention=attention,
         loss_chunks=loss_chunks,
+        liger_loss=liger_loss,
         tensor=tensor_parallel or tensor,
         experts=expert_parallel or experts,
+        node_ranks=gpus_per_node,
+        unused=unused_keys(loaded),
     )
     return run_estimate(request, as_json=as_json, out=out, html=html)
 
@@ -184,8 +194,6 @@ def _ranks(ranks: str | None, nodes: str | None, gpus_per_node: int) -> tuple[in
         raise UserError("give --ranks or --nodes, one of the two")
     if nodes is None:
         return tuple(dict.fromkeys(numbers("--ranks", ranks or "8", least=1)))
-    if gpus_per_node < 1:
-        raise UserError(f"gpus-per-node is {gpus_per_node}: write a whole number from 1")
     return tuple(dict.fromkeys(count * gpus_per_node for count in numbers("--nodes", nodes, least=1)))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ds_optim.cli.model_flags import MODEL, Attention, Checkpointing, GpuMemory, LigerLoss, Lora, LossChunks, SeqLen
 from ds_optim.machine.kept_results import write_one
 
 if TYPE_CHECKING:
@@ -16,18 +17,18 @@ if TYPE_CHECKING:
 
 def suggest(
     source: Annotated[Path, typer.Option("--from", help="Your DeepSpeed JSON for AdamW.")],
-    model: Annotated[
-        str, typer.Option(help="A preset, a transformers config.json or folder, a hub name, or a list of parameters.")
-    ],
+    model: Annotated[str, typer.Option(help=MODEL)],
     ranks: Annotated[int, typer.Option(min=1, help="Ranks of the run.")],
-    gpu_memory: Annotated[str | None, typer.Option(help="Size of a GPU, such as 80GiB.")] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
+    gpu_memory: GpuMemory = None,
+    seq_len: SeqLen = 1024,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences a rank takes at once, in place of the JSON's.")
     ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Activations are computed again in backward.")
-    ] = False,
+    checkpointing: Checkpointing = False,
+    attention: Attention = "sdpa",
+    loss_chunks: LossChunks = 1,
+    liger_loss: LigerLoss = False,
+    lora: Lora = None,
     lr: Annotated[float | None, typer.Option(help="AdamW's learning rate, where the JSON does not say.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay, likewise.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the new JSON, in place of stdout.")] = None,
@@ -44,12 +45,15 @@ def suggest(
 
     found = suggestion(
         load_config(source),
-        load_shape(model, None, seq_len),
+        load_shape(model, None, seq_len, lora=lora),
         ranks=ranks,
         gpu_bytes=None if gpu_memory is None else parse_size(gpu_memory),
         seq_len=seq_len,
         micro_batch=micro_batch,
         checkpointing=checkpointing,
+        attention=attention,
+        loss_chunks=loss_chunks,
+        liger_loss=liger_loss,
         lr=lr,
         weight_decay=weight_decay,
     )

@@ -28,7 +28,7 @@ class Batch:
 
     seq_len: of each sequence what is the rank's own, where ranks share it. checkpointing: a layer at a time, by the
     model's own ``gradient_checkpointing_enable``. attention: as transformers calls it. loss_chunks: pieces in which
-    logits and loss are computed. device: "cuda" or "cpu".
+    logits and loss are computed. liger_loss: by Liger's fused linear cross-entropy instead. device: "cuda" or "cpu".
     """
 
     micro_batch: int = 1
@@ -37,6 +37,7 @@ class Batch:
     checkpointing: bool = False
     attention: str = "sdpa"
     loss_chunks: int = 1
+    liger_loss: bool = False
     device: str = "cuda"
 
 
@@ -78,6 +79,7 @@ class ModelPasses:
                     checkpointing=batch.checkpointing,
                     attention=batch.attention,
                     loss_chunks=batch.loss_chunks,
+                    liger_loss=batch.liger_loss,
                     device=batch.device,
                 )
             except Exception:  # models raise what they like where there are no values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ _ZERO_KEYS = {
     "round_robin_gradients": "round_robin",
     "zero_hpz_partition_size": "hpz",
 }
+#: Of ``activation_checkpointing``, which acts where a model calls ``deepspeed.checkpointing``: no class of transformers
+#: does.
+_DEEPSPEEDS_CHECKPOINTING = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
 #: Tokens of the tokenizer that presets without a vocabulary of their own take.
 BYTES_VOCABULARY = 257
 
@@ -97,6 +101,12 @@ def zero_settings(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any
     return found
 
 
+def unused_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a DeepSpeed JSON that was understood switches on and a model's class does not ask for."""
+    keys = (f"activation_checkpointing.{key}" for key in _DEEPSPEEDS_CHECKPOINTING)
+    return tuple(key for key in keys if is_true(at(config, key)))
+
+
 def _of_config(name: str, config: Any) -> ModelShape:
     model, counted = described_model(config)
     return shape_of_module(name, model, config=model.config, counted=counted)
@@ -113,6 +123,7 @@ def _with_lora(shape: ModelShape, rank: int) -> ModelShape:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("--lora needs PEFT: pip install peft") from None
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         model = get_peft_model(module, LoraConfig(r=rank, target_modules="all-linear"))
     return shape_of_module(f"{shape.name}, LoRA of rank {rank}", model, config=config, counted=shape.counted)

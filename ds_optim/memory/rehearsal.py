@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
+from ds_optim.memory.losses import fused_loss, losses
 from ds_optim.memory.passes import Moment, Passes
 from ds_optim.memory.tracker import TensorTracker
 
@@ -35,6 +35,7 @@ def rehearse(
     checkpointing: bool = False,
     attention: str = "sdpa",
     loss_chunks: int = 1,
+    liger_loss: bool = False,
     device: str = "cuda",
 ) -> Passes:
     """Count the passes of a language model of ``transformers``.
@@ -46,6 +47,7 @@ def rehearse(
         checkpointing: the model's own gradient checkpointing, a layer at a time.
         attention: transformers' name of the implementation; "eager" where the class has no other.
         loss_chunks: pieces of the tokens whose logits are made one after another, and again in backward.
+        liger_loss: in their place Liger's fused linear cross-entropy, in pieces of its own.
         device: whose kernels attention and dropout take, "cuda" or "cpu".
 
     Raises:
@@ -68,7 +70,7 @@ def rehearse(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(complete)
-        loss = losses(model, windows, loss_chunks).mean()
+        loss = fused_loss(model, windows, device) if liger_loss else losses(model, windows, loss_chunks).mean()
         kept = counter.live_bytes - counter.base_bytes
         moments.append(counter.moment(made))
         counter.reset()
@@ -76,23 +78,6 @@ def rehearse(
         torch.autograd.backward(get_gradient_edge(loss))
         moments.append(counter.moment(made))
     return Passes(kept=kept, moments=tuple(moments), how=COUNTED)
-
-
-def losses(model: Any, windows: Tensor, chunks: int = 1) -> Tensor:
-    """Of each token, as a run takes them; ``chunks``: as in ``rehearse``."""
-    from ds_optim.job.models import next_token_losses  # brings what an estimate of numbers alone does without
-
-    if chunks == 1:
-        return next_token_losses(model, windows)
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = whole.base_model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
-    head = whole.get_output_embeddings()
-
-    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(head(states).float(), targets, reduction="none")
-
-    pairs = zip(hidden.flatten(0, 1).chunk(chunks), windows[:, 1:].reshape(-1).chunk(chunks), strict=True)
-    return torch.cat([checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs])
 
 
 def _prepared(module: nn.Module, dtype: torch.dtype, checkpointing: bool, attention: str) -> Any:

@@ -40,9 +40,10 @@ TERMS = (
 class EstimateRequest:
     """What is to be estimated; ``zero`` gives all settings but stage and ranks.
 
-    gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing, attention, loss_chunks: see
-    ``Batch``. ranks: of all, those of a tensor-parallel group too. tensor, experts: over how many AutoTP cuts the
-    model, and AutoEP deals out its experts.
+    gpu_bytes: of an accelerator, for what fits. seq_len, micro_batch, checkpointing, attention, loss_chunks,
+    liger_loss: see ``Batch``. ranks: of all, those of a tensor-parallel group too; of a node at most ``node_ranks``.
+    tensor, experts: over how many AutoTP cuts the model, and AutoEP deals out its experts. unused: keys of a DeepSpeed
+    JSON that change nothing in this model.
     """
 
     model: ModelShape
@@ -58,12 +59,17 @@ class EstimateRequest:
     checkpointing: bool = False
     attention: str = "sdpa"
     loss_chunks: int = 1
+    liger_loss: bool = False
     tensor: int = 1
     experts: int = 1
+    node_ranks: int = 8
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.micro_batch, self.seq_len, self.loss_chunks) < 1:
             raise UserError("micro-batch, seq-len and loss-chunks are whole numbers from 1")
+        if self.liger_loss and self.loss_chunks > 1:
+            raise UserError("liger-loss has pieces of its own: take it or loss-chunks out")
         check_choice("attention", self.attention, ("sdpa", "eager"))
         for name in ("tensor", "experts"):
             size = getattr(self, name)
@@ -91,6 +97,7 @@ class EstimateRequest:
             checkpointing=self.checkpointing,
             attention=self.attention,
             loss_chunks=self.loss_chunks,
+            liger_loss=self.liger_loss,
             device=self.zero.device,
         )
         return ModelPasses(self.model, batch)

@@ -14,7 +14,7 @@ from ds_optim.errors import UserError
 from ds_optim.memory.estimate_fit import USABLE, fits
 from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_shards import parallel_of
-from ds_optim.memory.estimate_sources import zero_settings
+from ds_optim.memory.estimate_sources import unused_keys, zero_settings
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.side_by_side import BASELINE, EstimateRequest, EstimateRow, estimate_rows
 from ds_optim.zero.auto import AUTO, at
@@ -71,6 +71,9 @@ def suggest(
     seq_len: int = 1024,
     micro_batch: int | None = None,
     checkpointing: bool = False,
+    attention: str = "sdpa",
+    loss_chunks: int = 1,
+    liger_loss: bool = False,
     lr: float | None = None,
     weight_decay: float | None = None,
 ) -> Suggestion:
@@ -80,12 +83,24 @@ def suggest(
         config: a DeepSpeed JSON for AdamW, as ``load_config`` reads it.
         gpu_bytes: of an accelerator; without it the first candidate is taken.
         micro_batch: sequences that a rank takes at once, in place of the JSON's.
+        seq_len, checkpointing, attention, loss_chunks, liger_loss: as in ``Batch``; of whole sequences.
         lr, weight_decay: AdamW's, where the JSON does not say.
 
     Raises:
         UserError: the JSON is none that runs, or leaves its stage or rate open.
     """
-    asked = _request(understood(dict(config)), model, ranks, gpu_bytes, seq_len, micro_batch, checkpointing)
+    flags = EstimateRequest(
+        model=model,
+        optimizers=(BASELINE, *CANDIDATES),
+        ranks=(ranks,),
+        gpu_bytes=gpu_bytes,
+        seq_len=seq_len,
+        checkpointing=checkpointing,
+        attention=attention,
+        loss_chunks=loss_chunks,
+        liger_loss=liger_loss,
+    )
+    asked = _with_json(flags, understood(dict(config)), micro_batch)
     by_dtype = [estimate_rows(replace(asked, momentum_dtypes=(dtype,))) for dtype in DTYPES]
     rows = next((some for some in by_dtype if any(_fits(row) for row in some[1:])), None)
     if rows is None:
@@ -121,35 +136,25 @@ def _fits(row: EstimateRow) -> bool:
     return size is None or fits(row.estimate.largest, size, row.passes)
 
 
-def _request(
-    config: Mapping[str, Any],
-    model: ModelShape,
-    ranks: int,
-    gpu_bytes: int | None,
-    seq_len: int,
-    micro_batch: int | None,
-    checkpointing: bool,
-) -> EstimateRequest:
+def _with_json(flags: EstimateRequest, config: Mapping[str, Any], micro_batch: int | None) -> EstimateRequest:
     """What is to be estimated, from the JSON where it speaks."""
     stage = at(config, "zero_optimization.stage") or 0
     if stage == AUTO:
         raise UserError('zero_optimization.stage is "auto" in --from: write 0, 1, 2 or 3')
     accumulation = at(config, "gradient_accumulation_steps")
-    given = {"dtype": _dtype(config), **zero_settings(config, model)}
+    given = {"dtype": _dtype(config), **zero_settings(config, flags.model)}
+    (ranks,) = flags.ranks
     tensor, experts = parallel_of(config)
     told = at(config, "train_micro_batch_size_per_gpu")
-    return EstimateRequest(
-        model=model,
-        optimizers=(BASELINE, *CANDIDATES),
+    return replace(
+        flags,
         stages=(stage,),
-        ranks=(ranks,),
         zero=ZeroSettings(stage=stage, ranks=ranks, accumulation=accumulation if _whole(accumulation) else 2, **given),
-        gpu_bytes=gpu_bytes,
         micro_batch=micro_batch or (told if _whole(told) else 1),
-        seq_len=max(1, seq_len // (sequences_cut_in(dict(config)) or 1)),
-        checkpointing=checkpointing,
+        seq_len=max(1, flags.seq_len // (sequences_cut_in(dict(config)) or 1)),
         tensor=tensor,
         experts=experts,
+        unused=unused_keys(config),
     )
 
 

@@ -48,9 +48,20 @@ def notes(request: EstimateRequest) -> list[str]:
             lines.append(f"They may be {size(passes.short)} more: what fits has room for that.")
     else:
         lines.append("Activations are left out: a decoder's widths are not known of this model.")
+    lines += unused(request)
     if request.gpu_bytes is not None:
         lines.append(f"What fits leaves {1 - USABLE:.0%} of {size(request.gpu_bytes)} free; up to {RANKS[-1]} GPUs.")
     return lines
+
+
+def unused(request: EstimateRequest) -> list[str]:
+    """What a JSON asks for in vain, in a line."""
+    if not request.unused:
+        return []
+    return [
+        f"Not counted: {', '.join(request.unused)}. They act on models that call deepspeed.checkpointing; those of "
+        "transformers call torch's, which --checkpointing stands for."
+    ]
 
 
 def draw_curves(request: EstimateRequest, out: Path) -> list[Path]:

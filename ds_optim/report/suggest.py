@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ds_optim.memory.estimate_fit import RANKS, USABLE
 from ds_optim.memory.side_by_side import EstimateRow
 from ds_optim.memory.suggest import CANDIDATES, Suggestion
+from ds_optim.report.estimate import unused
 from ds_optim.report.units import fixed, size
 
 _ANY_MODEL = (
@@ -36,6 +37,7 @@ def sentences(found: Suggestion) -> Iterator[str]:
             also = "AdamW too" if found.fits(usual) else f"AdamW, {size(usual.peak)}, does not"
             yield f"It fits at ZeRO-{own.estimate.zero.stage} as well, in {size(own.peak)} ({also})."
             break
+    yield from unused(chosen.request)
     yield _ANY_MODEL
 
 

@@ -326,6 +326,7 @@ def test_every_number_stands_in_lines_of_any_width(width: int) -> None:
         ("--params 1e6 --model qwen3-tiny", "one of the two"),
         ("--model qwen3-tiny --accumulation 0", "accumulation is 0"),
         ("--model qwen3-tiny --micro-batch 0", "micro-batch, seq-len and"),
+        ("--model qwen3-tiny --liger-loss --loss-chunks 2", "liger-loss has pieces of its own"),
         ("--model qwen3-tiny --attention flash", "attention is 'flash'"),
         ('--model qwen3-tiny --optimizer-params {"lion":{"lrr":1}}', "lrr"),
         ("--model qwen3-tiny --config nowhere.json", "cannot read the config"),

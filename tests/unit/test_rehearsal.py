@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ds_optim.job.models import build_model
 from ds_optim.memory.estimate_model import shape_of_module
 from ds_optim.memory.estimate_passes import FORMULA, Batch, ModelPasses
+from ds_optim.memory.losses import liger_piece, losses
 from ds_optim.memory.passes import Backward, Moment, Passes, extrapolated
-from ds_optim.memory.rehearsal import COUNTED, losses, rehearse
+from ds_optim.memory.rehearsal import COUNTED, rehearse
 from ds_optim.memory.tracker import TensorTracker
 from tests.tiers import cells
 
@@ -43,10 +46,10 @@ CASES = cells(
 )
 
 
-def new(name: str, device: str = "cpu") -> Any:
+def new(name: str, device: str = "cpu", **changed: Any) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(name, **MODELS[name], bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = AutoConfig.for_model(name, **{**MODELS[name], **changed}, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     with torch.device(device):
         return build_model(config, 0)
 
@@ -56,18 +59,23 @@ def on_shapes(name: str) -> Any:
     return new(name, "meta")
 
 
-def measured(name: str, checkpointing: bool, micro_batch: int, seq_len: int, loss_chunks: int = 1) -> tuple[int, int]:
+def measured(
+    name: str, checkpointing: bool, micro_batch: int, seq_len: int, loss: Callable[[Any, Tensor], Tensor] = losses
+) -> tuple[int, int]:
     """What a forward pass keeps, and the most at once, without gradients that are complete."""
     model = new(name).to(BF16).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        # ALST's pieces say which of them is the last.
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: setattr(p, "grad", None) if getattr(p, "ds_grad_is_ready", True) else None
+        )
     windows = torch.randint(0, 300, (micro_batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
     with TensorTracker() as tracker:
-        loss = losses(model, windows, loss_chunks).mean()
+        mean = loss(model, windows).mean()
         kept = tracker.live_bytes - tracker.base_bytes
-        loss.backward()
+        mean.backward()
         return kept, tracker.peak_bytes - tracker.base_bytes
 
 
@@ -86,13 +94,53 @@ def test_a_loss_in_chunks_holds_the_logits_of_one() -> None:
         rehearse(on_shapes("llama"), micro_batch=2, seq_len=160, dtype=BF16, loss_chunks=n, device="cpu")
         for n in (1, 8)
     )
-    kept, most = measured("llama", False, 2, 160, loss_chunks=8)
+    kept, most = measured("llama", False, 2, 160, partial(losses, chunks=8))
     assert (chunked.kept, chunked.most) == (pytest.approx(kept, rel=ALLOWED), pytest.approx(most, rel=ALLOWED))
     of_logits = [max(moment.logits for moment in passes.moments) for passes in (whole, chunked)]
     assert of_logits[0] == pytest.approx(8 * of_logits[1], rel=0.01)
     draws = torch.randint(0, 300, (2, 33))
     model = new("llama")
     assert torch.allclose(losses(model, draws), losses(model, draws, 4), atol=1e-5)
+
+
+def test_as_many_chunks_hold_what_shards_of_alst_do() -> None:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
+
+    def of_shard(model: Any, states: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model.lm_head(states).float(), targets)
+
+    def alst(model: Any, windows: Tensor) -> Any:
+        states = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+        return TiledFusedLogitsLoss.apply(
+            of_shard, model, states, windows[:, 1:], None, 4, [model.lm_head.weight], "mean"
+        )
+
+    found = rehearse(on_shapes("llama"), micro_batch=2, seq_len=160, dtype=BF16, loss_chunks=4, device="cpu")
+    kept, most = measured("llama", False, 2, 160, alst)
+    assert (found.kept, found.most) == (pytest.approx(kept, rel=0.01), pytest.approx(most, rel=0.01))
+
+
+#: By vocabulary, micro-batch and sequence: pieces, and the peak of liger-kernel 0.8.5 on a CPU, in Triton's
+#: interpreter, which keeps the last piece's logits.
+LIGER = {(300, 2, 160): (5, 2033928), (1000, 2, 128): (16, 1912320), (4000, 1, 256): (32, 3486464)}
+
+
+@pytest.mark.parametrize("shape", LIGER)
+def test_ligers_loss_holds_what_it_was_measured_to(shape: tuple[int, int, int]) -> None:
+    vocabulary, micro_batch, seq_len = shape
+    pieces, most = LIGER[shape]
+    tokens = micro_batch * seq_len
+    piece = liger_piece(tokens, 64, vocabulary)
+    assert -(-tokens // piece) == pieces
+    model = new("llama", "meta", vocab_size=vocabulary)
+    asked = {"micro_batch": micro_batch, "seq_len": seq_len, "dtype": BF16}
+    found = rehearse(model, **asked, liger_loss=True, device="cpu")
+    assert 0 <= most - found.most <= piece * vocabulary * 2 + 16 * tokens
+    on_gpu = rehearse(model, **asked, liger_loss=True)
+    # With the head's gradient from the forward pass on.
+    chunked = rehearse(model, **asked, loss_chunks=pieces).kept + vocabulary * 64 * 2
+    assert found.kept == on_gpu.kept == pytest.approx(chunked, rel=ALLOWED)
+    assert on_gpu.most < rehearse(model, **asked, loss_chunks=2).most
 
 
 def test_each_sequence_adds_the_same() -> None:

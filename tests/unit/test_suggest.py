@@ -90,6 +90,19 @@ def test_the_json_says_what_no_flag_does() -> None:
     assert offloaded.chosen.estimate.zero.offload
 
 
+def test_flags_of_estimate_change_what_is_suggested_from() -> None:
+    def held(**flags: Any) -> int:
+        return suggest(ADAMW, model(), ranks=4, **flags).chosen.passes.most
+
+    assert max(held(loss_chunks=8), held(liger_loss=True)) < held() < held(attention="eager")
+    section = {"partition_activations": True, "cpu_checkpointing": True, "profile": True}
+    said = [line for line in sentences(found(activation_checkpointing=section)) if "deepspeed.checkpointing" in line]
+    assert len(said) == 1
+    for key, named in (("partition_activations", True), ("cpu_checkpointing", True), ("profile", False)):
+        assert (f"activation_checkpointing.{key}" in said[0]) == named
+    assert not any("activation_checkpointing" in line for line in sentences(found()))
+
+
 def test_what_is_open_is_asked_for() -> None:
     with pytest.raises(UserError, match='stage is "auto" in --from: write 0, 1, 2 or 3'):
         found(zero_optimization={"stage": "auto"})
