@@ -19,6 +19,8 @@ from ds_optim.machine.files import write_atomic
 from ds_optim.report.plots import Curves, colour_map, draw
 
 Rows = Mapping[str, Mapping[str, Any]]
+MOST_PAIRS = 9
+"""Entries of a block beyond which a table of all their pairs is no longer read."""
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -52,23 +54,27 @@ def tokens_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     return None
 
 
+def _losses(rows: Rows) -> dict[str, float]:
+    return {key: row["val_loss"] if row["val_loss"] is not None else float("inf") for key, row in rows.items()}
+
+
+def runs_of(study: Study, block: Block, name: str, rows: Rows) -> dict[int, Mapping[str, Any]]:
+    """An entry's ended runs at a block's model, horizon and seeds, by seed, whichever block they were run for."""
+    known = _losses(rows)
+    values = study.best(block, name, known)
+    cells = {seed: study.cell(block, name, values, seed).key for seed in block.seeds} if values is not None else {}
+    return {seed: rows[key] for seed, key in cells.items() if known.get(key, float("inf")) < float("inf")}
+
+
 def by_seed(study: Study, block: Block, rows: Rows) -> dict[str, dict[int, Mapping[str, Any]]]:
     """Rows of a block of seeds, by entry and seed."""
-    known = {key: row["val_loss"] if row["val_loss"] is not None else float("inf") for key, row in rows.items()}
-    found: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for name in block.entries:
-        values = study.best(block, name, known)
-        cells = {seed: study.cell(block, name, values, seed) for seed in block.seeds} if values is not None else {}
-        ended = {seed: cell.key for seed, cell in cells.items() if known.get(cell.key, float("inf")) < float("inf")}
-        runs = {seed: rows[key] for seed, key in ended.items()}
-        if runs:
-            found[name] = runs
-    return found
+    found = {name: runs_of(study, block, name, rows) for name in block.entries}
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def rates_table(study: Study, block: Block, rows: Rows) -> str:
     """Validation loss by learning rate; whether the best has worse neighbours on both sides."""
-    known = {key: row["val_loss"] if row["val_loss"] is not None else float("inf") for key, row in rows.items()}
+    known = _losses(rows)
     lines = ["| optimizer | loss by learning rate | best | inside |", "|---|---|---:|---|"]
     for name in block.entries:
         cells, best = study.rates(block, name, known)
@@ -82,26 +88,60 @@ def rates_table(study: Study, block: Block, rows: Rows) -> str:
 
 
 def seeds_table(study: Study, block: Block, rows: Rows) -> str:
-    """Means and intervals, the difference from AdamW on the same seeds with its p, and tokens to AdamW's loss."""
+    """Means and intervals, the difference on the same seeds from what an entry is to be held against (the entry that it
+    changes in one thing, else AdamW) with its p, and the tokens that it takes to reach the other's loss."""
     runs = by_seed(study, block, rows)
     if not runs:
         return ""
-    losses = {name: {seed: float(row["val_loss"]) for seed, row in of.items()} for name, of in runs.items()}
-    reference = losses.get("adamw", {})
-    titles = "| optimizer | seeds | mean loss | against adamw | p | tokens to adamw's loss |"
-    lines = [titles, "|---|---:|---:|---|---:|---:|"]
-    for name in sorted(losses, key=lambda name: mean(losses[name].values())):
-        both = sorted(set(losses[name]) & set(reference))
-        gap, p, share = "–", "–", "–"
-        if name != "adamw" and len(both) > 1:
-            differences = [losses[name][seed] - reference[seed] for seed in both]
-            low, high, coverage = interval(differences)
-            gap = f"{mean(differences):+.4f} ({low:+.4f} to {high:+.4f}, {coverage:.0%})"
-            p = f"{sign_flip_p(differences):.3f}"
-            reached = [tokens_to(runs[name][seed]["curve"], reference[seed]) for seed in both]
-            parts = [r / runs["adamw"][s]["tokens"] for r, s in zip(reached, both, strict=True) if r is not None]
-            share = f"{mean(parts):.0%}" if len(parts) == len(both) else f"{len(parts)} of {len(both)} reach it"
-        lines.append(f"| {name} | {len(losses[name])} | {mean(losses[name].values()):.4f} | {gap} | {p} | {share} |")
+    means = {name: mean(float(row["val_loss"]) for row in of.values()) for name, of in runs.items()}
+    titles = "| optimizer | seeds | mean loss | against | difference | p | tokens to its loss |"
+    lines = [titles, "|---|---:|---:|---|---|---:|---:|"]
+    for name in sorted(means, key=means.__getitem__):
+        other = study.entries[name].like or "adamw"
+        against = runs_of(study, block, other, rows) if other in study.entries and other != name else {}
+        compared = " | ".join(_compared(runs[name], against, other))
+        lines.append(f"| {name} | {len(runs[name])} | {means[name]:.4f} | {compared} |")
+    return "\n".join(lines)
+
+
+def _compared(runs: Mapping[int, Any], against: Mapping[int, Any], other: str) -> tuple[str, str, str, str]:
+    """Cells of a row: against what, the difference with its interval, p, and the share of tokens."""
+    both = sorted(set(runs) & set(against))
+    if len(both) < 2:
+        return ("–",) * 4
+    differences = [runs[seed]["val_loss"] - against[seed]["val_loss"] for seed in both]
+    low, high, coverage = interval(differences)
+    gap = f"{mean(differences):+.4f} ({low:+.4f} to {high:+.4f}, {coverage:.0%})"
+    reached = [tokens_to(runs[seed]["curve"], against[seed]["val_loss"]) for seed in both]
+    parts = [r / against[s]["tokens"] for r, s in zip(reached, both, strict=True) if r is not None]
+    share = f"{mean(parts):.0%}" if len(parts) == len(both) else f"{len(parts)} of {len(both)} reach it"
+    return other, gap, f"{sign_flip_p(differences):.3f}", share
+
+
+def ranking_table(study: Study, model: str, horizon: float, rows: Rows) -> str:
+    """All tuned entries of a model and horizon by mean loss, each with the ranks that the seeds leave open: one more
+    than are better, and as many as are not worse, in the sign-flip test at 5 % without correction."""
+    blocks = [b for b in study.blocks if (b.kind, b.model, b.horizon) == ("seeds", model, horizon)]
+    runs = {
+        name: {seed: float(row["val_loss"]) for seed, row in of.items()}
+        for block in blocks
+        for name, of in by_seed(study, block, rows).items()
+        if not study.entries[name].like and len(study.entries[name].lr) > 1
+    }
+    if len(runs) < 3:
+        return ""
+    gaps = {
+        (one, other): [runs[one][seed] - runs[other][seed] for seed in set(runs[one]) & set(runs[other])]
+        for one in runs
+        for other in runs
+        if one != other
+    }
+    told = {pair: mean(of) for pair, of in gaps.items() if len(of) > 1 and sign_flip_p(of) <= 0.05}
+    lines = ["| place | optimizer | mean loss | could be |", "|---:|---|---:|---|"]
+    for place, name in enumerate(sorted(runs, key=lambda name: mean(runs[name].values())), 1):
+        best = 1 + sum(told.get((name, other), 0.0) > 0 for other in runs)
+        worst = len(runs) - sum(told.get((name, other), 0.0) < 0 for other in runs)
+        lines.append(f"| {place} | {name} | {mean(runs[name].values()):.4f} | {best} to {worst} |")
     return "\n".join(lines)
 
 
@@ -122,17 +162,24 @@ def pairs_table(study: Study, block: Block, rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def _tables(study: Study, block: Block, rows: Rows) -> list[str]:
+    if block.kind == "rates":
+        return [rates_table(study, block, rows)]
+    tables = [seeds_table(study, block, rows)] if block.kind == "seeds" else []
+    if block.kind == "seeds" and len(block.entries) <= MOST_PAIRS:
+        tables.append(pairs_table(study, block, rows))
+    return tables
+
+
 def write_report(study: Study, rows: Rows, out: Path) -> Path:
     """``report.md`` with its plots in ``out``; the file's path."""
     parts = ["# Convergence study", f"{len(rows)} runs."]
     colours = colour_map(list(study.entries))
+    for model, horizon in dict.fromkeys((block.model, block.horizon) for block in study.blocks):
+        if table := ranking_table(study, model, horizon, rows):
+            parts += [f"## Ranking: {model}, {horizon:g} tokens a parameter", table]
     for block in study.blocks:
-        tables = (
-            [rates_table(study, block, rows)]
-            if block.kind == "rates"
-            else [seeds_table(study, block, rows), pairs_table(study, block, rows)]
-        )
-        tables = [table for table in tables if table] if block.kind != "axes" else []
+        tables = [table for table in _tables(study, block, rows) if table]
         if not tables:
             continue
         parts.append(f"## {block.name}: {block.model}, {block.horizon:g} tokens a parameter, {block.data}")

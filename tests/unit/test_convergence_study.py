@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.convergence import loop, run
-from benchmarks.convergence.report import interval, sign_flip_p, tokens_to, write_report
+from benchmarks.convergence.report import (
+    interval,
+    ranking_table,
+    seeds_table,
+    sign_flip_p,
+    tokens_to,
+    write_report,
+)
 from benchmarks.convergence.study import Cell, Study, load_study
 from benchmarks.convergence.text import Text, dictionary_entries, plain_html
 from ds_optim.errors import UserError
@@ -141,6 +149,37 @@ def test_sign_flips_and_intervals_are_exact() -> None:
     assert low > 0
     assert high < 7
     assert coverage >= 0.95
+
+
+def test_an_entry_is_held_against_what_it_changes_and_ranks_are_as_open_as_the_seeds_leave_them() -> None:
+    plain = {"type": "AdamW", "lr": [1e-3, 2e-3, 4e-3]}
+    like = {"type": "Lion", "like": "near", "params": {"momentum_dtype": "bfloat16"}}
+    block = {"model": "m", "data": "d", "horizon": 2}
+    study = Study.model_validate(STUDY.model_dump() | {
+        "entries": {"adamw": plain, "near": {**plain, "type": "Lion"}, "far": {**plain, "type": "Signum"},
+                    "half": like},
+        "blocks": [
+            {"name": "r", "kind": "rates", "entries": ["adamw", "near", "far"], **block},
+            {"name": "s", "kind": "seeds", "seeds": list(range(1, 7)), "entries": ["adamw", "near", "far"], **block},
+            {"name": "q", "kind": "seeds", "seeds": list(range(1, 7)), "entries": ["half"], **block},
+        ],
+    })  # fmt: skip
+    away = {"adamw": 0.0, "near": 0.1, "far": 0.5, "half": -0.25}
+    rows: dict[str, dict[str, Any]] = {}
+    while due := study.due(run.losses(rows)):
+        for one in due:
+            sign = (-1) ** one.seed if one.entry == "near" else 1
+            loss = one.seed + sign * away[one.entry] if one.seed else abs(math.log2(one.params["lr"] / 2e-3))
+            rows[one.key] = {"val_loss": loss, "curve": [[50, 0, loss + 1, 0], [100, 0, loss, 0]], "tokens": 100}
+    # seeds 1 to 6 of near are 0.1 below and above adamw in turn: no test tells them apart; far is worse with every seed
+    assert ranking_table(study, "m", 2.0, rows).splitlines()[2:] == [
+        "| 1 | adamw | 3.5000 | 1 to 2 |", "| 2 | near | 3.5000 | 1 to 2 |", "| 3 | far | 4.0000 | 3 to 3 |",
+    ]  # fmt: skip
+    table = seeds_table(study, study.blocks[1], rows).splitlines()
+    assert table[-1] == "| far | 6 | 4.0000 | adamw | +0.5000 (+0.5000 to +0.5000, 97%) | 0.031 | 0 of 6 reach it |"
+    (held,) = seeds_table(study, study.blocks[2], rows).splitlines()[2:]
+    assert held.startswith("| half | 6 | 3.2500 | near | -0.2500 (-0.35")
+    assert held.endswith("| 0.031 | 88% |")  # 50 of 100 tokens, and 0.65 or 0.85 of the way down the next 50
 
 
 def test_tokens_to_a_loss_are_read_between_validations() -> None:
