@@ -1,0 +1,1 @@
+"""What a step costs as models, their numbers of tensors, and clusters grow."""
