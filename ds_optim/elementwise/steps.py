@@ -64,11 +64,8 @@ def adamw_step(
     p <- p - [lr / (1-b1^t)] m / (sqrt(v) / sqrt(1-b2^t) + eps). Reads p, m, v, g and writes p, m, v once.
     """
     check_flat(p, m=m, v=v, g=g)
-    if step < 1:
-        raise ValueError(f"adamw_step counts steps from 1, not {step}")
-    rate = lr / (1 - betas[0] ** step)
-    correction = math.sqrt(1 - betas[1] ** step)
-    numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, correction, rate, 1 - lr * decay)
+    numbers = adamw_numbers(lr=lr, betas=betas, eps=eps, decay=decay, step=step)
+    correction, rate = numbers[5:7]
     if native.adamw_step(p, m, v, g, numbers) or fused.step("adamw_step", (p, m, v, g), [numbers]):
         return
     with torch.no_grad(), (scratch or Scratch()).lend(p, 2) as buffers:
@@ -80,6 +77,15 @@ def adamw_step(
             _root_into(a, square).div_(correction).add_(eps)
             torch.div(mean, a, out=b).mul_(rate)
             decayed(weights, lr, decay).sub_(b)
+
+
+def adamw_numbers(*, lr: float, betas: tuple[float, float], eps: float, decay: float, step: int) -> native.AdamW:
+    """What the kernels of :func:`adamw_step` ask for."""
+    if step < 1:
+        raise ValueError(f"adamw_step counts steps from 1, not {step}")
+    rate = lr / (1 - betas[0] ** step)
+    correction = math.sqrt(1 - betas[1] ** step)
+    return betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, correction, rate, 1 - lr * decay
 
 
 def apply_update(

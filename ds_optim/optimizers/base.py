@@ -301,7 +301,8 @@ class ZeroOptimizer(GroupedOptimizer):
         tensors, seed = group["params"], group.get("seed", 0)
         if number in binding.in_files:
             self._settle_files(binding, number)
-        local = Local(unit, comm, tensors, self.state, scratch, seed, tensor=binding.tensor)
+        lines = binding.lines_of(number)
+        local = Local(unit, comm, tensors, self.state, scratch, seed, tensor=binding.tensor, lines=lines)
         if len(local.absent) == len(local.tensors):
             if self._diagnostics is not None:
                 self._diagnostics.forget(number)

@@ -7,6 +7,7 @@ from torch import Tensor
 from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.momentum import Flat
 from ds_optim.elementwise.steps import adamw_step, sign_step
+from ds_optim.optimizers import at_once
 from ds_optim.optimizers.local import Local, flat
 from ds_optim.optimizers.rules import MOMENTUM, SECOND_MOMENT
 from ds_optim.optimizers.updates import AdamWUpdate, SignUpdate
@@ -15,6 +16,8 @@ from ds_optim.optimizers.updates import AdamWUpdate, SignUpdate
 def step_elements(local: Local, update: SignUpdate | AdamWUpdate) -> None:
     """Step every tensor of a unit that has a gradient, in one pass over memory."""
     with together():
+        if local.rounds and at_once.step(local, update):
+            return
         if local.rounds or local.cautious_decay:
             for held in local.slices():
                 for piece in map(local.piece, local.parts(held)):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ from ds_optim.optimizers.rules import (
 from ds_optim.optimizers.updates import Piece
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Slice, Unit
+from ds_optim.sharding.lines import Lines, blocks_of
+
+
+class Whole(NamedTuple):
+    """A flat partition, with what is kept for it."""
+
+    p: Flat
+    g: Flat
+    momentum: Flat | None
+    second: Tensor | None
 
 
 class Local:
@@ -39,6 +49,7 @@ class Local:
         seed: of the noise in rounding momentum and weights.
         cautious_decay: what the rule was told nothing of, to be done around its steps.
         tensor: the ranks that hold the other shards of what tensor parallelism cut.
+        lines: all slices of a flat partition.
     """
 
     def __init__(
@@ -51,6 +62,7 @@ class Local:
         seed: int,
         cautious_decay: float = 0.0,
         tensor: Comm | None = None,
+        lines: Lines | None = None,
     ) -> None:
         self.unit = unit
         self.comm = comm
@@ -60,6 +72,7 @@ class Local:
         self.seed = seed
         self.cautious_decay = cautious_decay
         self.tensor = tensor
+        self.lines = lines
         self.absent = frozenset(number for number, tensor in enumerate(tensors) if tensor.grad is None)
         """Tensors without a gradient: to be left alone. None under ZeRO."""
 
@@ -92,6 +105,28 @@ class Local:
             momentum=self._momentum(held, state),
             second=run(flat(state[SECOND_MOMENT]), held) if SECOND_MOMENT in state else None,
             scratch=self.scratch,
+        )
+
+    @property
+    def key(self) -> NoiseKey:
+        """Of rounding in this step, for kernels that know streams and starts."""
+        return NoiseKey(seed=self.seed, stream=0, step=self.step, start=0)
+
+    @cached_property
+    def whole(self) -> Whole:
+        """All of a flat partition, for kernels that know its slices."""
+        state, (g,), key = self.states[0], self.g, self.key
+        assert g is not None
+        m: Flat | None = None
+        if CODES_OF_MOMENTUM in state:
+            m = Int8(rounding=key, codes=flat(state[CODES_OF_MOMENTUM]), scales=state[SCALES_OF_MOMENTUM])
+        elif MOMENTUM in state:
+            m = as_stored(self._momenta[0], key)
+        return Whole(
+            p=as_stored(self.p[0], replace(key, step=WEIGHTS + self.step)),
+            g=as_stored(g, key),
+            momentum=m,
+            second=flat(state[SECOND_MOMENT]) if SECOND_MOMENT in state else None,
         )
 
     def weights(self, held: Slice) -> Flat:
@@ -214,18 +249,8 @@ class Local:
         return kept
 
 
-def blocks_of(unit: Unit, rank: int) -> dict[int, tuple[int, int]]:
-    """For each parameter of which ``rank`` holds a slice, the first of its blocks of int8 momentum and their number.
-
-    They are counted through a flat partition; where nothing is sharded each parameter has its own.
-    """
-    found: dict[int, tuple[int, int]] = {}
-    position = 0
-    for held in unit.slices(rank):
-        count = scales_numel(held.start, held.numel)
-        found[held.param] = (0 if unit.cut == "none" else position), count
-        position += count
-    return found
+def as_stored(values: Tensor, key: NoiseKey) -> Flat:
+    return Bfloat16(rounding=key, values=values) if values.dtype in NARROW else values
 
 
 def run(tensor: Tensor, held: Slice) -> Tensor:

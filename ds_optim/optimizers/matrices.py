@@ -10,8 +10,9 @@ from torch import Tensor
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.updates import SCALES, Finish
-from ds_optim.sharding.exchange import Exchange, Solve, Values
+from ds_optim.sharding.exchange import Exchange, Solve
 from ds_optim.sharding.layout import Slice
+from ds_optim.sharding.lines import Values
 from ds_optim.sharding.plan import ExchangePlan
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from ds_optim.elementwise.fused import together
 from ds_optim.elementwise.sign_rules import move_momentum
 from ds_optim.elementwise.steps import apply_update, copy_into, sign_step
 from ds_optim.matrix.shapes import smallest_gap
+from ds_optim.optimizers import at_once
 from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.matrices import flags, scale_of, shaped
 from ds_optim.optimizers.parameters import measured
@@ -22,6 +24,7 @@ from ds_optim.optimizers.rules import Rule
 from ds_optim.optimizers.updates import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import Slice
+from ds_optim.sharding.lines import Both, Lines
 
 _GRADIENT = Blend((0.0, 1.0), (0.0, 1.0))
 """The gradient itself, as a direction."""
@@ -46,12 +49,12 @@ def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUp
             copy_into(message, local.rows(held, rule) if part.per_row else run(local.p[held.tensor], held))
 
     views = exchange.plan.views
-    scales = {view: scale_of(view, update.scale) for view in set(views.values())}
+    scale_by = cache(partial(scale_of, name=update.scale))
 
     def apply(held: Slice, results: Sequence[Tensor]) -> None:
         for moved in results[1:]:
             copy_into(local.rows(held, rule), moved)
-        rates = {"lr": update.lr, "decay": update.decay, "scale": scales[views[held.param]]}
+        rates = {"lr": update.lr, "decay": update.decay, "scale": scale_by(views[held.param])}
         for part, change in _parts(local, held, results[0]):
             if not opened[held.param]:
                 _apply_raw(local, local.piece(part), update)
@@ -60,7 +63,14 @@ def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUp
             with local.decaying(weights, update.lr):
                 apply_update(weights, change, **rates, scratch=local.scratch)
 
-    exchange.run(fill, shaped(exchange.plan, update.scale, update.finish), apply, local.absent)
+    def fill_all(lines: Lines, messages: Sequence[Tensor]) -> bool:
+        return at_once.fill(local, rule, lines, exchange.plan.there, update.blend, messages)
+
+    def apply_all(lines: Lines, results: Sequence[Tensor]) -> bool:
+        return all(opened.values()) and at_once.apply(local, rule, lines, update, lambda p: scale_by(views[p]), results)
+
+    solve = shaped(exchange.plan, update.scale, update.finish)
+    exchange.run(Both(fill, fill_all), solve, Both(apply, apply_all), local.absent)
     return opened
 
 
@@ -77,7 +87,12 @@ def step_by_shaped_gradients(local: Local, exchange: Exchange, update: MatrixSig
             with local.decaying(piece.p, update.lr):
                 sign_step(piece.p, piece.m, gradient, blend=update.blend, **rates, scratch=local.scratch)
 
-    exchange.run(fill, shaped(exchange.plan, None), apply, local.absent)
+    exchange.run(
+        Both(fill, lambda lines, messages: at_once.fill_gradients(local, lines, messages)),
+        shaped(exchange.plan, None),
+        Both(apply, lambda lines, results: at_once.apply_signs(local, lines, update, results)),
+        local.absent,
+    )
 
 
 def _step_raw(local: Local, update: MatrixUpdate) -> None:

@@ -16,10 +16,11 @@ from ds_optim.elementwise.momentum import BLOCK, decode
 from ds_optim.elementwise.quantized import quantize
 from ds_optim.errors import UserError
 from ds_optim.optimizers.base import ZeroOptimizer
-from ds_optim.optimizers.local import blocks_of, flat, run
+from ds_optim.optimizers.local import flat, run
 from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, MOMENTUM, SCALES_OF_MOMENTUM
 from ds_optim.sharding.binding import Binding
 from ds_optim.sharding.layout import Slice
+from ds_optim.sharding.lines import blocks_of
 
 
 def full_momentum(optimizer: Any, parameter: torch.nn.Parameter) -> Tensor | None:

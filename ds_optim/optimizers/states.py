@@ -15,11 +15,11 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import wide
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView, row_range
-from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import CODES_OF_MOMENTUM, RULES, SCALARS, SCALES_OF_MOMENTUM, STEP, Group, Rule
 from ds_optim.optimizers.universal import settle_state
 from ds_optim.sharding.binding import Binding
 from ds_optim.sharding.layout import Unit
+from ds_optim.sharding.lines import blocks_of
 
 
 def init_states(

@@ -20,6 +20,7 @@ from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.later import complete
 from ds_optim.sharding.layout import Layout, ParamSpec, build_layout
+from ds_optim.sharding.lines import Lines, lines_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Binding:
     experts: Mapping[int, Comm] = field(default_factory=dict)
     files: InFiles | None = None
     unit_by_tensor: dict[int, int] = field(init=False)
+    _lines: dict[int, Lines] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         # By identity, not by address: a swapped-out partition changes its storage and stays the same tensor.
@@ -96,6 +98,12 @@ class Binding:
     def comm_of(self, unit: int) -> Comm:
         """The data-parallel group of a unit's parameters."""
         return self.experts.get(unit, self.comm)
+
+    def lines_of(self, unit: int) -> Lines:
+        """All slices that this rank holds of a unit, found once."""
+        if unit not in self._lines:
+            self._lines[unit] = lines_of(self.layout.units[unit], self.comm_of(unit).rank)
+        return self._lines[unit]
 
     @property
     def in_files(self) -> frozenset[int]:

@@ -10,7 +10,7 @@ stack of the matrices that this rank owns in it. A profiler's trace names the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,25 +18,20 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ds_optim.elementwise.fused import together
 from ds_optim.matrix.shapes import Part
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.comm import Comm, Pending
 from ds_optim.sharding.copies import Copy, Lie, copies_of, to_messages, to_stacks
 from ds_optim.sharding.layout import Slice
+from ds_optim.sharding.lines import Lines, Values, call
 from ds_optim.sharding.plan import Bucket, ExchangePlan
 from ds_optim.sharding.shards import ShardView, Solve, solve_whole
 
 SEND, SOLVE, APPLY = "ds_optim: send", "ds_optim: solve", "ds_optim: apply"
 """Slices leave for their owners; matrices are worked on; results are applied where they belong."""
 
-Values = Callable[[Slice, Sequence[Tensor]], None]
-"""Called with a slice and 1-D values of it, one tensor for each part that travels: to write them into messages to the
-owner, or to take them as results from it."""
-
 _Place = tuple[Slice, list[slice], list[slice]]
 """A slice, and where its values of each part stand: in the messages, and in a row of the stacks."""
-_Pieces = Iterator[tuple[Slice, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -44,27 +39,21 @@ class _Route:
     """What one bucket means for one rank on the way there or back, worked out once.
 
     ``outgoing`` are this rank's slices of other owners' matrices in the order of their messages, and ``kept`` its
-    slices of its own ones. ``incoming``: for each part, the copies between messages and stacks of the others' slices of
-    its own ones; ``crossing``: of those it has kept, where they cross. ``sent`` and ``received`` say for each part
-    how many values of them stand in messages to or from each owner, and each holder. ``runs``: the parameters that it
-    owns, neighbours of one view together, to be stacked; ``rows``: the run of each, and its row there.
+    slices of its own ones: as in a message, where they cross, and ``in_stacks``, of each run. ``incoming``: for each
+    part, the copies between messages and stacks of the others' slices of its own ones; ``crossing``: of those it has
+    kept, where they cross. ``sent`` and ``received`` say for each part how many values of them stand in messages to or
+    from each owner, and each holder. ``runs``: the parameters that it owns, neighbours of one view together, to be
+    stacked.
     """
 
     sent: list[list[int]]
     received: list[list[int]]
-    outgoing: list[_Place]
-    kept: list[_Place]
+    outgoing: Lines
+    kept: Lines
+    in_stacks: list[Lines]
     incoming: list[list[Copy]]
     crossing: list[list[Copy]]
     runs: list[list[int]]
-    rows: dict[int, tuple[int, int]]
-
-    def in_stacks(self, places: Sequence[_Place], stacks: Sequence[Sequence[Tensor]]) -> _Pieces:
-        """Slices, each with its values in the stacks of all runs."""
-        cut = [list(zip(*(stack.unbind() for stack in of_run), strict=True)) for of_run in stacks]
-        for held, _, spans in places:
-            run, row = self.rows[held.param]
-            yield held, [values[span] for values, span in zip(cut[run][row], spans, strict=True)]
 
 
 class Exchange:
@@ -92,7 +81,11 @@ class Exchange:
         self.crosses = self.home != device
         self._turn = 0
         self._routes = [(self._route(bucket, plan.there), self._route(bucket, plan.back)) for bucket in plan.buckets]
-        self._whole = [self._slices(batch, comm.rank) for batch in plan.whole[comm.rank]]
+        self._whole = [self._both(batch) for batch in plan.whole[comm.rank]]
+
+    def _both(self, batch: Sequence[int]) -> tuple[Lines, Lines]:
+        """Of matrices that lie whole on this rank, there and back."""
+        return self._in_stacks(batch, self.plan.there), self._in_stacks(batch, self.plan.back)
 
     def _slices(self, params: Sequence[int], rank: int) -> list[Slice]:
         """What ``rank`` holds of these parameters."""
@@ -106,16 +99,17 @@ class Exchange:
         runs = [list(run) for _, run in groupby(own, key=plan.views.__getitem__)]
         rows = {param: (number, row) for number, run in enumerate(runs) for row, param in enumerate(run)}
         incoming = self._places((held for peer in others for held in self._slices(own, peer)), parts)
+        outgoing = self._places((held for peer in others for held in self._slices(bucket.owned[peer], rank)), parts)
         kept = self._places(self._slices(own, rank), parts)
         return _Route(
             sent=[plan.sent_counts(bucket, rank, part) for part in parts],
             received=[plan.received_counts(bucket, rank, part) for part in parts],
-            outgoing=self._places((held for peer in others for held in self._slices(bucket.owned[peer], rank)), parts),
-            kept=kept,
+            outgoing=self._in_messages(outgoing, parts),
+            kept=self._in_messages(kept, parts),
+            in_stacks=[self._in_stacks(run, parts) for run in runs],
             incoming=[_copies(incoming, rows, number, plan.even) for number in range(len(parts))],
             crossing=[_copies(kept, rows, number, plan.even) for number in range(len(parts))],
             runs=runs,
-            rows=rows,
         )
 
     def _places(self, slices: Iterable[Slice], parts: Sequence[Part]) -> list[_Place]:
@@ -129,6 +123,22 @@ class Exchange:
             found.append((held, [slice(*span) for span in zip(begins, ends, strict=True)], in_rows))
             begins = ends
         return found
+
+    def _in_messages(self, places: Sequence[_Place], parts: Sequence[Part]) -> Lines:
+        lies = [[(spans[n].start, spans[n].stop - spans[n].start) for _, spans, _ in places] for n in range(len(parts))]
+        return Lines(self.plan.unit, self.comm.rank, [held for held, _, _ in places], lies)
+
+    def _in_stacks(self, run: Sequence[int], parts: Sequence[Part]) -> Lines:
+        """What this rank holds of equal parameters, in their stacks."""
+        slices = [(row, held) for row, param in enumerate(run) for held in self._slices([param], self.comm.rank)]
+
+        def lie(row: int, held: Slice, part: Part) -> tuple[int, int]:
+            view = self.plan.views[held.param]
+            first, end = part.place(view, held.start, held.numel)
+            return row * part.place(view, 0, view.numel)[1] + first, end - first
+
+        lies = [[lie(row, held, part) for row, held in slices] for part in parts]
+        return Lines(self.plan.unit, self.comm.rank, [held for _, held in slices], lies)
 
     def run(self, fill: Values, solve: Solve, apply: Values, absent: frozenset[int] = frozenset()) -> None:
         """Give every matrix of the plan its update.
@@ -145,7 +155,8 @@ class Exchange:
         for first in buckets[:1]:
             next(first)
         for batch in self._whole:
-            self._work_whole([held for held in batch if held.param not in absent], fill, solve, apply)
+            present = [held.param for held in batch[0].slices if held.param not in absent]
+            self._work_whole(present, batch if not absent else self._both(present), fill, solve, apply)
         if not self.plan.overlap:
             for bucket in buckets:
                 for _ in bucket:
@@ -155,21 +166,18 @@ class Exchange:
             for bucket in reversed(buckets[max(0, number - 1) : number + 2]):
                 next(bucket, None)
 
-    def _work_whole(self, batch: Sequence[Slice], fill: Values, solve: Solve, apply: Values) -> None:
+    def _work_whole(
+        self, batch: Sequence[int], lines: tuple[Lines, Lines], fill: Values, solve: Solve, apply: Values
+    ) -> None:
         """Matrices of one view that lie whole on this rank."""
         if not batch:
             return
-        stacks = self._stacks([held.param for held in batch], self.home)
-        with together():
-            for row, held in enumerate(batch):
-                fill(held, [stack[row] for stack in stacks])
+        stacks = self._stacks(batch, self.home)
+        call(fill, lines[:1], [stacks])
         stacks = _moved(stacks, self.device)
         with record_function(SOLVE):
-            results = self._solved(solve, self.plan.views[batch[0].param], stacks)
-        results = _moved(results, self.home)
-        with together():
-            for row, held in enumerate(batch):
-                apply(held, [result[row] for result in results])
+            results = self._solved(solve, self.plan.views[batch[0]], stacks)
+        call(apply, lines[1:], [_moved(results, self.home)])
 
     def _bucket(self, there: _Route, back: _Route, fill: Values, solve: Solve, apply: Values) -> Iterator[None]:
         """The way of a bucket in three stages, that others' stages run between: there, work, back."""
@@ -182,7 +190,7 @@ class Exchange:
                 to_stacks(there.crossing, kept, stacks)
                 del kept
             else:
-                _call(fill, there.in_stacks(there.kept, stacks))
+                call(fill, there.in_stacks, stacks)
         yield
         _wait(pending)
         to_stacks(there.incoming, arrived, stacks)
@@ -196,16 +204,16 @@ class Exchange:
         to_messages(back.incoming, results, messages)
         returned, pending = self._post(messages, back.received, back.sent)
         if self.crosses:
-            kept = self._messages(_sizes(back.kept, self.plan.back), self.plan.back, self.device)
+            kept = self._messages(back.kept.sizes, self.plan.back, self.device)
             to_messages(back.crossing, results, kept)
-            _call(apply, _in_messages(back.kept, _moved(kept, self.home)))
+            call(apply, [back.kept], [_moved(kept, self.home)])
         else:
-            _call(apply, back.in_stacks(back.kept, results))
+            call(apply, back.in_stacks, results)
         del results
         yield
         _wait(pending)
         with record_function(APPLY):
-            _call(apply, _in_messages(back.outgoing, _moved(returned, self.home)))
+            call(apply, [back.outgoing], [_moved(returned, self.home)])
 
     def _solved(self, solve: Solve, view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results of a stack; what tensor parallelism cut comes together first, on its ranks by turns."""
@@ -214,10 +222,10 @@ class Exchange:
         first, self._turn = self._turn, self._turn + len(stacks[0])
         return solve_whole(self.tensor, first, view, (self.plan.there, self.plan.back), stacks, solve)
 
-    def _filled(self, fill: Values, places: Sequence[_Place], parts: Sequence[Part]) -> list[Tensor]:
+    def _filled(self, fill: Values, lines: Lines, parts: Sequence[Part]) -> list[Tensor]:
         """Messages with slices of this rank in them."""
-        messages = self._messages(_sizes(places, parts), parts, self.home)
-        _call(fill, _in_messages(places, messages))
+        messages = self._messages(lines.sizes, parts, self.home)
+        call(fill, [lines], [messages])
         return _moved(messages, self.device)
 
     def _messages(self, sizes: Iterable[int], parts: Sequence[Part], device: torch.device) -> list[Tensor]:
@@ -246,30 +254,6 @@ class Exchange:
 def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The same on another device. To the accelerator the host does not wait; from there it does."""
     return [tensor.to(device, non_blocking=device.type != "cpu") for tensor in tensors]
-
-
-def _in_messages(places: Sequence[_Place], messages: Sequence[Tensor]) -> _Pieces:
-    """Slices, each with its values in the messages, which are cut at once: slicing one by one costs a dispatch each."""
-    if not places:
-        return
-    cut = [
-        message.split([spans[number].stop - spans[number].start for _, spans, _ in places])
-        for number, message in enumerate(messages)
-    ]
-    for (held, _, _), values in zip(places, zip(*cut, strict=True), strict=True):
-        yield held, values
-
-
-def _call(function: Values, pieces: _Pieces) -> None:
-    # Loops stand in functions of their own: a variable left over from one would keep a message alive.
-    with together():
-        for held, values in pieces:
-            function(held, values)
-
-
-def _sizes(places: Sequence[_Place], parts: Sequence[Part]) -> list[int]:
-    """Values of each part that slices have which stand one behind the other."""
-    return [span.stop for span in places[-1][1]] if places else [0] * len(parts)
 
 
 def _copies(places: Sequence[_Place], rows: Mapping[int, tuple[int, int]], part: int, even: bool) -> list[Copy]:

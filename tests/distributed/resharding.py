@@ -14,8 +14,8 @@ from ds_optim import load_checkpoint
 from ds_optim.elementwise.momentum import Int8
 from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.matrix.views import row_range
-from ds_optim.optimizers.local import blocks_of
 from ds_optim.sharding.layout import Layout, build_layout
+from ds_optim.sharding.lines import blocks_of
 
 from .harness import device
 from .models import TinyNet, batch, share

@@ -13,10 +13,10 @@ from torch import nn
 
 import ds_optim
 from ds_optim.matrix.views import MatrixView
-from ds_optim.optimizers.local import blocks_of
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import ParamSpec, build_layout
+from ds_optim.sharding.lines import blocks_of
 from ds_optim.zero.checkpoints.portable import Shards
 
 from ..plans import plan_exchange

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ds_optim.elementwise.chunks import Scratch
 from ds_optim.elementwise.momentum import Bfloat16, Int8, Stored, read_only, scales_numel
 from ds_optim.elementwise.native import library as loading
 from ds_optim.elementwise.native import steps as calls
+from ds_optim.elementwise.native import tables
 from ds_optim.elementwise.noise import NoiseKey
 from ds_optim.elementwise.steps import apply_update, sign_step
 
@@ -107,3 +109,72 @@ def test_what_the_kernels_do_not_know_is_left_to_the_eager_path() -> None:
     assert not native.blend_into(out, None, out, (0, 1, 0, 0)), "in place is not for arrays that must not overlap"
     sign_step(p, None, g, blend=Blend((0.0, 1.0), (0.0, 0.0)), lr=0.1, decay=0.0)
     assert p.tolist() == [-0.1] * 8
+
+
+MANY = [(0, 1), (77, 300), (255, 2), (0, 255), (300, 200_003), (512, 256)]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "float32", "bfloat16", "int8"])
+def test_slices_of_a_table_get_the_bits_of_calls_of_their_own(
+    kind: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one partition with gaps between them, each with a scale, a stream and a place beside it of its own."""
+    rows, place, at, block = [], 3, 5, 0
+    for number, (start, numel) in enumerate(MANY):
+        rows.append(tables.Row(numel, place, at, block, stream=number + 2**31, start=start, scale=1 + number / 7))
+        place, at, block = place + numel + number % 2, at + numel + 1, block + scales_numel(start, numel)
+    key = NoiseKey(seed=3, stream=0, step=2**33 + 1, start=0)
+
+    def whole(values: Tensor) -> Tensor | Bfloat16:
+        return Bfloat16(rounding=key, values=values) if values.dtype == torch.bfloat16 else values
+
+    def left(together: bool) -> list[Tensor]:
+        p, g, beside = gauss(place, 1).to(dtype), gauss(place, 2).to(dtype), gauss(at, 3)
+        v, out = torch.zeros(place), torch.zeros(at, dtype=torch.bfloat16)
+        m = momentum(kind, 0, place)
+        if isinstance(m, Stored):
+            m = replace(m, rounding=key)
+        if isinstance(m, Int8):
+            m = replace(m, scales=torch.zeros(block))
+        numbers = (0.9, 1 - 0.9, 0.99, 1 - 0.99, 1e-8, 0.5, 1e-3, 0.9)
+        adam = torch.zeros(place)
+        if together:
+            table = tables.Table(rows)
+            assert tables.sign_steps(table, whole(p), m, beside, LION.weights, 1e-3, 0.9)
+            assert tables.blends(table, out, m, whole(g), SIGNUM.weights)
+            assert tables.apply_updates(table, whole(p), out, 0.01, 0.9)
+            assert tables.adamw_steps(table, whole(p), adam, v, beside, numbers)
+            return [p, g, v, adam, out, *tensors(m)]
+        for row in rows:
+            own, near = slice(row.place, row.place + row.numel), slice(row.at, row.at + row.numel)
+            noise = replace(key, stream=row.stream, start=row.start)
+            weights, gradient = (as_slice(whole(one), own, noise) for one in (p, g))
+            kept = None if m is None else as_slice(m, own, noise, row.block)
+            assert native.sign_step(weights, kept, beside[near], LION.weights, 1e-3, 0.9)
+            assert native.blend_into(out[near], kept, gradient, SIGNUM.weights)
+            assert native.apply_update(weights, out[near], 0.01 * row.scale, 0.9)
+            assert native.adamw_step(weights, adam[own], v[own], beside[near], numbers)
+        return [p, g, v, adam, out, *tensors(m)]
+
+    expected = left(together=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert [torch.equal(a, b) for a, b in zip(left(together=True), expected, strict=True)] == [True] * len(expected)
+
+
+def as_slice(whole: Tensor | Stored, own: slice, noise: NoiseKey, block: int = 0) -> Tensor | Stored:
+    if isinstance(whole, Int8):
+        scales = whole.scales[block : block + scales_numel(noise.start, own.stop - own.start)]
+        return replace(whole, rounding=noise, codes=whole.codes[own], scales=scales)
+    return replace(whole, rounding=noise, values=whole.values[own]) if isinstance(whole, Bfloat16) else whole[own]
+
+
+def test_a_table_steps_nothing_outside_of_its_tensors() -> None:
+    table = tables.Table([tables.Row(8, place=4, at=0, block=0, stream=0, start=0)])
+    p, m, g = torch.zeros(12), torch.zeros(12), torch.ones(8)
+    assert not tables.sign_steps(table, p[:11], m, g, LION.weights, 0.1, 1.0)
+    assert not tables.sign_steps(table, p, m[:11], g, LION.weights, 0.1, 1.0)
+    assert not tables.sign_steps(table, p, m, g[:7], LION.weights, 0.1, 1.0)
+    assert tables.sign_steps(table, p, m, g, LION.weights, 0.1, 1.0)
+    assert torch.equal(p, torch.cat([torch.zeros(4), torch.full((8,), -0.1)]))

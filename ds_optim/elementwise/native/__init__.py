@@ -5,9 +5,10 @@ from __future__ import annotations
 from ds_optim.elementwise.native import rules
 from ds_optim.elementwise.native.library import is_available
 from ds_optim.elementwise.native.rules import suits
-from ds_optim.elementwise.native.steps import adamw_step, apply_update, blend_into, load, sign_step, store
+from ds_optim.elementwise.native.steps import AdamW, adamw_step, apply_update, blend_into, load, sign_step, store
 
 __all__ = [
+    "AdamW",
     "adamw_step",
     "apply_update",
     "blend_into",

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ds_optim.elementwise.noise import NoiseKey
 
-# Elements worth a thread of their own: about 20 microseconds of work.
-_GRAIN = 1 << 16
-LEAST_CUT = 2 * _GRAIN
+GRAIN = 1 << 16
+"""Elements worth a thread of their own: about 20 microseconds of work."""
+LEAST_CUT = 2 * GRAIN
 """Elements from which on several threads take a part each."""
 # What a thread takes at a time. Two threads with a half of 2^26 elements each took 0.82 of AdamW's time for a sign
 # step, with parts of 2^22 0.71, of 2^20 0.74, of 2^18 0.87: near each other they share what memory has open.
@@ -66,19 +66,24 @@ def address(tensor: Tensor, begin: int = 0) -> c_void_p:
 
 def in_parts(numel: int, multiple: int, part: Callable[[int, int], None], head: int = 0) -> None:
     """Call ``part(begin, count)`` on torch's threads, for parts that begin at ``head`` + multiples of ``multiple``."""
-    threads = min(torch.get_num_threads(), numel // _GRAIN)
+    threads = min(torch.get_num_threads(), numel // GRAIN)
     if threads < 2:
         part(0, numel)
         return
-    width = -(-min(numel, threads * _MOST) // (threads * multiple)) * multiple
+    width = width_of(numel, threads, multiple)
     edges = [0, *range(head + width, numel, width), numel]
-    jobs = [_pool(threads, os.getpid()).submit(part, a, b - a) for a, b in pairwise(edges)]
+    jobs = [pool(threads, os.getpid()).submit(part, a, b - a) for a, b in pairwise(edges)]
     for job in jobs:
         job.result()
 
 
+def width_of(numel: int, threads: int, multiple: int) -> int:
+    """Elements that a thread takes at a time."""
+    return -(-min(numel, threads * _MOST) // (threads * multiple)) * multiple
+
+
 @cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
     """ctypes lets go of the interpreter during a call, so that Python's threads work side by side.
 
     One for each process: a forked one has the parent's pool, and none of its threads.

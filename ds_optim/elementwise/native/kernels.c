@@ -1,6 +1,7 @@
 /* One pass over memory for the steps that every rule ends in. "key" and bits: see common.h. */
 #include "codecs.h"
 #include "common.h"
+#include "kernels.h"
 #include "noise.h"
 
 /* What the blocks of some arrays are cut by: the place of the first element in its parameter. */
@@ -112,11 +113,6 @@ void ds_optim_apply_update(int64_t n, Array p, Array update, float rate, float f
         store(&p, &b, &of_p, weights);
     }
 }
-
-typedef struct {
-    float b1, one_less_b1, b2, one_less_b2; /* m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g g */
-    float eps, correction, rate, factor;    /* p <- factor p - rate m / (sqrt(v) / correction + eps) */
-} Adam;
 
 static inline void adamw_run(int n, float *restrict p, float *restrict m, float *restrict v, const float *restrict g,
                              Adam a) {

@@ -29,7 +29,7 @@ class _Array(ctypes.Structure):
     _fields_ = (("kind", c_int), ("values", c_void_p), ("scales", c_void_p), ("key", Key))
 
 
-class _Adam(ctypes.Structure):
+class Adam(ctypes.Structure):
     _fields_ = tuple(
         (name, c_float) for name in ("b1", "one_less_b1", "b2", "one_less_b2", "eps", "correction", "rate", "factor")
     )
@@ -44,12 +44,12 @@ AdamW = tuple[float, float, float, float, float, float, float, float]
 def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, factor: float) -> bool:
     """p <- factor p - lr sign(d0 m + d1 g); m <- k0 m + k1 g."""
     lib = library()
-    if lib is None or not _real(p) or not _real(g) or not _known(m) or not _cut_alike(p, m):
+    if lib is None or not real(p, g) or not known(m) or not _cut_alike(p, m):
         return False
     blend = BlendWeights(*weights)
 
     def part(begin: int, count: int) -> None:
-        arrays = (_array(tensor, begin) for tensor in (p, m, g))
+        arrays = (array(tensor, begin) for tensor in (p, m, g))
         lib.ds_optim_sign_step(c_int64(count), *arrays, blend, c_float(lr), c_float(factor))
 
     _in_parts(p.numel(), (p, m), part)
@@ -59,15 +59,15 @@ def sign_step(p: Flat, m: Flat | None, g: Flat, weights: Weights, lr: float, fac
 def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
     """out <- d0 m + d1 g; m <- k0 m + k1 g."""
     lib = library()
-    if lib is None or not _real(g) or not _known(m) or not is_flat_cpu(out) or out.dtype not in _KINDS:
+    if lib is None or not real(g) or not known(m) or not takes_blends(out):
         return False
-    if out.dtype == torch.int8 or out.data_ptr() == _data(g).data_ptr():
+    if out.data_ptr() == _data(g).data_ptr():
         return False
     blend = BlendWeights(*weights)
     writable = c_int(m.writable if isinstance(m, Stored) else 1)
 
     def part(begin: int, count: int) -> None:
-        arrays = (_array(tensor, begin) for tensor in (out, m, g))
+        arrays = (array(tensor, begin) for tensor in (out, m, g))
         lib.ds_optim_blend_into(c_int64(count), *arrays, blend, writable)
 
     _in_parts(g.numel(), (m,), part)
@@ -77,14 +77,14 @@ def blend_into(out: Tensor, m: Flat | None, g: Flat, weights: Weights) -> bool:
 def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
     """p <- factor p - rate update."""
     lib = library()
-    if lib is None or not _real(p) or isinstance(update, Int8):
+    if lib is None or not real(p) or isinstance(update, Int8):
         return False
     values = _data(update)
-    if not is_flat_cpu(values) or values.dtype not in _KINDS:
+    if not is_update(values):
         return False
 
     def part(begin: int, count: int) -> None:
-        arrays = _array(p, begin), _array(values, begin)
+        arrays = array(p, begin), array(values, begin)
         lib.ds_optim_apply_update(c_int64(count), *arrays, c_float(rate), c_float(factor))
 
     _in_parts(p.numel(), (p,), part)
@@ -94,12 +94,12 @@ def apply_update(p: Flat, update: Flat, rate: float, factor: float) -> bool:
 def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
     """m <- b1 m + (1-b1) g; v <- b2 v + (1-b2) g g; p <- factor p - rate m / (sqrt(v) / correction + eps)."""
     lib = library()
-    if lib is None or not _real(p) or not _real(g) or not is_plain(m) or not is_plain(v):
+    if lib is None or not real(p, g) or not is_plain(m) or not is_plain(v):
         return False
-    adam = _Adam(*numbers)
+    adam = Adam(*numbers)
 
     def part(begin: int, count: int) -> None:
-        lib.ds_optim_adamw_step(c_int64(count), *(_array(tensor, begin) for tensor in (p, m, v, g)), adam)
+        lib.ds_optim_adamw_step(c_int64(count), *(array(tensor, begin) for tensor in (p, m, v, g)), adam)
 
     _in_parts(p.numel(), (p,), part)
     return True
@@ -108,30 +108,40 @@ def adamw_step(p: Flat, m: Tensor, v: Tensor, g: Flat, numbers: AdamW) -> bool:
 def load(m: Stored, position: int, out: Tensor) -> bool:
     """out <- the values of ``m`` at [position, position + k)."""
     lib = library()
-    if lib is None or not is_plain(out) or not _known(m):
+    if lib is None or not is_plain(out) or not known(m):
         return False
-    lib.ds_optim_load(c_int64(out.numel()), _array(m, position), address(out))
+    lib.ds_optim_load(c_int64(out.numel()), array(m, position), address(out))
     return True
 
 
 def store(m: Stored, position: int, values: Tensor) -> bool:
     """Round ``values`` (k,) to [position, position + k) of ``m``."""
     lib = library()
-    if lib is None or not is_plain(values) or not _known(m):
+    if lib is None or not is_plain(values) or not known(m):
         return False
-    lib.ds_optim_store(c_int64(values.numel()), _array(m, position), address(values))
+    lib.ds_optim_store(c_int64(values.numel()), array(m, position), address(values))
     return True
 
 
-def _real(tensor: Flat) -> bool:
-    """Whether these are weights or a gradient that the kernels know: fp32, or stored in bfloat16."""
-    return is_plain(tensor) or (isinstance(tensor, Bfloat16) and is_flat_cpu(tensor.values))
+def real(*tensors: Flat) -> bool:
+    """Whether these are weights and gradients that the kernels know: fp32, or stored in bfloat16."""
+    return all(is_plain(one) or (isinstance(one, Bfloat16) and is_flat_cpu(one.values)) for one in tensors)
 
 
-def _known(m: Flat | None) -> bool:
+def known(m: Flat | None) -> bool:
+    """Whether it is momentum that the kernels know."""
     if isinstance(m, Stored):
         return isinstance(m, Bfloat16 | Int8) and is_flat_cpu(m.data)
     return m is None or is_plain(m)
+
+
+def takes_blends(out: Tensor) -> bool:
+    """Whether it is fp32 or bfloat16, for directions."""
+    return is_flat_cpu(out) and out.dtype in _KINDS and out.dtype != torch.int8
+
+
+def is_update(values: Tensor) -> bool:
+    return is_flat_cpu(values) and values.dtype in _KINDS
 
 
 def _cut_alike(p: Flat, m: Flat | None) -> bool:
@@ -147,7 +157,7 @@ _NO_KEY = Key(0, 0, 0, 0)
 _NO_ARRAY = _Array(0, None, None, _NO_KEY)
 
 
-def _array(tensor: Flat | None, begin: int) -> _Array:
+def array(tensor: Flat | None, begin: int = 0) -> _Array:
     """The part of a tensor that starts at its element ``begin``."""
     if tensor is None:
         return _NO_ARRAY

@@ -8,9 +8,9 @@ from torch import Tensor
 from ds_optim.elementwise.momentum import decode
 from ds_optim.elementwise.quantized import quantize, recut
 from ds_optim.matrix.views import row_range
-from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import MOMENTUM, SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Unit
+from ds_optim.sharding.lines import blocks_of
 from ds_optim.zero.checkpoints.portable import MASTER, Portable
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ds_optim.elementwise.momentum import BLOCK
-from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import MOMENTUM, SCALES_OF_MOMENTUM
 from ds_optim.sharding.layout import Layout, ParamSpec, Slice, Unit
+from ds_optim.sharding.lines import blocks_of
 from ds_optim.zero.checkpoints.columns import Column, is_of_experts
 from ds_optim.zero.checkpoints.experts import Experts
 

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from ds_optim.errors import UserError
-from ds_optim.optimizers.local import blocks_of
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.optimizers.saved import without_description
 from ds_optim.sharding.layout import Layout, ParamSpec, Unit, build_layout, has_padding, undealt
+from ds_optim.sharding.lines import blocks_of
 from ds_optim.zero.checkpoints.columns import WRONG, Column, experts_over
 from ds_optim.zero.checkpoints.described import described
 from ds_optim.zero.checkpoints.expert_columns import columns_of_experts, of_experts, read_columns_at_stage0
