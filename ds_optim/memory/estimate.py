@@ -52,6 +52,11 @@ class MemoryEstimate:
         """The rank that needs most; of equal ones the last, whose gradients come first."""
         return max(reversed(self.ranks), key=lambda rank: (rank.peak(), rank.most_model_states))
 
+    def host_of_node(self, ranks: int) -> int:
+        """Bytes that the ranks of a node keep in its memory, of the node that needs most; ``ranks``: of a node."""
+        held = [rank.on_host for rank in self.ranks]
+        return max(sum(held[first : first + ranks]) for first in range(0, len(held), ranks))
+
     def total(self, term: str) -> int:
         """A term's sum over the ranks, by its name in :class:`RankMemory`; ``state`` is summed over its buffers."""
         name = "optimizer_state" if term == "state" else term
@@ -190,11 +195,12 @@ def _backward(
     on_device: int,
 ) -> Backward:
     """What a rank holds in the last micro-batch's backward, of ``before_step`` bytes of gradients at its end."""
-    before, more = before_step + accumulating(units, before_step, zero), added
+    waiting, whole = accumulating(units, before_step, zero), whole_gradients(units, zero)
+    before, more = before_step + waiting, added
     if zero.accumulation == 1 and zero.stage < 3:
-        before, more = 0, max(before_step, whole_gradients(units, zero))
-    if zero.offload:
-        before = more = 0
+        before, more = 0, max(before_step, whole)
+    if zero.offload:  # what is sharded goes to the host as it is reduced
+        before, more = waiting, whole if zero.accumulation == 1 else 0
     cut = zero.stage == 2  # the last rank's partition holds the model's end
     return Backward(
         gradients=before,

@@ -170,8 +170,9 @@ def gradients(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:
     partitions = sum(unit.partition_numel for unit in units)
     if zero.stage == 3:
         return partitions * (zero.grad_itemsize + (_FP32 if zero.offload else 0))
-    if zero.offload:
-        return partitions * _FP32
+    if zero.offload:  # stage 2 adds micro-batches up on the host, in the model's dtype
+        summed = zero.stage == 2 and zero.accumulation > 1
+        return partitions * _FP32 + summed * zero.itemsize * sum(share_of(unit, rank, zero).touched for unit in units)
     if zero.grad_itemsize == zero.itemsize:
         mine = [share_of(unit, rank, zero) for unit in units]
         padding = partitions - sum(share.held for share in mine)
@@ -184,11 +185,12 @@ def gradients(units: Sequence[Unit], rank: int, zero: ZeroSettings) -> int:
 
 
 def accumulating(units: Sequence[Unit], before_step: int, zero: ZeroSettings) -> int:
-    """Bytes of gradients held between the micro-batches of a step beyond those before the optimizer's step."""
-    if zero.accumulation == 1 or zero.stage != 1 or zero.offload:
+    """Bytes of gradients held between the micro-batches of a step beyond those before the optimizer's step, on the
+    accelerator; with offload all of them, as those of the step lie on the host."""
+    if zero.accumulation == 1 or zero.stage != 1:
         return 0
-    whole = sum(spec.numel for unit in units for spec in unit.params)
-    return max(0, whole * zero.grad_itemsize - before_step)
+    whole = sum(spec.numel for unit in units for spec in unit.params) * zero.grad_itemsize
+    return whole if zero.offload else max(0, whole - before_step)
 
 
 def buckets(units: Sequence[Unit], zero: ZeroSettings) -> tuple[int, int]:

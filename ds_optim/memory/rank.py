@@ -21,7 +21,8 @@ class RankMemory:
         buckets: DeepSpeed's. gathered: parameters that are whole for a while at stage 3.
         step_gradients: gradients made for the step. exchange: messages, stacks and scratch of matrices in
         work. chunks: scratch of elementwise steps.
-        host: the part of gradients, master and state that lies in the host's memory. host_buckets: there too.
+        host: the part of gradients, master and state that lies in the host's memory. host_buckets: there too,
+        staging and buffers of files.
         files: the part of them that lies in files, of NVMe.
         persistent_buckets: the buckets are held all the time. backward: what of this there is in it, and when.
     """
@@ -47,6 +48,11 @@ class RankMemory:
     @property
     def optimizer_state(self) -> int:
         return sum(self.state.values())
+
+    @property
+    def on_host(self) -> int:
+        """All that the rank keeps in the host's memory, pinned or not."""
+        return self.host + self.host_buckets
 
     @property
     def model_states(self) -> int:

@@ -159,6 +159,13 @@ class EstimateRow:
         return self.request.passes.own
 
     @property
+    def host_of_node(self) -> int:
+        """Bytes in the memory of a node, of as many ranks as one has."""
+        asked = self.request
+        sharded = max(1, asked.node_ranks // asked.tensor)  # of those that a tensor-parallel group is for ZeRO
+        return self.estimate.host_of_node(sharded) * min(asked.tensor, asked.node_ranks)
+
+    @property
     def peak(self) -> int:
         return self.estimate.largest.peak(self.passes)
 
@@ -214,6 +221,8 @@ class EstimateRow:
             "expert_parallel": self.request.experts,
             "per_rank": {term: getattr(largest, term) for term in TERMS},
             "sum_over_ranks": {term: self.estimate.total(term) for term in TERMS},
+            "node_ranks": self.request.node_ranks,
+            "host_of_node": self.host_of_node,
             "state": dict(largest.state),
             "largest_layer": self.estimate.largest_layer,
             "activations": self.passes.kept,

@@ -29,6 +29,11 @@ def notes(request: EstimateRequest) -> list[str]:
         lines.insert(0, f"Counted: {request.model.counted}.")
     if request.zero.bf16_masters:
         lines.append("Master weights are bf16 from stage 1 on; savings are against AdamW with fp32 ones.")
+    if request.zero.offload:
+        lines.append(
+            f"Host memory: masters, state and gradients of the step, with the staging buffers; a node has up to "
+            f"{request.node_ranks} ranks. torch may round pinned buffers up to a power of two, which is not counted."
+        )
     if request.tensor > 1:
         lines.append(
             f"Of what AutoTP cuts a rank holds 1/{request.tensor}; its matrices come together whole in the step. "

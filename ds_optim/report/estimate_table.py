@@ -52,7 +52,8 @@ def _sections(request: EstimateRequest) -> Iterator[list[_Line]]:
     yield [_sized(label, term) for label, term in _STATES]
     totals = [_sized("model states", lambda memory: memory.most_model_states)]
     if request.zero.offload:
-        totals.append(_sized("of these on the host", lambda memory: memory.host + memory.host_buckets))
+        totals.append(_sized("host memory, a rank", lambda memory: memory.on_host))
+        totals.append(("host memory, a node", lambda row: _gib(row.host_of_node)))
     if request.zero.nvme:
         totals.append(_sized("in files", lambda memory: memory.files))
     yield totals

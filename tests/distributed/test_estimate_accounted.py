@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import ds_optim
 from ds_optim.job.models import build_model, preset_config
@@ -95,13 +97,14 @@ CASES = {
 }
 # What keeps values for rows of matrices beside those of elements.
 BY_ROW = {"optimizer": "nor_muon", "params": {"polar": {"dtype": "bfloat16", "steps": 1}}}
-CASES |= {f"{MODELS[1]} z{stage} nor_muon": Case(model=MODELS[1], stage=stage, **BY_ROW) for stage in (0, 1, 2, 3)}
+CASES |= {f"{MODELS[1]} z{stage} nor_muon": Case(model=MODELS[1], stage=stage, **BY_ROW) for stage in (0, 2, 3)}
 CASES |= {f"{MODELS[1]} z3 dion2": Case(model=MODELS[1], stage=3, **{**BY_ROW, "optimizer": "dion2"})}
 # What changes the buffers that DeepSpeed makes; at two ranks.
 OTHERS = {
     **{f"fp32 z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, dtype="fp32") for s in (0, 1, 3)},
     **{f"fp32 gradients z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, **FP32_GRADIENTS) for s in (1, 2, 3)},
     **{f"offload z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, **OFFLOAD) for s in (2, 3)},
+    **{f"offload x2 z{s}": Case(model=MODELS[1], optimizer="lion", stage=s, accumulation=2, **OFFLOAD) for s in (1, 2)},
     **{
         f"round robin z{s}": Case(model=MODELS[1], optimizer="lion_muon", stage=s, momentum_dtype="int8", **ROUND_ROBIN)
         for s in (1, 2)
@@ -137,11 +140,13 @@ def shape_of(name: str) -> ModelShape:
 
 @dataclass
 class Seen:
-    """Counts on one rank: before the step, between micro-batches if there are several, and in the forward pass."""
+    """Counts on one rank: before the step, between micro-batches if there are several, in the forward pass, and of what
+    offload leaves on the host."""
 
     before_step: MemoryAccount
     between: MemoryAccount
     forward: MemoryAccount
+    host: int
 
 
 def count_all(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Seen]:
@@ -165,8 +170,25 @@ def count(case: Case) -> Seen:
         backward.append(account(engine))
         if micro < 2 * case.accumulation - 1:
             engine.step()
+    host = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in on_host(engine.optimizer)}.values())
     engine.destroy()
-    return Seen(before_step=backward[-1], between=backward[-case.accumulation], forward=forward[-1])
+    return Seen(before_step=backward[-1], between=backward[-case.accumulation], forward=forward[-1], host=host)
+
+
+#: What DeepSpeed's wrappers keep on the host under offload, the partitions' gradients and the optimizer's state aside.
+PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+BUFFERS = ("param_buffer_of_bit16_for_cpu_offload_groups", "temp_grad_buffer_for_cpu_offload")
+BUFFERS += ("accumulated_grads_in_cpu", "grad_partitions_flat_buffer")
+
+
+def on_host(wrapper: Any) -> Iterator[torch.Tensor]:
+    partitions = [partition for name in PARTITIONS for partition in getattr(wrapper, name, [])]
+    states = [wrapper.optimizer.state[partition] for partition in partitions if partition in wrapper.optimizer.state]
+    yield from partitions
+    yield from (partition.grad for partition in partitions if partition.grad is not None)
+    yield from (value for state in states for value in state.values() if torch.is_tensor(value) and value.numel() > 1)
+    buffers = [getattr(wrapper, name, ()) for name in BUFFERS]
+    yield from (each for each in tree_leaves([list(b.values()) if isinstance(b, dict) else b for b in buffers]))
 
 
 @cache
@@ -232,6 +254,16 @@ def test_other_settings_to_the_byte(name: str) -> None:
         assert rank.gradients == pytest.approx(held.gradients, abs=512)
         between = seen.between.gradients
         assert rank.gradients + rank.accumulating == pytest.approx(max(between, held.gradients), abs=512)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("offload")])
+def test_what_offload_leaves_on_the_host_to_the_byte(name: str) -> None:
+    """Masters, state, the step's gradients and the buffers that DeepSpeed pins: of a rank, and of a node of both."""
+    guessed = estimated(OTHERS[name], 2)
+    held = [seen.host for seen in counted(2)[name]]
+    assert [rank.on_host for rank in guessed.ranks] == held
+    assert guessed.host_of_node(2) == guessed.host_of_node(8) == sum(held)
+    assert guessed.host_of_node(1) == max(held)
 
 
 def test_autocast_has_a_bucket_for_each_dtype_on_the_wire() -> None:

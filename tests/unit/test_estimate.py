@@ -131,6 +131,17 @@ def test_offload_leaves_weights_and_buckets_on_the_accelerator() -> None:
     assert there.host == there.gradients + there.master + there.optimizer_state
     assert there.peak() < here.peak()
     assert there.model_states > here.model_states, "gradients on the host are fp32"
+    first = run(tiny(), stage=1, ranks=2, offload=True).largest
+    assert first.at_peak()["gradients"] == first.accumulating == 2 * tiny().numel, "stage 1 reduces them after the last"
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_node_holds_what_its_ranks_leave_on_the_host(tensor: int) -> None:
+    zero = ZeroSettings(stage=3, ranks=1, offload=True)
+    asked = {"model": tiny(), "optimizers": ("lion",), "stages": (2,), "ranks": (8,), "zero": zero, "tensor": tensor}
+    of_node, of_all = (estimate_rows(EstimateRequest(**asked, node_ranks=n))[0] for n in (4, 8))
+    held = [rank.on_host for rank in of_all.estimate.ranks for _ in range(tensor)]
+    assert (of_node.host_of_node, of_all.host_of_node) == (max(sum(held[:4]), sum(held[4:])), sum(held))
 
 
 def test_exchange_scratch_grows_with_buckets_and_matrices_only() -> None:
