@@ -45,8 +45,9 @@ def sealed_notes(source: Path) -> dict[str, Any] | None:
     missing = missing_files(sealed.notes, sealed.files)
     if missing is not None:
         raise UserError(f"{folder}: {missing}")
-    for name, entry in sealed.files.items():
-        fault = manifest.fault(folder, name, entry) or misplaced(folder, name, sealed.notes, bound=sealed.bound)
+    faults = manifest.at_once(lambda name: manifest.fault(folder, name, sealed.files[name]), sealed.files)
+    for name, changed in zip(sealed.files, faults, strict=True):
+        fault = changed or misplaced(folder, name, sealed.notes, bound=sealed.bound)
         if fault is not None:
             raise UserError(f"{folder}: {fault}")
     return sealed.notes
