@@ -50,6 +50,7 @@ def _zero(**settings: Any) -> dict[str, Any]:
 _BF16 = {"bf16": {"enabled": True}}
 _SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 _OFFLOAD = _zero(offload_optimizer={"device": "cpu"})
+_FILES = {"device": "nvme", "nvme_path": "/nvme"}
 _MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 _AUTOEP = {"enabled": True, "autoep_size": 2, "preset_model": "deepseek_v3", "use_grouped_mm": False}
 _PIPELINE = "DeepSpeed's pipeline engine trains at stages 0 and 1"
@@ -184,13 +185,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="`offload_optimizer` to NVMe",
         stages=SHARDED,
-        config=_zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
+        config=_zero(offload_optimizer=_FILES),
         losses="tests.distributed.nvme:losses",
     ),
     Setting(
-        name="`offload_param` to NVMe",
+        name="`offload_param` to NVMe beside it, in bf16",
         stages=(3,),
-        config=_zero(offload_param={"device": "nvme", "nvme_path": "/nvme"}),
+        config={**_BF16, **_zero(offload_optimizer=_FILES, offload_param=_FILES, stage3_prefetch_bucket_size=0)},
+        losses="tests.distributed.nvme:losses",
     ),
     Setting(name="DeepCompile (`compile.deepcompile`)", stages=SHARDED, config={"compile": {"deepcompile": True}}),
     Setting(

@@ -24,8 +24,9 @@ from ds_optim.survival.inputs import model_digest
 from ds_optim.train.sequences import mpu_of
 from ds_optim.zero.auto import fill_auto, hidden_size_of
 from ds_optim.zero.config import is_ours
+from ds_optim.zero.files import check_files_op
 from ds_optim.zero.refused import is_nvme
-from ds_optim.zero.support import check_config, check_files_op
+from ds_optim.zero.support import check_config
 from ds_optim.zero.values import understood
 
 SETTINGS_NAME = "settings.json"

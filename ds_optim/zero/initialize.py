@@ -21,12 +21,13 @@ from ds_optim.zero.auto import batch_sizes, fill_auto, hidden_size_of
 from ds_optim.zero.complaints import as_user_errors
 from ds_optim.zero.config import DEEPSPEED_PREFIX, Config, build_optimizer, is_ours, prepare_config, type_of
 from ds_optim.zero.experts import BuiltLater, check_all_given, check_built_later, check_experts, replaces_experts
+from ds_optim.zero.files import check_files_op
 from ds_optim.zero.pipeline import check_pipeline, stages_of
 from ds_optim.zero.reading import load_config
 from ds_optim.zero.refused import SEQUENCE
 from ds_optim.zero.schedulers import share_config
 from ds_optim.zero.sequence import check_sequence, is_of_sequences
-from ds_optim.zero.support import check_config, check_files_op, check_model, tensor_parallel_size
+from ds_optim.zero.support import check_config, check_model, tensor_parallel_size
 from ds_optim.zero.values import check_monitors, understood
 from ds_optim.zero.versions import check_versions
 

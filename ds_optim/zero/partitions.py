@@ -19,7 +19,7 @@ from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm
 from ds_optim.sharding.layout import Layout, Slice, Unit, build_layout, dealt, has_padding
 from ds_optim.zero.agree import raise_everywhere
-from ds_optim.zero.swapped import masters
+from ds_optim.zero.swapped import masters, shard_of
 
 SYNC_HINT = (
     "if weights were changed in place after deepspeed.initialize, call engine.optimizer.refresh_fp32_params() first"
@@ -167,7 +167,7 @@ def bind_stage3(trained: Members, comms: Comms) -> Binding:
         tensors = values = []
         problem = f"ZeRO-3 made {len(flats)} sub-groups where the closed form has {len(layout.units)} ({FREEZE_HINT})"
     _agree([layout], [problem], comms.all)
-    fault = _find_other_value(layout, members, values, comms, lambda m: m.parameter.ds_tensor)  # type: ignore[attr-defined]
+    fault = _find_other_value(layout, members, values, comms, shard_of)
     raise_everywhere(None if fault is None else RuntimeError(fault), comms.all)
     return _bound(layout, comms, tensors, members, first)
 

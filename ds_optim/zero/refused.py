@@ -8,6 +8,7 @@ from typing import Any
 
 ZERO = "zero_optimization"
 OFFLOAD = f"{ZERO}.offload_optimizer"
+WEIGHTS = f"{ZERO}.offload_param"
 MASTERS, STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
 _MASTERS_ALONE = (
     f"without {STATES} DeepSpeed takes its own CPU Adam alone; set {STATES} to true too, or set it to false"
@@ -26,6 +27,11 @@ _STATES_ALONE = f"it goes with {MASTERS}; set both to true, or set it to false"
 _IN_FILES = (
     "DeepSpeed 0.19 offloads to files at stage 3 alone, and at others keeps state in the host's memory without a word; "
     'set zero_optimization.stage to 3, or use "cpu"'
+)
+
+WEIGHTS_ALONE = (
+    "DeepSpeed 0.19 loads no checkpoint of weights in files whose optimizer state is in memory; set "
+    'zero_optimization.offload_optimizer.device to "nvme" too, or use "cpu"'
 )
 
 Test = Callable[[Any], bool]
@@ -72,7 +78,7 @@ REFUSED_SETTINGS: Sequence[tuple[str, Test, str]] = (
     ("bf16.check_grad_overflow", is_false, "it switches off the check for NaN gradients; leave it true"),
     ("bfloat16.check_grad_overflow", is_false, "it switches off the check for NaN gradients; leave it true"),
     (f"{OFFLOAD}.device", is_nvme, _IN_FILES),
-    (f"{ZERO}.offload_param.device", is_nvme, 'weights lie in files when the layout is checked by value; use "cpu"'),
+    (f"{WEIGHTS}.device", is_nvme, WEIGHTS_ALONE),
     (f"{OFFLOAD}.ratio", _below_one, "partial offload steps with a second optimizer; use ratio 1.0"),
     (f"{OFFLOAD}.super_offload", is_true, "it steps with its own Adam; set it to false"),
     (f"{ZERO}.zenflow", is_given, "it steps with its own Adam; leave it out"),
@@ -108,6 +114,7 @@ TOGETHER: Mapping[str, tuple[str, Test]] = {
         for name in ("tp", "tensor_parallel")
     },
     f"{OFFLOAD}.device": (f"{ZERO}.stage", lambda stage: as_number(stage) == 3),
+    f"{WEIGHTS}.device": (f"{OFFLOAD}.device", is_nvme),
 }
 TENSOR = "tensor_parallel.autotp_size"
 _EXPERTS = "expert_parallel.enabled"
@@ -121,6 +128,7 @@ REFUSED_BESIDE: Sequence[tuple[str, Test, str, Test, str]] = (
     (SEQUENCE, above(1), TENSOR, above(1), "set one of them to 1"),
     (_EXPERTS, is_true, TENSOR, above(1), f"set {TENSOR} to 0"),
     (_EXPERTS, is_true, SEQUENCE, above(1), f"set {SEQUENCE} to 1"),
+    (_EXPERTS, is_true, f"{OFFLOAD}.device", is_nvme, 'DeepSpeed 0.19 saves no state in files then; use "cpu"'),
 )
 OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{MASTERS} and bf16.{STATES} and without offload"
 
@@ -128,7 +136,6 @@ OTHER_MASTERS = f"master weights must be fp32, or bf16 with bf16.{MASTERS} and b
 REFUSED_ATTRIBUTES: Sequence[tuple[str, Test, str]] = (
     ("compute_grad_norm", is_false, f"leave {ZERO}.compute_grad_norm true"),
     ("zenflow", is_true, f"leave {ZERO}.zenflow out"),
-    ("params_in_nvme_and_cpu", is_true, f'set {ZERO}.offload_param.device to "cpu"'),
     ("partial_offload", _below_one, f"set {OFFLOAD}.ratio to 1.0"),
     ("zero_quantized_nontrainable_weights", is_true, f"set {ZERO}.zero_quantized_nontrainable_weights to false"),
     ("torch_autocast_gradscaler", is_given, AUTOCAST_FP16),

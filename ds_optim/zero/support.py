@@ -13,6 +13,7 @@ import torch
 
 from ds_optim.errors import UserError
 from ds_optim.zero.auto import at, check_filled
+from ds_optim.zero.files import check_files
 from ds_optim.zero.pipeline import check_pipeline
 from ds_optim.zero.refused import (
     AUTOCAST_FP16,
@@ -31,12 +32,12 @@ from ds_optim.zero.refused import (
     SUMS_OF_SHARDS,
     TENSOR,
     TOGETHER,
+    WEIGHTS_ALONE,
     ZERO,
     above,
     as_number,
     is_false,
     is_given,
-    is_nvme,
     is_true,
 )
 
@@ -60,7 +61,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         _check_unsharded(config)
     _check_bf16_masters(config, stage)
     _check_autocast(config)
-    _check_files(config)
+    check_files(config)
     for path, refused, other, too, remedy in REFUSED_BESIDE:
         if refused(at(config, path)) and too(at(config, other)):
             raise UserError(f"{path} is not supported beside {other} with ds_optim's optimizers: {remedy}")
@@ -130,40 +131,6 @@ def _check_unsharded(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"data_types.grad_accum_dtype = fp32 is for ZeRO stages 1 to 3 where weights are {weights}: set "
             f"{ZERO}.stage to one of them, or leave it out"
-        )
-
-
-def _check_files(config: Mapping[str, Any]) -> None:
-    """Refuse what is missing, or beside it cannot be, where optimizer state is offloaded to files."""
-    if not is_nvme(at(config, f"{OFFLOAD}.device")):
-        return
-    if not at(config, f"{OFFLOAD}.nvme_path"):
-        raise UserError(f"{OFFLOAD}.device is 'nvme': write {OFFLOAD}.nvme_path, a folder on a local disk")
-    if is_true(at(config, "checkpoint.load_universal")):
-        raise UserError(
-            f'checkpoint.load_universal is not supported with {OFFLOAD}.device "nvme": DeepSpeed 0.19 reads no '
-            'optimizer state then; set it to false, or the device to "cpu"'
-        )
-
-
-def check_files_op(config: Mapping[str, Any]) -> None:
-    """Refuse state in files where DeepSpeed's op for them does not build, which it says in many lines later.
-
-    Raises:
-        UserError: with what to install.
-    """
-    if not is_nvme(at(config, f"{OFFLOAD}.device")):
-        return
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import installed_ops
-
-    if installed_ops.get("async_io"):  # built when DeepSpeed was
-        return
-    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
-    if builder is None or not builder.is_compatible(verbose=False):
-        raise UserError(
-            f'{OFFLOAD}.device is "nvme", and DeepSpeed\'s async_io does not build here: install libaio with its '
-            'headers (libaio-dev, libaio-devel), or use "cpu"'
         )
 
 
@@ -269,6 +236,10 @@ def check_wrapper(wrapper: Any) -> None:
         if refused(value) and not (bf16_masters and name == "low_precision_master_weights_and_grads"):
             shown = f" = {value!r}" if isinstance(value, (bool, int, float)) else ""
             raise UserError(f"DeepSpeed's {name}{shown} is not supported with ds_optim's optimizers: {remedy}")
+    if getattr(wrapper, "params_in_nvme_and_cpu", False) and not getattr(wrapper, "swap_optimizer", False):
+        raise UserError(
+            f"DeepSpeed's params_in_nvme_and_cpu is not supported with ds_optim's optimizers: {WEIGHTS_ALONE}"
+        )
     if getattr(wrapper, "model_parallel_group", None):
         if above(1)(getattr(wrapper, "zero_hpz_partition_size", 1)):
             raise UserError(f"{ZERO}.zero_hpz_partition_size is not supported under tensor parallelism: {HPZ}")

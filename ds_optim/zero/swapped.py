@@ -55,6 +55,16 @@ def masters(zero: Any, layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor
     return found
 
 
+def shard_of(member: Member) -> Tensor:
+    """The model's own weights of a parameter of ZeRO-3 in this rank: those in a file are mapped, as masters are."""
+    parameter: Any = member.parameter
+    held = parameter.ds_tensor
+    if getattr(getattr(held, "status", None), "name", None) == "NOT_AVAILABLE":
+        path = parameter.nvme_swapper.get_path(parameter, must_exist=True)
+        held = torch.from_file(str(path), shared=False, size=held.ds_numel, dtype=parameter.dtype)
+    return held
+
+
 def check_buffers(zero: Any, layout: Layout, groups: Groups) -> None:
     """Refuse fewer buffers than the sub-groups that are in memory at a time need, before one is waited for.
 

@@ -24,6 +24,8 @@ INPUTS, HIGH = 514, 1026
 """Two ranks share them without padding, whose bits nobody sets; a slice of the first fills no whole KiB."""
 SUB_GROUPS = 250_000
 """Elements: of the first large matrix, and of the small one with the second."""
+WIDE = 1024
+"""Of the small matrix, where weights are to be in files: two bf16 matrices are large enough for it then."""
 PARAMS: Mapping[str, Mapping[str, Any]] = {
     "AdamW": {"lr": 3e-4},
     "LionMuon": {"lr": 1e-3, "polar": {"steps": 3, "dtype": "float32"}},
@@ -57,8 +59,17 @@ class Net(nn.Module):
         return self.last(x + self.spare(x) if spare else x)
 
 
-def config_of(place: str | None, type: str, params: Mapping[str, Any], dtype: str, **offload: Any) -> dict[str, Any]:
-    """A config with state in files under ``place``, or without one in the host's memory."""
+def weights_at(place: str) -> dict[str, Any]:
+    """What a config's ``zero_optimization`` says for weights in files under ``place``, of partitions that are small."""
+    few = {"buffer_count": 8, "buffer_size": 600_000, "max_in_cpu": 0}
+    there = {"device": "nvme", "nvme_path": place, "pin_memory": False, **few}
+    return {"offload_param": there, "stage3_prefetch_bucket_size": 0}
+
+
+def config_of(
+    place: str | None, type: str, params: Mapping[str, Any], dtype: str, *, weights: bool = False, **offload: Any
+) -> dict[str, Any]:
+    """A config with state in files under ``place``, or without one in the host's memory. weights: in files too."""
     where = {"device": "cpu"} if place is None else {"device": "nvme", "nvme_path": place}
     zero = {
         "stage": 3,
@@ -67,6 +78,7 @@ def config_of(place: str | None, type: str, params: Mapping[str, Any], dtype: st
         "reduce_bucket_size": 100_000,
         "stage3_prefetch_bucket_size": 100_000,
         "offload_optimizer": {**where, "pin_memory": False, **({} if place is None else offload)},
+        **(weights_at(str(place)) if weights else {}),
     }
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -121,10 +133,14 @@ def losses(rank: int, world_size: int, setting: Setting, stage: int, type: str) 
     with tempfile.TemporaryDirectory() as folder:
         shared: list[Any] = [folder]
         torch.distributed.broadcast_object_list(shared)
-        where = setting.config_at(stage)["zero_optimization"]["offload_optimizer"]
-        engine = start(config_of(shared[0], type, PARAMS[type], "fp32", device=where["device"]))
+        weights, dtype = (
+            "offload_param" in setting.config["zero_optimization"],
+            "bf16" if "bf16" in setting.config else "fp32",
+        )
+        config = config_of(shared[0], type, PARAMS[type], dtype, weights=weights)
+        engine = start(config, WIDE if weights else 512)
         found = [mean_over_ranks(torch.tensor(loss)) for loss in take_steps(engine, rank, range(STEPS), same=True)]
-        assert any(Path(shared[0]).rglob("*.swp"))
+        assert any(Path(shared[0]).rglob("*_param.tensor.swp" if weights else "*.swp"))
         engine.destroy()
         torch.distributed.barrier()
     return found

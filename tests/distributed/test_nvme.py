@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,9 @@ from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
 from ds_optim.train.loop import train
 from tests.tiers import cells
 
+from .commands import MODELS
 from .harness import assert_all_raised, run_ranks
-from .nvme import SUB_GROUPS, Net, config_of, skip_without_aio, start, take_steps
+from .nvme import SUB_GROUPS, WIDE, Net, config_of, skip_without_aio, start, take_steps, weights_at
 from .small_runs import equal, full_weights, identical, own_optimizer, quiet
 
 STEPS = 4
@@ -31,11 +33,9 @@ PIPELINED = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
 POLAR = {"polar": {"steps": 2, "dtype": "float32"}}
 TYPES: Mapping[str, Mapping[str, Any]] = {
     "Lion": {},
-    "Signum": {},
     "SignSGD": {},
     "LionMuon": {"period": 2, **POLAR},
     "Muon": POLAR,
-    "SpectralLion": POLAR,
 }
 
 
@@ -101,7 +101,7 @@ def told_bytes(type: str, params: Mapping[str, Any], dtype: str, rank: int, writ
     """Whether the estimate says so many bytes of files."""
     plan = plan_optimizer(
         shape_of_module("net", Net()),
-        {"LionMuon": "lion_muon", "SpectralLion": "spectral_lion", "SignSGD": "sign_sgd"}.get(type, type.lower()),
+        {"LionMuon": "lion_muon", "SignSGD": "sign_sgd"}.get(type, type.lower()),
         {key: value for key, value in params.items() if key != "momentum_dtype"},
         momentum_dtype=params.get("momentum_dtype", "float32"),
         weights=TORCH_DTYPES["fp32" if dtype == "fp32" else "bf16"],
@@ -130,32 +130,38 @@ def test_files_hold_the_bits_that_memory_held(
 
 def saved(rank: int, _: int, place: str, folder: str, params: Mapping[str, Any], offload: Any) -> list[float]:
     """The losses after a checkpoint, in the run that saved it."""
-    engine = start(config_of(place, "LionMuon", params, "bf16", **offload))
-    take_steps(engine, rank, range(3))
+    weights = "weights" in offload
+    engine = start(config_of(place, "LionMuon", params, "bf16", **offload), WIDE if weights else 512)
+    take_steps(engine, rank, range(3), same=weights)
     engine.save_checkpoint(folder)
-    return take_steps(engine, rank, range(3, 6))
+    return take_steps(engine, rank, range(3, 6), same=weights)
 
 
-def resumed(rank: int, _: int, place: str, folder: str, params: Mapping[str, Any]) -> list[list[float]]:
+def resumed(
+    rank: int, _: int, place: str, folder: str, params: Mapping[str, Any], offload: Mapping[str, Any]
+) -> list[list[float]]:
     """The same in another process, whose reader is not pipelined, and once more in the engine that went on."""
-    engine = start(config_of(place, "LionMuon", params, "bf16"))
+    weights = "weights" in offload
+    engine = start(config_of(place, "LionMuon", params, "bf16", **offload), WIDE if weights else 512)
     with torch.no_grad():
         for parameter in engine.module.parameters():
-            parameter.ds_tensor.zero_()
+            parameter.ds_tensor.zero_()  # of one in a file no more than a mark
     found = []
     for _ in range(2):
         ds_optim.load_checkpoint(engine, folder)
-        found.append(take_steps(engine, rank, range(3, 6)))
+        found.append(take_steps(engine, rank, range(3, 6), same=weights))
     return found
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("momentum", "pipeline"), [("float32", True), ("int8", False)])
-def test_a_resumed_run_has_the_same_losses(momentum: str, pipeline: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("momentum", "offload", "again"), [("float32", PIPELINED, {}), ("int8", {"weights": True}, {"weights": True})]
+)
+def test_a_resumed_run_has_the_same_losses(momentum: str, offload: Any, again: Any, tmp_path: Path) -> None:
     params = {**TYPES["LionMuon"], "momentum_dtype": momentum}
     folder = str(tmp_path / "checkpoint")
-    expected = run_ranks(2, saved, str(tmp_path / "files"), folder, params, PIPELINED if pipeline else {})
-    found = run_ranks(2, resumed, str(tmp_path / "others"), folder, params)
+    expected = run_ranks(2, saved, str(tmp_path / "files"), folder, params, offload)
+    found = run_ranks(2, resumed, str(tmp_path / "others"), folder, params, again)
     assert found == [[losses, losses] for losses in expected]
 
 
@@ -241,45 +247,53 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ by the command
 
 
-def commanded(rank: int, world_size: int, offload: Mapping[str, Any], config: Mapping[str, Any], flags: Any) -> Any:
-    """The losses of ``ds-optim train --config`` with state in files."""
+def commanded(rank: int, world_size: int, folder: Path, offload: Any, config: Any, flags: Any) -> Any:
+    """The losses of ``ds-optim train --config``; offload: what it says of state, and of weights."""
     quiet()
-    zero = {"stage": 3, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000}
+    zero = {"stage": 3, "sub_group_size": 1, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000}
     given = {
         "train_batch_size": 6,
-        "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0, "offload_optimizer": dict(offload)},
+        "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0, **offload},
         "optimizer": {"type": "LionMuon", "params": {"lr": 1e-3, **TYPES["LionMuon"]}},
         **config,
     }
-    told = {"seq_len": 16, "steps": 4, "warmup": 0, "eval_batches": 1, "preset": "qwen3-tiny", **flags}
+    told = {"seq_len": 16, "steps": 4, "warmup": 0, "eval_batches": 1, "model": str(folder / "model"), **flags}
     return train(make_settings(**settings_from_json(given, told))).losses
 
 
-@pytest.mark.full
-def test_the_command_has_the_losses_of_memory_and_goes_on(tmp_path: Path) -> None:
-    config, there = {"bf16": {"enabled": True}}, {"device": "nvme", "nvme_path": str(tmp_path / "files")}
-    memory = run_ranks(2, commanded, {"device": "cpu"}, config, {})
-    saving = {"out": tmp_path / "out", "save_every": 2}
-    assert run_ranks(2, commanded, there, config, saving) == memory
-    assert any((tmp_path / "files").rglob("*.swp"))
-    shutil.rmtree(tmp_path / "out/checkpoints/step-4")
-    assert run_ranks(2, commanded, there, config, {**saving, "resume": True}) == [losses[2:] for losses in memory]
+IN_MEMORY = {"offload_optimizer": {"device": "cpu"}}
+
+
+def places(folder: Path, *, weights: bool, inner: int) -> dict[str, Any]:
+    """State in files under a folder, in which a model is written, and weights too. inner: intermediate size."""
+    model = {**MODELS["qwen3"], "hidden_size": 512, "intermediate_size": inner}
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text(json.dumps(model), encoding="utf-8")
+    there = str(folder / "files")
+    return {"offload_optimizer": {"device": "nvme", "nvme_path": there}, **(weights_at(there) if weights else {})}
 
 
 _BF16 = {"bf16": {"enabled": True}}
-BESIDE: Mapping[str, tuple[int, Mapping[str, Any], Mapping[str, Any]]] = {
-    "autocast": (3, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}),
-    "zero.Init": (2, _BF16, {"zero_init": True}),
-    "sequences cut": (2, {**_BF16, "sequence_parallel_size": 2}, {}),
-    "AutoTP": (2, {**_BF16, "tensor_parallel": {"autotp_size": 2}}, {}),
+# ranks, whether weights are in files too, and the config and flags.
+BESIDE: Mapping[str, tuple[int, bool, Mapping[str, Any], Mapping[str, Any]]] = {
+    "autocast": (3, False, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}),
+    "zero.Init": (2, True, _BF16, {"zero_init": True}),
+    "sequences cut": (2, True, {**_BF16, "sequence_parallel_size": 2}, {}),
+    "AutoTP": (2, True, {**_BF16, "tensor_parallel": {"autotp_size": 2}}, {}),
 }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", BESIDE)
-def test_other_settings_beside_files_have_the_losses_of_memory(name: str, tmp_path: Path) -> None:
-    ranks, config, flags = BESIDE[name]
-    memory = run_ranks(ranks, commanded, {"device": "cpu"}, config, flags)
-    there = {"device": "nvme", "nvme_path": str(tmp_path / "files")}
-    assert run_ranks(ranks, commanded, there, config, flags) == memory
-    assert any((tmp_path / "files").rglob("*.swp"))
+def test_settings_beside_files_have_the_losses_of_memory(name: str, tmp_path: Path) -> None:
+    """Under ``zero.Init`` it goes on from a checkpoint, too."""
+    ranks, weights, config, flags = BESIDE[name]
+    there = places(tmp_path, weights=weights, inner=2100 if weights else 1540)
+    memory = run_ranks(ranks, commanded, tmp_path, IN_MEMORY, config, flags)
+    saving = {"out": tmp_path / "out", "save_every": 2} if name == "zero.Init" else {}
+    assert run_ranks(ranks, commanded, tmp_path, there, config, {**flags, **saving}) == memory
+    assert any((tmp_path / "files").rglob("*_param.tensor.swp" if weights else "*.swp"))
+    if saving:
+        shutil.rmtree(tmp_path / "out/checkpoints/step-4")
+        again = run_ranks(ranks, commanded, tmp_path, there, config, {**flags, **saving, "resume": True})
+        assert again == [losses[2:] for losses in memory]

@@ -18,15 +18,9 @@ from torch import nn
 import ds_optim
 from ds_optim.errors import UserError
 from ds_optim.zero.config import canonical_type
+from ds_optim.zero.files import check_files_op
 from ds_optim.zero.refused import REFUSED_ATTRIBUTES, REFUSED_SETTINGS
-from ds_optim.zero.support import (
-    check_config,
-    check_engine,
-    check_files_op,
-    check_model,
-    check_parameters,
-    check_wrapper,
-)
+from ds_optim.zero.support import check_config, check_engine, check_model, check_parameters, check_wrapper
 
 LION_MUON = {"type": "LionMuon", "params": {"lr": 1e-3}}
 
@@ -262,15 +256,37 @@ def test_state_in_files_is_for_stage_3_with_a_folder() -> None:
             check_config(given(stage))
     with pytest.raises(UserError, match="load_universal is not supported with"):
         check_config(given(3, checkpoint={"load_universal": True}))
+    with pytest.raises(UserError, match=r"expert_parallel\.enabled is not supported beside.*use \"cpu\""):
+        check_config(given(3, expert_parallel={"enabled": True}))
     del there["nvme_path"]
     with pytest.raises(UserError, match=r"write zero_optimization\.offload_optimizer\.nvme_path"):
         check_config(given(3))
 
 
+def test_weights_in_files_are_bf16_ones_whose_state_is_there_too() -> None:
+    there = {"device": "nvme", "nvme_path": "/local"}
+
+    def given(state: Mapping[str, str], weights: Mapping[str, str], **beside: Any) -> dict[str, Any]:
+        zero = {"stage": 3, "offload_optimizer": dict(state), "offload_param": dict(weights)}
+        zero |= {"stage3_prefetch_bucket_size": beside.pop("prefetch", 0)}
+        return {"zero_optimization": zero, "bf16": {"enabled": True}, **beside}
+
+    check_config(given(there, there))
+    for state in ({"device": "cpu"}, {}):
+        with pytest.raises(UserError, match=r"offload_param\.device.*loads no checkpoint.*\"nvme\" too"):
+            check_config(given(state, there))
+    with pytest.raises(UserError, match=r"write zero_optimization\.offload_param\.nvme_path"):
+        check_config(given(there, {"device": "nvme"}))
+    with pytest.raises(UserError, match=r"weights in bf16 alone.*set bf16\.enabled to true"):
+        check_config(given(there, there, bf16={"enabled": False}))
+    for prefetch in (50_000_000, "auto", None):
+        with pytest.raises(UserError, match="stage3_prefetch_bucket_size to 0"):
+            check_config(given(there, there, prefetch=prefetch))
+
+
 ATTRIBUTES: Mapping[str, tuple[Any, Any]] = {
     "compute_grad_norm": (False, True),
     "zenflow": (True, False),
-    "params_in_nvme_and_cpu": (True, False),
     "partial_offload": (0.5, 1.0),
     "zero_quantized_nontrainable_weights": (True, False),
     "torch_autocast_gradscaler": (object(), None),
@@ -286,6 +302,9 @@ def test_a_wrapper_with_a_refused_attribute_is_refused() -> None:
         with pytest.raises(UserError, match=name):
             check_wrapper(types.SimpleNamespace(**{name: refused}))
     check_wrapper(types.SimpleNamespace(check_grad_overflow=False, dtype=torch.float32))
+    check_wrapper(types.SimpleNamespace(params_in_nvme_and_cpu=True, swap_optimizer=True))
+    with pytest.raises(UserError, match=r"params_in_nvme_and_cpu.*loads no checkpoint"):
+        check_wrapper(types.SimpleNamespace(params_in_nvme_and_cpu=True, swap_optimizer=False))
     with pytest.raises(UserError, match="check_grad_overflow"):
         check_wrapper(types.SimpleNamespace(check_grad_overflow=False, dtype=torch.bfloat16))
 
