@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -20,15 +20,19 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 import ds_optim
 from ds_optim.elementwise.gpu import kernels, launch, row_launch, rows
-from ds_optim.optimizers import base
+from ds_optim.matrix.views import MatrixView
+from ds_optim.optimizers import base, row_steps
+from ds_optim.sharding import selection
 from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm, Pending
+from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import build_layout
+from ds_optim.sharding.selection import Chosen
 
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -216,6 +220,23 @@ def _nowhere(*_: object) -> int:
     return 0
 
 
+def _most_moved(exchange: Exchange, param: int, view: MatrixView) -> Any:
+    """How many rows are chosen before each, as ``Chosen.sums``, where the values do not say: those of which this rank
+    has most to send, or as their owner most to receive."""
+    rank = exchange.comm.rank
+    held = exchange.plan.unit.slice_of(param, rank)
+    owns = any(param in bucket.owned[rank] for bucket in exchange.plan.buckets)
+    with unset_fake_temporarily():
+        here = torch.zeros(view.numel)
+        if held is not None:
+            here[held.start : held.start + held.numel] = 1.0
+        sums, rows = torch.zeros(view.of_rows.numel), torch.arange(view.of_rows.numel)
+        for part, numbers in zip(view.unpack(here), view.of_rows.unpack(rows.float()), strict=True):
+            sums[numbers.flatten().long()] = part.sum(dim=-1).flatten()
+        flags = selection._largest(view, -sums if owns else sums, exchange.plan.fraction)
+        return np.pad(np.cumsum(flags.numpy()), (1, 0))
+
+
 @contextmanager
 def dry_cuda() -> Iterator[DryCuda]:
     """In it tensors are fake, and Triton's kernels are counted in place of being launched."""
@@ -238,6 +259,11 @@ def dry_cuda() -> Iterator[DryCuda]:
         dry.counts.kernels[f"triton::{name}"] += 1
         dry.counts.slices[name] += len(jobs)
 
+    def chosen_of(exchange: Exchange, chosen: dict[int, Chosen]) -> Exchange:
+        for param, one in chosen.items():
+            chosen[param] = replace(one, sums=_most_moved(exchange, param, one.view))
+        return selection.chosen_of(exchange, chosen)
+
     def listed(tensor: Tensor) -> Any:
         if tensor.device.type == CUDA.type:
             dry.counts.syncs[_line()] += 1
@@ -245,6 +271,7 @@ def dry_cuda() -> Iterator[DryCuda]:
 
     with (
         mock.patch.object(FakeTensor, "tolist", listed),
+        mock.patch.object(row_steps, "chosen_of", chosen_of),
         mock.patch.object(launch, "_start", started),
         mock.patch.object(launch, "address", _nowhere),
         mock.patch.object(row_launch, "_start", rows_started),
@@ -257,20 +284,22 @@ def dry_cuda() -> Iterator[DryCuda]:
 
 def dry_steps(
     name: str, model: Sequence[tuple[str, Sequence[int]]], *, stage: int, ranks: int = 4, rank: int = 0,
-    offload: bool = False, masters: torch.dtype = torch.float32, grads: torch.dtype = torch.float32, **params: Any,
+    offload: bool = False, routing: Mapping[str, Any] | None = None, masters: torch.dtype = torch.float32,
+    grads: torch.dtype = torch.float32, **params: Any,
 ) -> tuple[Counts, Counts]:  # fmt: skip
     """The counts of a first and of a second step of one rank.
 
     Args:
         model: names and shapes of its parameters.
         masters, grads: dtypes of the flat partitions; stage 0 steps the parameters themselves.
+        routing: options of ``param_groups``.
         offload: the partitions lie on the host, matrices are worked on on the device.
     """
     with dry_cuda() as dry:
         home = CPU if offload else CUDA
         with CUDA:
             module = module_of(model)
-        optimizer = getattr(ds_optim, name)(ds_optim.param_groups(module), **params)
+        optimizer = getattr(ds_optim, name)(ds_optim.param_groups(module, **(routing or {})), **params)
         comm = SilentComm(rank, ranks if stage else 1)
 
         def bound(_: Any, members: Sequence[Sequence[Member]], groups: Groups) -> Binding:

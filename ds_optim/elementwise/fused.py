@@ -49,10 +49,15 @@ def ready(device: torch.device) -> bool:
     return device.type == _DEVICE and not _broken and wanted()
 
 
+def asked_for() -> bool:
+    """Whether the kernels are not switched off."""
+    return os.environ.get("DS_OPTIM_COMPILE", "1") != "0"
+
+
 @cache
 def wanted() -> bool:
     """Whether Triton is there and not switched off; that it is missing is said once."""
-    if os.environ.get("DS_OPTIM_COMPILE", "1") == "0":
+    if not asked_for():
         return False
     if find_spec("triton") is None:
         logger.warning("ds_optim: Triton is not installed, the eager steps take several passes over memory")

@@ -199,8 +199,13 @@ def _polar_svd(x: Tensor) -> Tensor:
     scaled, _ = prescaled(x)
     broken = nan_where_broken(scaled)
     u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
-    cutoff = sigma[..., :1] * (max(x.shape[-2:]) * torch.finfo(torch.float32).eps)
-    return ((u * (sigma > cutoff).unsqueeze(-2)) @ vh).add_(broken)
+    del scaled
+    kept = sigma > sigma[..., :1] * (max(x.shape[-2:]) * torch.finfo(torch.float32).eps)
+    if x.shape[-2] <= x.shape[-1]:  # the square factor is the smaller copy
+        u = u * kept.unsqueeze(-2)
+    else:
+        vh = vh * kept.unsqueeze(-1)
+    return (u @ vh).add_(broken)
 
 
 def cost(m: int, n: int, spec: PolarSpec, *, whole: bool = False) -> float:
@@ -235,14 +240,14 @@ def scratch_elements(m: int, n: int, spec: PolarSpec) -> int:
     standard: 2 s l + 2 s^2 (X and its ping-pong partner; A, B).
     gram: 2 s l + 4 s^2 (X and its partner; R, Z, Q and one product).
     Where symmetric products are cut, each s^2 is s (s + 64 bytes of padding).
-    svd: 3 s l + 2 s^2 (X, V', the product; U and U cut to the rank).
+    svd: 2 s l + s^2 + s (the long factor and the product or X, the square factor, the singular values).
     All: at least the float32 copy that is normalized, and in 16 bits the cast X beside it.
     """
     area, short = m * n, min(m, n)
     method = spec.method_for(m, n)
     square = short * symmetric.stride(short, spec.compute_dtype, spec.strips_for(m, n))
     normalizing = area if spec.compute_dtype == torch.float32 else 3 * area
-    iterating = {"standard": 2 * area + 2 * square, "gram": 2 * area + 4 * square, "svd": 3 * area + 2 * square}
+    iterating = {"standard": 2 * area + 2 * square, "gram": 2 * area + 4 * square, "svd": 2 * area + square + short}
     return max(normalizing, iterating[method])
 
 

@@ -41,9 +41,9 @@ class Shape:
     """A function of whole matrices, C (B, m, n) -> (B, m, n).
 
     solve: batches of what travels, in the order of ``there``, and a spec -> of what comes back, in that of ``back``.
-    cost, scratch: modelled operations, and bytes of temporaries, of one (m, n) matrix. weights: W travels to the owner
-    too, in fp32. rows: a value for each row (B, m), fp32, goes there and comes back, as state does. result: the dtype
-    of what comes back; None for C's.
+    cost, scratch: modelled operations, and bytes held at once beside what comes back, of one (m, n) matrix. weights: W
+    travels to the owner too, in fp32. rows: a value for each row (B, m), fp32, goes there and comes back, as state
+    does. result: the dtype of what comes back; None for C's.
     """
 
     name: str
@@ -68,23 +68,28 @@ def _polar(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
 
 
 def _sign_polar(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
-    return [polar(parts[0], spec).sign_().to(torch.int8)]
+    return _signs(lambda c: polar(c.view(-1, *c.shape[-2:]), spec), parts)
+
+
+def _signs(factor: Callable[..., Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """What ``factor`` makes of batches, or on a CPU, as in polar, of each matrix alone, so that its bits do not depend
+    on its neighbours in the stack."""
+    out = torch.empty(parts[0].shape, dtype=torch.int8, device=parts[0].device)
+    for result, *given in zip(out, *parts, strict=True) if out.device.type == "cpu" else [(out, *parts)]:
+        result.copy_(factor(*given).view(result.shape).sign_())
+    return [out]
 
 
 def _polar_scratch(m: int, n: int, spec: PolarSpec) -> int:
     return scratch_elements(m, n, spec) * spec.compute_dtype.itemsize
 
 
+def _sign_polar_scratch(m: int, n: int, spec: PolarSpec) -> int:
+    return _polar_scratch(m, n, spec) + m * n * spec.message_dtype.itemsize  # the factor, beside its signs
+
+
 def _weight_basis(parts: Sequence[Tensor], spec: PolarSpec) -> Sequence[Tensor]:
-    c, w = parts
-    if c.device.type != "cpu":
-        signs = normalized_in_weight_basis(c, w).sign_()
-        return [signs.to(torch.int8, memory_format=torch.contiguous_format)]  # a wide matrix is worked on turned
-    # As in polar: each matrix alone, so that its bits do not depend on its neighbours in the stack.
-    out = torch.empty(c.shape, dtype=torch.int8, device=c.device)
-    for result, direction, weights in zip(out, c, w, strict=True):
-        result.copy_(normalized_in_weight_basis(direction, weights).sign_())
-    return [out]
+    return _signs(normalized_in_weight_basis, parts)
 
 
 def _weight_basis_cost(m: int, n: int, spec: PolarSpec) -> float:
@@ -94,12 +99,13 @@ def _weight_basis_cost(m: int, n: int, spec: PolarSpec) -> float:
 
 
 def _weight_basis_scratch(m: int, n: int, spec: PolarSpec) -> int:
-    """In fp32: copies of weights and direction, the product and its result; basis and Gram matrix."""
-    return 4 * (4 * m * n + 2 * min(m, n) ** 2)
+    """In fp32: the product, its result and the basis; before them weights, direction and Gram matrix have gone."""
+    short = min(m, n)
+    return 4 * (2 * m * n + short * short + 2 * short)
 
 
 POLAR = Shape("polar", _polar, cost, _polar_scratch)
-SIGN_POLAR = Shape("sign of polar", _sign_polar, cost, _polar_scratch, result=torch.int8)
+SIGN_POLAR = Shape("sign of polar", _sign_polar, cost, _sign_polar_scratch, result=torch.int8)
 WEIGHT_BASIS = Shape(
     "sign in the weights' basis",
     _weight_basis,
@@ -123,9 +129,11 @@ def normalized_in_weight_basis(c: Tensor, w: Tensor) -> Tensor:
     with torch.no_grad(), whole_fp32(c.device):
         basis, _ = prescaled(w)
         broken = nan_where_broken(basis)
-        _, v = torch.linalg.eigh(basis.mT @ basis)
-        scaled, _ = prescaled(c)
-        r = scaled @ v
+        gram = basis.mT @ basis
+        del basis
+        _, v = torch.linalg.eigh(gram)
+        del gram
+        r = prescaled(c)[0] @ v
         norm = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
         return (r.div_(norm.add_(COLUMN_EPS)) @ v.mT).add_(broken)
 

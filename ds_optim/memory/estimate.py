@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ds_optim.elementwise import fused
 from ds_optim.memory.estimate_exchange import exchange_plans, sampled_ranks
 from ds_optim.memory.estimate_files import gradient_files, in_files, pinned, stored_numel
 from ds_optim.memory.estimate_model import ModelShape, Parameter, numel_of
@@ -174,7 +175,9 @@ def _rank(
         gathered=_gathered(model, zero),
         step_gradients=step_gradients(units, zero),
         exchange=scratch.get(nearest, 0),
-        chunks=chunk_scratch(units, zero, stored=narrow, kept=2 * optimizer.cautious)
+        chunks=chunk_scratch(
+            units, zero, stored=narrow, kept=2 * optimizer.cautious, kernels=optimizer.kernels and fused.asked_for()
+        )
         if optimizer.ours and not zero.offload
         else 0,
         host=master + before_step + sum(kept.state.values()) - files if zero.offload else 0,
@@ -282,5 +285,5 @@ def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, 
     for plan in exchange_plans(units, optimizer, zero):
         for rank in sampled_ranks(plan.unit.world_size):
             of_all = rank * zero.ranks // plan.unit.world_size if zero.stage else rank
-            most[of_all] = max(most.get(of_all, 0), plan.peak_scratch(rank))
+            most[of_all] = max(most.get(of_all, 0), plan.peak_scratch(rank, offloaded=zero.offload))
     return most

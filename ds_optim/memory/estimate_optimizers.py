@@ -87,6 +87,8 @@ class OptimizerPlan:
     ours: bool = True
     cautious: bool = False
     """Whether old weights are kept, a chunk at a time, to decay by."""
+    kernels: bool = True
+    """Whether all rules are this package's, which have kernels on a GPU."""
 
 
 def takes_momentum_dtype(name: str) -> bool:
@@ -147,10 +149,11 @@ def plan_optimizer(
             _ours(group, [replace(known[m.spec.name], view=m.view) for m in members], dtype)
             for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
         ),
-        polar=PolarSpec.from_json(params.get("polar", {})).resolve(torch.device(device), weights),
+        polar=optimizer.polar.resolve(torch.device(device), weights),
         bucket_mb=exchange["bucket_mb"],
         overlap=exchange["overlap"],
         cautious=bool(params.get("cautious_decay", False)),
+        kernels=all(RULES[g["rule"]].update.__module__.startswith("ds_optim.") for g in optimizer.param_groups),
     )
 
 

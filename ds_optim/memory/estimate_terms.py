@@ -22,6 +22,8 @@ from ds_optim.sharding.layout import MOST_RANKS, Unit
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FP32 = 4
+_LAUNCHED, _MEASURED = 512, 256
+"""Of launches: bytes a slice and one more, of two tables at most; and elements for each byte of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,13 +259,17 @@ def step_gradients(units: Sequence[Unit], zero: ZeroSettings) -> int:
     return largest * (cast + zero.grad_itemsize)
 
 
-def chunk_scratch(units: Sequence[Unit], zero: ZeroSettings, *, stored: bool, kept: int = 0) -> int:
+def chunk_scratch(
+    units: Sequence[Unit], zero: ZeroSettings, *, stored: bool, kept: int = 0, kernels: bool = False
+) -> int:
     """Bytes of the fp32 chunks that an elementwise step works in: two, one that rounded momentum is read to, and with
-    bf16 masters two that weights and gradient are read to; ``kept`` more. On a GPU, what all of this comes to at most,
-    where no kernel does the work; on a CPU nothing where compiled kernels do.
+    bf16 masters two that weights and gradient are read to; ``kept`` more. On a GPU, what all of this comes to at most.
+    Where ``kernels`` do the work, tables of slices and what was measured; on a CPU nothing where compiled ones do.
     """
     if zero.device == "cpu" and native.is_available():
         return 0
+    if zero.device != "cpu" and kernels:
+        return max(((len(u.params) + 1) * _LAUNCHED + u.partition_numel // _MEASURED for u in units), default=0)
     lengths = [max(s.numel for s in u.params) if u.cut == "none" else u.partition_numel for u in units]
     longest = max(lengths, default=0)
     if zero.offload or zero.device == "cpu":

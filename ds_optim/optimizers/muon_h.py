@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def _scratch(m: int, n: int, spec: PolarSpec) -> int:
-    return max(POLAR.scratch(m, n, spec), 3 * 4 * m * n)  # the factor in fp32, weights by it, and the difference
+    return max(POLAR.scratch(m, n, spec), 2 * 4 * m * n)  # the factor in fp32, and weights by it
 
 
 @rule(

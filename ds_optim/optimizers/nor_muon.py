@@ -23,7 +23,7 @@ _LEAST_NORM = 1e-30
 
 
 def _scratch(m: int, n: int, spec: PolarSpec) -> int:
-    return max(POLAR.scratch(m, n, spec), 3 * 4 * m * n)  # the factor in fp32, its squares, and the quotient
+    return max(POLAR.scratch(m, n, spec), 4 * (2 * m * n + m))  # the factor in fp32, the quotient and its rows' sizes
 
 
 @rule(

@@ -207,6 +207,7 @@ class Exchange:
             kept = self._messages(back.kept.sizes, self.plan.back, self.device)
             to_messages(back.crossing, results, kept)
             call(apply, [back.kept], [_moved(kept, self.home)])
+            del kept
         else:
             call(apply, back.in_stacks, results)
         del results

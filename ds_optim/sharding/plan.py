@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby, product
 
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import ELEMENTS, Part, Shape
@@ -46,7 +46,7 @@ class ExchangePlan:
     matrices are worked on. stacked: equal matrices are worked on as one batch, as on CUDA, not one by one, as on a CPU.
     timed: measured costs, (m, n) -> milliseconds of a matrix; operations are counted where None.
     fraction: of each matrix's rows, what a step takes; which, no plan knows. What travels is counted as if every rank
-    held an equal part of those, what is held as if they were all.
+    held an equal part of those, what is held as if each time one rank held all that it can.
     """
 
     unit: Unit
@@ -75,7 +75,7 @@ class ExchangePlan:
 
     def _worked(self, view: MatrixView) -> list[tuple[int, int, int]]:
         """The matrices that owners work on: of the rows that a step takes."""
-        return (view if self.fraction == 1.0 else view.selected(self.fraction)).matrices()
+        return self._seen[view].matrices()
 
     @cached_property
     def sizes(self) -> frozenset[tuple[int, int]]:
@@ -244,46 +244,96 @@ class ExchangePlan:
             return 0
         return _bytes_of([view], self.there) + (_bytes_of([view], self.back) if self.shape.result is not None else 0)
 
-    def peak_scratch(self, rank: int) -> int:
-        """The most bytes that a rank holds at once in an exchange: messages, stacks, results, and matrices in work."""
+    def peak_scratch(self, rank: int, *, offloaded: bool = False) -> int:
+        """The most bytes that a rank holds at once in an exchange: messages, stacks, results, and matrices in work; on
+        the accelerator, where slices lie on the host."""
         arriving = [
             self._message_bytes(bucket, rank, self.there) + self._stack_bytes(bucket.owned[rank], self.there)
             for bucket in self.buckets
         ]
         most = 0
         for batch in self.whole[rank]:
-            held = self._stack_bytes(batch, (*self.there, *self.back)) + self._temporaries(batch)
+            held = self._stack_bytes(batch, self.there) + self._working(batch)
             most = max(most, held + sum(arriving[:1]))
         for number, bucket in enumerate(self.buckets):
-            own = bucket.owned[rank]
-            held = arriving[number] + self._stack_bytes(own, self.back) + self._temporaries(own)
+            held = arriving[number] + self._working(bucket.owned[rank])
             if self.overlap:
                 leaving = self.buckets[number - 1 : number] if number else ()
                 held += sum(arriving[number + 1 : number + 2])
                 held += sum(self._message_bytes(last, rank, self.back) for last in leaving)
             most = max(most, held)
-        return most
+        return most + (0 if offloaded else self._choice_bytes(rank))
 
     def _message_bytes(self, bucket: Bucket, rank: int, parts: Sequence[Part]) -> int:
-        """What a rank sends and receives for a bucket one way."""
-        return sum(
-            (sum(self.sent_counts(bucket, rank, part)) + sum(self.received_counts(bucket, rank, part)))
-            * part.dtype.itemsize
-            for part in parts
-        )
+        """What a rank sends and receives for a bucket one way; of chosen rows at most, as all may be with one rank."""
+        most = 0
+        for part, (owner, params) in product(parts, enumerate(bucket.owned)):
+            for param in params:
+                held, whole = self._held(param, rank, part), self._values(self.views[param], part)
+                moved = whole - held if owner == rank else held
+                most += min(moved, self._values(self._seen[self.views[param]], part)) * part.dtype.itemsize
+        return most
+
+    @staticmethod
+    def _values(view: MatrixView, part: Part) -> int:
+        first, last = part.place(view, 0, view.numel)
+        return last - first
+
+    @cached_property
+    def _seen(self) -> dict[MatrixView, MatrixView]:
+        """The matrices that owners get, by parameters' views: of the rows that a step takes."""
+        return {
+            view: view if self.fraction == 1.0 else view.selected(self.fraction) for view in set(self.views.values())
+        }
 
     def _stack_bytes(self, params: Sequence[int], parts: Sequence[Part]) -> int:
-        return _bytes_of([self.views[param] for param in params], parts)
+        return _bytes_of([self._seen[self.views[param]] for param in params], parts)
 
-    def _temporaries(self, params: Sequence[int]) -> int:
-        """Bytes of the costliest run of equal matrices."""
-        most = 0
-        for view, run in groupby(params, key=self.views.__getitem__):
+    def _choice_bytes(self, rank: int) -> int:
+        """What says during an exchange which rows were chosen: a byte a row, and 8 for how many are before it."""
+        if self.fraction == 1.0:
+            return 0
+        params = [*self.cut, *chain.from_iterable(self.whole[rank])]
+        return sum(9 * self.views[param].of_rows.numel for param in params) + 8 * bool(params)
+
+    def _working(self, params: Sequence[int]) -> int:
+        """The most bytes beside their stacks while matrices are worked on, run by run of equal ones: results so far,
+        and what the run in work holds."""
+        most = done = 0
+        for view, run in groupby(self._seen[self.views[param]] for param in params):
             equal = len(list(run))
-            for count, m, n in view.matrices():
-                together = count * equal if self.stacked else 1
-                most = max(most, together * self.shape.scratch(m, n, self.polar) + equal * self._copied(view))
-        return most
+            most = max(most, done + self._held_by(view, equal))
+            done += equal * _bytes_of([view], self._new_parts(view))
+        return max(most, done)
+
+    def _new_parts(self, view: MatrixView) -> list[Part]:
+        """Of what goes back, that for which there is no room in the stack that came: rows move on where they are, and
+        so do matrices that are packed again."""
+        if isinstance(view, ShardView):
+            return list(self.back)
+        in_stack = self.there if view.is_cut_up else [part for part in self.there if part.per_row]
+        return [part for part in self.back if part not in in_stack]
+
+    def _held_by(self, view: MatrixView, equal: int) -> int:
+        """The most bytes beside its stack that a run of so many equal parameters holds in work, results among them."""
+        blocks = [
+            (count * equal, m, n, (count * equal if self.stacked else 1) * self.shape.scratch(m, n, self.polar))
+            for count, m, n in view.matrices()
+        ]
+        packed = equal * _bytes_of([view], self._new_parts(view))
+        if isinstance(view, ShardView) or not view.is_cut_up:
+            return packed + equal * self._copied(view) + max(scratch for *_, scratch in blocks)
+        most = done = 0  # block by block: what was taken out of parameters, and what was made of it until it is packed
+        for many, m, n, scratch in blocks:
+            taken = many * _bytes_of_matrix(m, n, self.there)
+            made = many * _bytes_of_matrix(m, n, [part for part in self.back if not part.per_row])
+            most = max(most, done + taken + made + scratch)
+            done += made + many * _bytes_of_matrix(m, n, [part for part in self.back if part.per_row])
+        return max(most, done + packed)
+
+
+def _bytes_of_matrix(m: int, n: int, parts: Sequence[Part]) -> int:
+    return sum((m if part.per_row else m * n) * part.dtype.itemsize for part in parts)
 
 
 def _bytes_of(views: Sequence[MatrixView], parts: Sequence[Part]) -> int:
