@@ -103,8 +103,10 @@ def table_spec(rows: Sequence[Row]) -> TableSpec:
 def render_compare(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     """Render a comparison: rows by stage, then in the order given; repeats of a cell become one row."""
     merged = merge_repeats(rows)
-    plots, summary = compare_plots(merged), [*compare_answers(merged), *compare_summary(merged)]
-    return render(merged, info, out_dir, table_spec(merged), plots=plots, summary=summary)
+    ran, *how_to_read = compare_summary(merged)
+    info = info.model_copy(update={"notes": [*how_to_read, *info.notes]})
+    summary = [*compare_answers(merged), ran]
+    return render(merged, info, out_dir, table_spec(merged), plots=compare_plots(merged), summary=summary)
 
 
 def rates(row: Row) -> str:
@@ -123,9 +125,9 @@ def compare_answers(rows: Sequence[Row]) -> list[str]:
     found = []
     for stage, members in _by_group(rows, spec).items():
         base = next((row for row in members if spec.is_baseline(row)), None)
-        if base is not None:
-            others = [f"{row.label}: {_against(row, base, spec)}" for row in members if row is not base]
-            found += [f"{stage} against AdamW: {'; '.join(others)}."] if others else []
+        others = [row for row in members if row is not base]
+        if base is not None and others:
+            found.append(f"{stage} against AdamW: {_sentence(others, base, spec)}.")
     if not found:
         return []
     return [*found, _how_far(rows)]
@@ -156,7 +158,16 @@ def _by_group(rows: Sequence[Row], spec: TableSpec) -> dict[str, list[Row]]:
     return {title_of(members[0].run, members[0].stage): members for members in groups.values()}
 
 
-def _against(row: Row, base: Row, spec: TableSpec) -> str:
+def _sentence(others: Sequence[Row], base: Row, spec: TableSpec) -> str:
+    """What is the same of all others once, then what each of them has beside."""
+    said = [_against(row, base, spec) for row in others]
+    alike = [part for part in said[0] if len(others) > 1 and all(part in parts for parts in said)]
+    own = [[part for part in parts if part not in alike] for parts in said]
+    each = [f"{row.label}: {', '.join(parts)}" for row, parts in zip(others, own, strict=True) if parts]
+    return "; ".join([f"each {', '.join(alike)}", *each] if alike else each)
+
+
+def _against(row: Row, base: Row, spec: TableSpec) -> list[str]:
     """What was measured of both, in words."""
     columns = {column.title: column for column in spec.columns}
     found = []
@@ -166,8 +177,9 @@ def _against(row: Row, base: Row, spec: TableSpec) -> str:
         if isinstance(value, (int, float)) and isinstance(reference, (int, float)):
             doubt = "" if column.doubt is None else column.doubt(row, base)
             why = f", {doubt}" if doubt in OF_THIS_CELL else ""
-            found.append(f"{words} {'about ' if doubt else ''}{column.change(value, reference)}{why}")
-    return ", ".join(found)
+            unit = " nats" if column.change is nats_more else ""
+            found.append(f"{words} {'about ' if doubt else ''}{column.change(value, reference)}{unit}{why}")
+    return found
 
 
 def compare_summary(rows: Sequence[Row]) -> list[str]:

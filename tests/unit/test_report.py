@@ -157,10 +157,15 @@ def test_the_answer_stands_first_a_sentence_a_stage(tmp_path: Path) -> None:
     ]
     answers = compare_answers(rows)
     assert answers == [
-        "ZeRO-1 against AdamW: lion: model states −33 %, time about −5.0 %, within the spread, loss about +0.125, "
-        "seeds disagree; muon: model states 0 %, time +50 %, loss −0.500.",
+        "ZeRO-1 against AdamW: lion: model states −33 %, time about −5.0 %, within the spread, loss about +0.125 "
+        "nats, seeds disagree; muon: model states 0 %, time +50 %, loss −0.500 nats.",
         "Losses are of 3 seeds, 40 steps, each at its own learning rate: a smoke test, not a ranking.",
     ]
+    same = compare_answers([rows[0], rows[1], rows[1].model_copy(update={"optimizer": "signum", "val_loss": None})])
+    assert same[0] == (
+        "ZeRO-1 against AdamW: each model states −33 %, time about −5.0 %, within the spread; lion: loss about +0.125 "
+        "nats, seeds disagree."
+    )
     alone = compare_answers([row("adamw", 1), row("lion", 1, ms_per_step=95.0, ms_low=94.0, ms_high=96.0)])
     assert "time about −5.0 %, loss" in alone[0]
     assert "Losses are of one seed" in alone[1]
