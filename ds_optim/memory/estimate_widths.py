@@ -10,6 +10,7 @@ from torch import nn
 
 _GATE = re.compile(r"\.(gate_proj|gate_up_proj|gate_and_up_proj|w3|v1|wi_1)\b|(mlp|moe)\.input_linear\.")
 _UP = re.compile(r"^(?!.*(vision|visual|audio)).*\.up_proj\.weight$")
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _EXPERTS = re.compile(r"\bexperts\.")
 
 
@@ -17,7 +18,8 @@ _EXPERTS = re.compile(r"\bexperts\.")
 class Transformer:
     """The widths that activations follow from.
 
-    intermediate: of all experts that a token meets. gated: the MLP has a gate beside its up projection.
+    intermediate: of all experts that a token meets. gated: the MLP has a gate beside its up projection. tied: the head
+    is the embedding. fused: attention can leave its scores out. dropout: of scores, in training.
     """
 
     layers: int
@@ -28,6 +30,9 @@ class Transformer:
     head_dim: int
     vocabulary: int
     gated: bool
+    tied: bool = False
+    fused: bool = True
+    dropout: bool = False
 
 
 def transformer_of(config: Any, module: nn.Module) -> Transformer | None:
@@ -55,11 +60,22 @@ def transformer_of(config: Any, module: nn.Module) -> Transformer | None:
         head_dim=_head_dim(config) or hidden // heads,
         vocabulary=vocabulary if _puts_out_words(module) else 0,
         gated=any(map(_GATE.search, names)),
+        tied=_tied(module),
+        fused=getattr(module, "_supports_sdpa", True) is not False,
+        dropout=any((getattr(config, name, 0) or 0) > 0 for name in _DROPOUT),
     )
 
 
 def _puts_out_words(module: nn.Module) -> bool:
     return not hasattr(type(module), "get_output_embeddings") or module.get_output_embeddings() is not None  # type: ignore[operator]
+
+
+def _tied(module: nn.Module) -> bool:
+    if not _puts_out_words(module) or not hasattr(module, "get_input_embeddings"):
+        return False
+    head: Any = getattr(module, "get_output_embeddings", lambda: None)()
+    embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
 def has_towers(config: Any) -> bool:

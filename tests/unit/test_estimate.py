@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_passes import Batch, ModelPasses, by_formula
 from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.estimate_terms import ZeroSettings
+from ds_optim.memory.passes import Moment
 from ds_optim.memory.rehearsal import COUNTED
 from ds_optim.memory.side_by_side import EstimateRequest, estimate_rows
 from ds_optim.memory.tracker import TensorTracker
@@ -218,10 +220,24 @@ def test_what_runs_on_no_shapes_follows_a_formula_and_says_by_how_much_it_may_be
         layers=2, hidden=8, intermediate=16, heads=2, key_value_heads=1, head_dim=4, vocabulary=10, gated=True
     )
     layer = 4 * 8 + 2 * 8 + 2 * 4 + 4 * 16
-    found = by_formula(shape, micro_batch=3, seq_len=5)
-    assert found.kept == found.most == 15 * (2 * (2 * layer + 8) + 10 * 10)
-    assert found.short == pytest.approx(0.47 * found.most, rel=0.01)
-    assert by_formula(shape, micro_batch=3, seq_len=5, checkpointing=True).kept == 15 * (2 * (2 * 8 + layer + 8) + 100)
+    batch = Batch(micro_batch=3, seq_len=5)
+    found = by_formula(shape, batch, largest=7, elements=50)
+    assert found.kept == found.most - 7 * 2 == 15 * (2 * (2 * layer + 8) + 10 * 10)
+    assert found.moments[-1] == Moment(held=7 * 2, made=50)
+    assert found.short == pytest.approx(0.3 * found.most, rel=0.01)
+
+    def kept(shape: Transformer = shape, **changed: Any) -> int:
+        return by_formula(shape, replace(batch, **changed)).kept
+
+    assert kept(checkpointing=True) == 15 * (2 * (2 * 8 + layer + 8) + 100)
+    scores = 15 * 2 * 5 * 2
+    assert kept(attention="eager") - kept() == kept(replace(shape, fused=False)) - kept() == scores * 6
+    dropped = replace(shape, dropout=True)
+    assert (kept(dropped), kept(dropped, device="cpu") - kept()) == (kept(), scores * 9)
+    assert kept() - kept(loss_chunks=3) == 10 * 10 * 10
+    assert kept() - kept(liger_loss=True) == 15 * 100 - 8 * 10 * 2 - 10 * 8 * 2
+    tied = by_formula(replace(shape, tied=True), batch, largest=10**6, elements=50)
+    assert tied.most == tied.moments[-1].held == 3 * 2 * 10**6, "the head's, the embedding's, and their sum"
     room = run(tiny(), stage=0, ranks=1).largest
     size = int((room.peak(found) + found.short) / 0.9) + 1
     assert fits(room, size, found)
