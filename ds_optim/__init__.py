@@ -97,7 +97,10 @@ if not TYPE_CHECKING:
                 return import_module(f"{__name__}.{name}")
             home = import_module(_HOMES.get(name, "ds_optim.optimizers"))
             if hasattr(home, name):
-                return getattr(home, name)
+                found = getattr(home, name)
+                if name in __all__:  # a user's rule may be registered anew
+                    globals()[name] = found
+                return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

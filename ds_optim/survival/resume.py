@@ -20,6 +20,7 @@ from ds_optim.machine.kept_results import refuse
 from ds_optim.survival import manifest, recut
 from ds_optim.survival.identity import OF_THE_OPTIMIZER, check_notes, misplaced, missing_files
 from ds_optim.survival.reshard_seal import notes_for
+from ds_optim.survival.results import deciding
 
 FOLDER = "checkpoints"
 FIRST_RELEASE = "whole.json"
@@ -196,7 +197,8 @@ def _check(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int, tuple[
             f"--resume: the checkpoint is of {checkpoint.notes['world_size']} ranks,"
             f" this run has {ranks.world_size()}; start as many: the first release wrote it, which is not cut anew"
         )
-    before, now = checkpoint.notes["trajectory"], json.loads(json.dumps(settings.trajectory()))
+    before, now = dict(checkpoint.notes["trajectory"]), json.loads(json.dumps(settings.trajectory()))
+    before["deepspeed"], now["deepspeed"] = deciding(before.get("deepspeed")), deciding(now["deepspeed"])
     free: tuple[str, ...] = OF_THE_OPTIMIZER if settings.reset_optimizer else ()
     # A checkpoint that was handed to another optimizer notes none; its state says which one may load it.
     free += tuple(name for name in OF_THE_OPTIMIZER if name not in before)

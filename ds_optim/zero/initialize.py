@@ -135,10 +135,10 @@ def _read(
         ours = isinstance(optimizer, ZeroOptimizer) or _names_ours(loaded)
         sharing = 1
         if ours:
+            check_pipeline(model, loaded, mpu)
             sharing = check_sequence(loaded, mpu, mesh)
             check_config(loaded)
             check_files_op(loaded)
-            check_pipeline(model, loaded)
         loaded = understood(loaded)
         fill_auto(loaded, hidden_size_of(getattr(model, "config", None)))
         comm = world()

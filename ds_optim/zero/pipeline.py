@@ -21,6 +21,7 @@ from ds_optim.optimizers.routing import in_stages, unmatched_in
 from ds_optim.sharding.binding import Groups, Member, experts_of
 from ds_optim.sharding.comm import Comm
 from ds_optim.zero.auto import at
+from ds_optim.zero.refused import SEQUENCE, above
 
 _TIED = "tied_modules."
 """What the names of a ``TiedLayerSpec``'s parameters begin with, on every stage that has a copy."""
@@ -37,8 +38,11 @@ def stages_of(model: Any) -> int:
     return int(model.num_stages) if in_stages(model) else 1
 
 
-def check_pipeline(model: Any, config: Mapping[str, Any]) -> None:
+def check_pipeline(model: Any, config: Mapping[str, Any], mpu: Any = None) -> None:
     """Refuse what the pipeline engine, or this package with it, cannot train.
+
+    Args:
+        mpu: of the call, which brings other parallelism along.
 
     Raises:
         UserError: with what to write instead.
@@ -60,6 +64,11 @@ def check_pipeline(model: Any, config: Mapping[str, Any]) -> None:
         raise UserError(
             "experts in groups of their own are not supported within a pipeline: pass the model as a plain module, or "
             "without deepspeed.moe.layer.MoE"
+        )
+    if mpu is not None or above(1)(config.get(SEQUENCE)):
+        raise UserError(
+            "an mpu, as of sequence parallelism, is not supported with a PipelineModule: DeepSpeed's pipeline engine "
+            f"takes none; set {SEQUENCE} to 1 and pass no mpu, or pass the model as a plain module"
         )
     axes = model.topology()
     if "model" in axes.get_axis_names() and axes.get_dim("model") > 1:

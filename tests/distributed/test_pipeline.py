@@ -265,6 +265,7 @@ def start_wrong(rank: int, world_size: int, params: dict[str, Any], config: dict
     ("params", "config", "parts"),
     [
         ({}, {"zero_optimization": {"stage": 2}}, ("PipelineModule", "use stage 1")),
+        ({}, {"sequence_parallel_size": 2}, ("PipelineModule", "set sequence_parallel_size to 1")),
         (LION_MUON, BF16, ("bf16 at ZeRO stage 0", "use stage 1")),
         ({"momentum_dtype": "int8"}, CONFIGS["z1"], ("tied_modules.embed.weight", '"bfloat16"')),
         ({"matrix_exclude": ["^9\\.", "^1\\.up"]}, CONFIGS["z1"], ("'^9\\\\.'", "no parameter of any stage")),
