@@ -22,18 +22,17 @@ STEPPED: dict[str, dict[str, Any]] = {
     "scales": {"type": "Muonlight", "params": {"momentum_dtype": "bfloat16"}},
     "weights go along": {"type": "MuonH", "params": {}},
     "signs of what comes back": {"type": "SpectralLion", "params": INT8},
-    "no matrices": {"type": "Lion", "params": INT8},
 }
-CELLS = [*((name, 3, "bf16") for name in STEPPED), *((name, 1, "fp32") for name in [*STEPPED][::4])]
+CELLS = [*((name, 3, "bf16") for name in STEPPED), (next(iter(STEPPED)), 1, "fp32")]
 
 
 def both_ways(rank: int, world_size: int, name: str, stage: int, dtype: str) -> tuple[list[str], list[int]]:
-    """What differs after three steps; how many slices were looked at one by one in the last, together and not."""
+    """What differs after two steps; how many slices were looked at one by one in the last, together and not."""
     left, looked_at = [], []
     for together in (True, False):
         with mock.patch.object(at_once, "can", at_once.can if together else lambda local: False):
             engine = start(Cell(stage=stage, dtype=dtype), world_size, STEPPED[name])
-            for step in range(3):
+            for step in range(2):
                 with mock.patch.object(Local, "piece", autospec=True, side_effect=Local.piece) as piece:
                     one_step(engine, step, rank, world_size)
             looked_at.append(piece.call_count)
