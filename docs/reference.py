@@ -37,6 +37,7 @@ _EXCHANGE_WORDS = {
     "bucket_mb": "MiB that an exchange may hold at once, unless one matrix asks for more",
     "overlap": "messages travel while matrices are worked on",
     "costs": 'owners get equal work by the clock, `"measured"`, or by counted operations, `"modelled"`',
+    "share": 'ranks of a node share the largest matrices: `"auto"`, where it pays, or how many share each',
 }
 _ARGS = re.compile(r"^Args:.*\n((?: +.*\n?|\n(?= ))*)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^ {4}(\w[\w, ]*): ((?:.*\n?)(?:^ {5,}.*\n?)*)", re.MULTILINE)

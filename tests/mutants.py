@@ -133,6 +133,20 @@ MUTANTS = [
         f"{U}exchange_plan.py {U}exchange_property.py {U}matrix_work.py",
     ),
     Mutant(
+        "ranks work on what smaller teams share first",
+        "shares.py",
+        "return -self._size(param), -self.costs[param]",
+        "return self._size(param), -self.costs[param]",
+        f"{U}shares.py",
+    ),
+    Mutant(
+        "a share's slice is taken for the parameter's first elements",
+        "sharing.py",
+        "start=first + held.start",
+        "start=held.start",
+        f"{D}sharing.py",
+    ),
+    Mutant(
         "an owner sends its own slices to itself",
         "plan.py",
         "0 if owner == rank else sum(self._held(param, rank, part) for param in params)",

@@ -85,13 +85,19 @@ def _print(title: str, rows: Sequence[Simulated]) -> None:
         for row in rows
         if row.better_size is not None
     ]
-    for line in (*_NOTES, *better):
+    shared = [
+        f'At stage {row.stage} on {row.ranks} ranks "exchange": {{"share": "auto"}} brings {row.makespan:.3f} to '
+        f"{row.shared_makespan:.3f}."
+        for row in rows
+        if row.shared_makespan is not None
+    ]
+    for line in (*_NOTES, *better, *shared):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 _LABELS = (
     ("sent", "of it between nodes", "most of a rank", "2(N-1)/N² of matrices", "scratch"),
-    ("matrices", "busiest / bound", "waiting"),
+    ("matrices", "shared by ranks", "busiest / bound", "waiting"),
 )
 _NOTES = (
     "Sent: for one step that brings matrices together, there and back, the mean; LionMuon does so every P-th step.",
@@ -105,5 +111,5 @@ def _cells(row: Simulated) -> list[str]:
 
     share = f"{100 * row.between / row.mean_bytes:.0f} %" if row.mean_bytes else MISSING
     formula = size(row.formula) if row.stage == 3 else MISSING
-    work = [fixed(row.jobs, 1), fixed(row.makespan, 3), f"{100 * row.idle:.1f} %"]
+    work = [fixed(row.jobs, 1), f"{row.shared:,}", fixed(row.makespan, 3), f"{100 * row.idle:.1f} %"]
     return [size(row.mean_bytes), share, size(row.most_bytes), formula, size(row.scratch), *work]

@@ -43,7 +43,8 @@ class Shape:
     solve: batches of what travels, in the order of ``there``, and a spec -> of what comes back, in that of ``back``.
     cost, scratch: modelled operations, and bytes held at once beside what comes back, of one (m, n) matrix. weights: W
     travels to the owner too, in fp32. rows: a value for each row (B, m), fp32, goes there and comes back, as state
-    does. result: the dtype of what comes back; None for C's.
+    does. result: the dtype of what comes back; None for C's. of_factor: what is made of the polar factor's values, one
+    by one, where that is all that is made of C, so that ranks may share a matrix. None for other shapes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Shape:
     weights: bool = False
     rows: bool = False
     result: torch.dtype | None = None
+    of_factor: Callable[[Tensor], Tensor] | None = None
 
     def there(self, polar: PolarSpec) -> tuple[Part, ...]:
         """What travels to the owner: C, W, rows."""
@@ -80,6 +82,10 @@ def _signs(factor: Callable[..., Tensor], parts: Sequence[Tensor]) -> list[Tenso
     return [out]
 
 
+def _itself(factor: Tensor) -> Tensor:
+    return factor
+
+
 def _polar_scratch(m: int, n: int, spec: PolarSpec) -> int:
     return scratch_elements(m, n, spec) * spec.compute_dtype.itemsize
 
@@ -104,8 +110,8 @@ def _weight_basis_scratch(m: int, n: int, spec: PolarSpec) -> int:
     return 4 * (2 * m * n + short * short + 2 * short)
 
 
-POLAR = Shape("polar", _polar, cost, _polar_scratch)
-SIGN_POLAR = Shape("sign of polar", _sign_polar, cost, _sign_polar_scratch, result=torch.int8)
+POLAR = Shape("polar", _polar, cost, _polar_scratch, of_factor=_itself)
+SIGN_POLAR = Shape("sign of polar", _sign_polar, cost, _sign_polar_scratch, result=torch.int8, of_factor=Tensor.sign_)
 WEIGHT_BASIS = Shape(
     "sign in the weights' basis",
     _weight_basis,

@@ -84,6 +84,7 @@ class OptimizerPlan:
     polar: PolarSpec = field(default_factory=PolarSpec)
     bucket_mb: float = EXCHANGE_DEFAULTS["bucket_mb"]
     overlap: bool = EXCHANGE_DEFAULTS["overlap"]
+    share: bool | str | int = EXCHANGE_DEFAULTS["share"]
     ours: bool = True
     cautious: bool = False
     """Whether old weights are kept, a chunk at a time, to decay by."""
@@ -152,6 +153,7 @@ def plan_optimizer(
         polar=optimizer.polar.resolve(torch.device(device), weights),
         bucket_mb=exchange["bucket_mb"],
         overlap=exchange["overlap"],
+        share=exchange["share"],
         cautious=bool(params.get("cautious_decay", False)),
         kernels=all(RULES[g["rule"]].update.__module__.startswith("ds_optim.") for g in optimizer.param_groups),
     )

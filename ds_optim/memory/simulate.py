@@ -14,6 +14,7 @@ from ds_optim.memory.estimate_optimizers import OptimizerPlan
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.sub_groups import balance, better_size
 from ds_optim.sharding.plan import ExchangePlan
+from ds_optim.sharding.shares import shared_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Simulated:
         exchanges that follow each other the sum of each one's busiest.
         idle: the share of ranks' time that is spent waiting for the busiest one.
         better_size, better_makespan: a ``sub_group_size`` of stage 3 that balances better, and how; None without.
+        shared: matrices that ranks of a node share. shared_makespan: with ``"share": "auto"`` where the optimizer has
+        none and it pays; None elsewhere. What ranks that share matrices send each other is in their work.
     """
 
     stage: int
@@ -45,6 +48,8 @@ class Simulated:
     idle: float
     better_size: int | None = None
     better_makespan: float | None = None
+    shared: int = 0
+    shared_makespan: float | None = None
 
     @property
     def formula(self) -> float:
@@ -58,20 +63,21 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
     Args:
         ranks_per_node: rank r is on node r // ranks_per_node.
     """
-    plans = list(exchange_plans(layout_of(optimizer, zero).units, optimizer, zero))
+    plans = list(exchange_plans(layout_of(optimizer, zero).units, optimizer, zero, ranks_per_node))
     sampled = sampled_ranks(zero.ranks)
     sent = [(0, 0)] * len(sampled)
     scratch = 0
     jobs = elements = 0
     for plan in plans:
-        jobs += len(plan.views)
-        elements += sum(plan.unit.params[param].numel for param in plan.views)
+        jobs += len(plan.of_whole.views)
+        elements += sum(plan.unit.params[param].numel for param in plan.of_whole.views)
         for place, rank in enumerate(sampled):
             inside, between = _sent(plan, rank, ranks_per_node)
             sent[place] = sent[place][0] + inside, sent[place][1] + between
             scratch = max(scratch, plan.peak_scratch(rank))
     makespan, idle = balance(plans, zero.ranks)
-    better = better_size(plans, optimizer, zero)
+    better = better_size(plans, optimizer, zero, ranks_per_node)
+    auto = plans if optimizer.share else [shared_by(plan, "auto", min(ranks_per_node, zero.ranks)) for plan in plans]
     totals = [inside + between for inside, between in sent]
     return Simulated(
         stage=zero.stage,
@@ -88,6 +94,8 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
         idle=idle,
         better_size=None if better is None else better[0],
         better_makespan=None if better is None else better[1],
+        shared=sum(plan.shared for plan in plans),
+        shared_makespan=None if auto == plans else balance(auto, zero.ranks)[0],
     )
 
 

@@ -22,17 +22,19 @@ _WORTH = 0.01
 
 
 def balance(plans: Sequence[ExchangePlan], ranks: int) -> tuple[float, float]:
-    """Of one exchange after the other: the time of all over max(mean work of a rank, largest matrix), and the share of
-    all ranks' time that is spent waiting for the busiest one; (1.0, 0.0) where there is no work."""
+    """Of one exchange after the other: the time of all over max(mean work of a rank, largest matrix), both of matrices
+    that nobody shares, and the share of all ranks' time that is spent waiting for the busiest one; (1.0, 0.0) where
+    there is no work."""
     longest = sum(max(plan.loads) for plan in plans)
-    mean = sum(sum(plan.loads) for plan in plans) / ranks
     if not longest:
         return 1.0, 0.0
-    return longest / max([mean, *(cost for plan in plans for cost in plan.costs.values())]), 1 - mean / longest
+    mean, of_whole = (sum(sum(plan.loads) for plan in some) / ranks for some in (plans, [p.of_whole for p in plans]))
+    largest = max(cost for plan in plans for cost in plan.of_whole.costs.values())
+    return longest / max(of_whole, largest), 1 - mean / longest
 
 
 def better_size(
-    plans: Sequence[ExchangePlan], optimizer: OptimizerPlan, zero: ZeroSettings
+    plans: Sequence[ExchangePlan], optimizer: OptimizerPlan, zero: ZeroSettings, ranks_per_node: int
 ) -> tuple[int, float] | None:
     """A ``sub_group_size`` that is no larger than it is, so that no more memory is held, and the balance with it.
 
@@ -48,7 +50,8 @@ def better_size(
         if not 0 < size <= zero.sub_group_size:
             continue
         there = replace(zero, sub_group_size=size)
-        found = balance(list(exchange_plans(layout_of(optimizer, there).units, optimizer, there)), zero.ranks)[0]
+        of_size = exchange_plans(layout_of(optimizer, there).units, optimizer, there, ranks_per_node)
+        found = balance(list(of_size), zero.ranks)[0]
         if found < best[0] - (_WORTH if best[1] else 0):
             best = found, size
     return (best[1], best[0]) if best[1] else None

@@ -22,7 +22,7 @@ _SUM = Blend((1.0, 1.0), (1.0, 1.0))
     "dion2",
     hyper={FRACTION: check_fraction, "momentum": check_beta, "scale": one_of(SCALES)},
     buffers=(replace(WIDE_MEAN, means="the sum of gradients that no step has taken"),),
-    shape=replace(POLAR, name="polar, of some rows"),
+    shape=replace(POLAR, name="polar, of some rows", of_factor=None),
 )
 def dion2(group: Group, step: int) -> RowsUpdate:
     return RowsUpdate(

@@ -21,6 +21,7 @@ from ds_optim.optimizers.local import Local, run
 from ds_optim.optimizers.matrices import flags, scale_of, shaped
 from ds_optim.optimizers.parameters import measured
 from ds_optim.optimizers.rules import Rule
+from ds_optim.optimizers.sharing import check_shared
 from ds_optim.optimizers.updates import Gate, MatrixSignUpdate, MatrixUpdate, Measure, Piece
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import Slice
@@ -35,6 +36,7 @@ Opened = Mapping[int, bool]
 
 def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUpdate) -> Opened:
     """Carry out ``update`` on every matrix of a unit; says which gates were open (all, for rules without)."""
+    check_shared(local, exchange, whole=update.gate is not None or update.finish is not None)
     opened = dict.fromkeys(local.params(), True)
     if update.gate is not None:
         opened = _gates(local, exchange, update.blend, update.gate)
@@ -76,6 +78,7 @@ def step_matrices(local: Local, rule: Rule, exchange: Exchange, update: MatrixUp
 
 def step_by_shaped_gradients(local: Local, exchange: Exchange, update: MatrixSignUpdate) -> None:
     """Carry out ``update`` on every matrix of a unit; momentum moves when its matrix's result is there."""
+    check_shared(local, exchange)
 
     def fill(held: Slice, messages: Sequence[Tensor]) -> None:
         blend_into(messages[0], None, local.piece(held).g, _GRADIENT, local.scratch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import Unpack
@@ -24,7 +25,7 @@ _HYPER = {
 }
 
 
-@rule("mimuon", hyper=_HYPER, shape=POLAR)
+@rule("mimuon", hyper=_HYPER, shape=replace(POLAR, of_factor=None))
 def mimuon(group: Group, step: int) -> MatrixUpdate:
     weights = (1 - group["beta"], group["beta"])
     return MatrixUpdate(

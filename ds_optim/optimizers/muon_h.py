@@ -29,7 +29,7 @@ def _scratch(m: int, n: int, spec: PolarSpec) -> int:
 @rule(
     "muon_h",
     hyper={"momentum": check_beta, "nesterov": check_bool},
-    shape=replace(POLAR, name="polar, on a sphere", weights=True, scratch=_scratch),
+    shape=replace(POLAR, name="polar, on a sphere", weights=True, scratch=_scratch, of_factor=None),
     decoupled=False,
 )
 def muon_h(group: Group, step: int) -> MatrixUpdate:

@@ -35,7 +35,7 @@ def _scratch(m: int, n: int, spec: PolarSpec) -> int:
         "scale": one_of(SCALES),
     },
     buffers=(MEAN, Buffer("row_squares", ROW, "the mean of squares of rows of polar factors")),
-    shape=replace(POLAR, name="polar, by rows", scratch=_scratch),
+    shape=replace(POLAR, name="polar, by rows", scratch=_scratch, of_factor=None),
 )
 def nor_muon(group: Group, step: int) -> MatrixUpdate:
     mu, b2 = group["betas"]

@@ -11,7 +11,7 @@ from ds_optim.errors import UserError
 from ds_optim.optimizers.checks import check_bool, check_choice, check_keys, check_positive, check_seed
 from ds_optim.optimizers.rules import RULES
 
-EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 256, "overlap": True, "costs": "measured"}
+EXCHANGE_DEFAULTS: dict[str, Any] = {"bucket_mb": 256, "overlap": True, "costs": "measured", "share": False}
 BF16_AND_CAUTIOUS = "cautious_decay is for fp32 master weights: take it or bf16_master_weights_and_grads out"
 """Of a change that bfloat16 has rounded nobody can tell where it went."""
 COST_MODELS = ("measured", "modelled")
@@ -44,7 +44,8 @@ class MatrixOptions(CommonOptions, total=False):
     aux: the rule for what is no matrix, "lion", "adamw" or "signum"; aux_lr, aux_betas (lion, adamw),
     aux_beta (signum) and aux_weight_decay are its hyperparameters. polar: a :class:`PolarSpec` as a dict.
     exchange: {"bucket_mb": MiB that it may hold at once, unless one matrix asks for more, "overlap": messages travel
-    during work, "costs": owners get equal work by the clock, "measured", or by counted operations, "modelled"}.
+    during work, "costs": owners get equal work by the clock, "measured", or by counted operations, "modelled", "share":
+    ranks of a node share the largest matrices: false, "auto" (where it pays), or how many share each}.
     """
 
     aux: str
@@ -90,6 +91,9 @@ def check_exchange(options: Any) -> dict[str, Any]:
     check_positive("exchange.bucket_mb", merged["bucket_mb"])
     check_bool("exchange.overlap", merged["overlap"])
     check_choice("exchange.costs", merged["costs"], COST_MODELS)
+    share = merged["share"]
+    if share is not False and share != "auto" and (type(share) is not int or share < 2):
+        raise UserError(f'exchange.share is {share!r}: write false, "auto", or a whole number of ranks from 2')
     return merged
 
 

@@ -16,6 +16,7 @@ from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers.alike import check_alike
 from ds_optim.optimizers.costs import Costs, costs_of, measured
 from ds_optim.optimizers.rules import FRACTION, RULES, Group
+from ds_optim.optimizers.sharing import exchanges_of, share
 from ds_optim.sharding.binding import Binding, Member
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.plan import ExchangePlan
@@ -41,11 +42,10 @@ def plan_exchanges(
         choice = binding.tensor.gather_objects(choice)[0]
     if isinstance(choice, str):
         raise RuntimeError(f"rank 0 could not plan the exchange of matrices: {choice}")
-    exchanges = {}
-    for number, plan in plans.items():
-        plan = replace(plan, polar=choice.polars[number], timed=choice.timed[number])
-        home = binding.tensors[number][0].device
-        exchanges[number] = Exchange(plan, binding.comm_of(number), binding.device, binding.tensor, home)
+    plans = {n: replace(plan, polar=choice.polars[n], timed=choice.timed[n]) for n, plan in plans.items()}
+    if exchange["share"]:
+        plans = share(binding, plans, exchange["share"])
+    exchanges = exchanges_of(binding, plans)
     digests = repr([(number, exchange.plan.digest()) for number, exchange in sorted(exchanges.items())])
     digest = hashlib.sha256(digests.encode()).hexdigest()[:12]
     for comm in (binding.peers, *([] if binding.tensor is None else [binding.tensor])):

@@ -51,6 +51,14 @@ class Comm:
         self.sent_bytes += (sum(counts) - counts[self.rank]) * message.element_size()
         return dist.all_to_all_single(out, message, out_counts, counts, group=self.group, async_op=True)
 
+    def all_gather(self, out: Tensor, values: Tensor) -> None:
+        """The 1-D ``values`` of all ranks, as many on each, one behind the other."""
+        if self.world_size == 1:
+            out.copy_(values)
+            return
+        self.sent_bytes += (self.world_size - 1) * values.numel() * values.element_size()
+        dist.all_gather_into_tensor(out, values, group=self.group)
+
     def all_reduce(self, values: Tensor, op: str = "sum") -> Tensor:
         """Reduce ``values`` in place over the ranks: "sum", "min" or "max"."""
         if self.world_size > 1:
@@ -61,6 +69,15 @@ class Comm:
                 group=self.group,
             )
         return values
+
+    def neighbours(self, size: int) -> Comm:
+        """The ``size`` ranks, from a multiple of it on, that this one is among; they all call it."""
+        if self.group is None:
+            return Comm()
+        ranks = dist.get_process_group_ranks(self.group)
+        first = self.rank // size * size
+        # Not all ranks of the world: each set of ranks is known to its own.
+        return Comm.of_group(dist.new_group(ranks[first : first + size], use_local_synchronization=True))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One small picklable object from every rank, by rank. For agreement at start, never within a step."""

@@ -30,7 +30,7 @@ from ds_optim.sharding.shards import ShardView, Solve, solve_whole
 SEND, SOLVE, APPLY = "ds_optim: send", "ds_optim: solve", "ds_optim: apply"
 """Slices leave for their owners; matrices are worked on; results are applied where they belong."""
 
-_Place = tuple[Slice, list[slice], list[slice]]
+Place = tuple[Slice, list[slice], list[slice]]
 """A slice, and where its values of each part stand: in the messages, and in a row of the stacks."""
 
 
@@ -112,9 +112,9 @@ class Exchange:
             runs=runs,
         )
 
-    def _places(self, slices: Iterable[Slice], parts: Sequence[Part]) -> list[_Place]:
+    def _places(self, slices: Iterable[Slice], parts: Sequence[Part]) -> list[Place]:
         """Of slices that stand in messages one behind the other."""
-        found: list[_Place] = []
+        found: list[Place] = []
         begins = [0] * len(parts)
         for held in slices:
             view = self.plan.views[held.param]
@@ -124,7 +124,7 @@ class Exchange:
             begins = ends
         return found
 
-    def _in_messages(self, places: Sequence[_Place], parts: Sequence[Part]) -> Lines:
+    def _in_messages(self, places: Sequence[Place], parts: Sequence[Part]) -> Lines:
         lies = [[(spans[n].start, spans[n].stop - spans[n].start) for _, spans, _ in places] for n in range(len(parts))]
         return Lines(self.plan.unit, self.comm.rank, [held for held, _, _ in places], lies)
 
@@ -257,7 +257,7 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [tensor.to(device, non_blocking=device.type != "cpu") for tensor in tensors]
 
 
-def _copies(places: Sequence[_Place], rows: Mapping[int, tuple[int, int]], part: int, even: bool) -> list[Copy]:
+def _copies(places: Sequence[Place], rows: Mapping[int, tuple[int, int]], part: int, even: bool) -> list[Copy]:
     """Between messages and stacks, of the values of one part."""
     lies = (
         Lie(*rows[held.param], spans[part].start, in_rows[part].start, in_rows[part].stop - in_rows[part].start)

@@ -38,6 +38,10 @@ class Lines:
         self._tables: dict[tuple[int, str | None], Table] = {}
         self._cuts: dict[int, tuple[list[int], slice]] = {}
 
+    def seen_as(self, unit: Unit, slices: Sequence[Slice]) -> Lines:
+        """The same values, as other slices: of another unit's parameters."""
+        return Lines(unit, self._rank, slices, self._lies)
+
     @property
     def sizes(self) -> list[int]:
         """Of the tensors: of each part, up to the last slice's end."""

@@ -121,8 +121,14 @@ class ExchangePlan:
 
     def _runs(self, params: Sequence[int], bound: int, kinds: Mapping[int, object]) -> list[tuple[int, ...]]:
         """The costliest first, equal ones side by side."""
-        ordered = sorted(params, key=lambda p: (-self.costs[p], repr(self.views[p]), p))
-        return in_runs(ordered, {p: self.unit.params[p].numel for p in params}, kinds, bound)
+        return in_runs(sorted(params, key=self._turn), {p: self._room(p) for p in params}, kinds, bound)
+
+    def _turn(self, param: int) -> tuple[object, ...]:
+        return -self.costs[param], repr(self.views[param]), param
+
+    def _room(self, param: int) -> int:
+        """Elements that a parameter is held for in a bucket."""
+        return self.unit.params[param].numel
 
     @cached_property
     def batch_elements(self) -> int:
@@ -154,6 +160,16 @@ class ExchangePlan:
     def makespan(self) -> float:
         """The busiest rank's modelled work over the best that any assignment could reach."""
         return makespan_ratio(self.loads, [self.costs[p] for p in self.cut])
+
+    @property
+    def of_whole(self) -> ExchangePlan:
+        """The plan of whole matrices, where ranks share some (shares.py)."""
+        return self
+
+    @property
+    def shared(self) -> int:
+        """How many matrices ranks share."""
+        return 0
 
     def digest(self) -> str:
         """A hash that two ranks share only if they will post the same messages and work on matrices alike."""
@@ -229,11 +245,15 @@ class ExchangePlan:
         there, back = (_bytes_of([view], parts) / view.numel for parts in (self.there, self.back))
         moved = _MOVED[self.unit.cut]
         arriving = (moved + 1) * there
-        temporaries = max(self.shape.scratch(m, n, self.polar) / (m * n) for _, m, n in view.matrices())
+        temporaries = max(self._scratch(view, m, n) / (m * n) for _, m, n in view.matrices())
         if isinstance(view, ShardView):  # its owner holds all of it
             temporaries *= view.times
         working = back + (temporaries + self._copied(view) / view.numel)
         return arriving + working + (arriving + moved * back if self.overlap and moved else 0)
+
+    def _scratch(self, view: MatrixView, m: int, n: int) -> int:
+        """Bytes of temporaries of one (m, n) matrix of a view."""
+        return self.shape.scratch(m, n, self.polar)
 
     def _copied(self, view: MatrixView) -> int:
         """Bytes of the copies that take a parameter's matrices out of it and put results back into one."""

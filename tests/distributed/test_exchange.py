@@ -22,7 +22,7 @@ from ds_optim.sharding.plan import ExchangePlan
 from ..plans import plan_exchange
 from .harness import device, run_ranks
 
-CASES = 24
+CASES = 16
 """Random layouts for each world size."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_optim.matrix.polar import PolarSpec, cost
@@ -15,6 +15,7 @@ from ds_optim.sharding.plan import ExchangePlan
 from ..plans import plan_exchange
 
 FP32 = 4
+FEWER = settings(max_examples=50)
 
 
 def make_plan(shapes: list[tuple[int, int]], stage: int, ranks: int, bucket: int = 200) -> ExchangePlan:
@@ -43,6 +44,7 @@ def owners_of(plan: ExchangePlan) -> list[tuple[int, int]]:
     return [(p, rank) for bucket in plan.buckets for rank, params in enumerate(bucket.owned) for p in params]
 
 
+@FEWER
 @given(plans)
 def test_every_matrix_is_worked_on_once(plan: ExchangePlan) -> None:
     """Those cut by a border in a bucket, by one owner; those whole on a rank there, and never in a bucket."""
@@ -53,6 +55,7 @@ def test_every_matrix_is_worked_on_once(plan: ExchangePlan) -> None:
     assert all([holder for holder, _ in plan.unit.holders(param)] == [rank] for param, rank in whole)
 
 
+@FEWER
 @given(plans)
 def test_what_one_rank_sends_another_expects(plan: ExchangePlan) -> None:
     ranks = range(plan.unit.world_size)
@@ -63,6 +66,7 @@ def test_what_one_rank_sends_another_expects(plan: ExchangePlan) -> None:
         assert all(sent[rank][rank] == 0 for rank in ranks)
 
 
+@FEWER
 @given(plans)
 def test_traffic_is_what_owners_lack_there_and_back(plan: ExchangePlan) -> None:
     total = 0
@@ -85,6 +89,7 @@ def test_what_lies_whole_on_a_rank_counts_as_its_work(busy: int) -> None:
     assert owners_of(plan) == [(1, 1 - busy)]
 
 
+@FEWER
 @given(plans)
 def test_buckets_are_bounded_and_batches_of_one_view(plan: ExchangePlan) -> None:
     """A matrix larger than a bucket has one to itself."""
@@ -96,6 +101,7 @@ def test_buckets_are_bounded_and_batches_of_one_view(plan: ExchangePlan) -> None
         assert all(batches)
 
 
+@FEWER
 @given(plans)
 def test_loads_are_balanced(plan: ExchangePlan) -> None:
     """Longest processing time first: 4/3 of the best (Graham 1969), when all that is given can be moved."""
@@ -148,6 +154,7 @@ def test_ties_go_to_the_earlier_job_and_the_lower_rank() -> None:
     assert assign_owners([2, 2, 2, 2], [0, 0]) == [0, 1, 0, 1]
 
 
+@FEWER
 @given(
     st.lists(
         st.tuples(st.integers(1, 20), st.dictionaries(st.integers(0, 4), st.integers(1, 9), min_size=1)), min_size=1

@@ -134,7 +134,7 @@ def on_every_rank(ranks: int, room: Mailroom, body: Callable[[int], None]) -> No
         raise failures[0]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(drawn(), st.booleans())
 def test_every_slice_comes_back_to_its_place(case: Drawn, crosses: bool) -> None:
     """crosses: as where the slices lie on the host."""

@@ -48,7 +48,7 @@ settings_of_plans = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(sides, sides), min_size=1, max_size=12),
     st.sampled_from([0, 1, 2, 3]),
