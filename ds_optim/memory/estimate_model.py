@@ -13,10 +13,10 @@ from torch import nn
 
 from ds_optim.errors import UserError
 from ds_optim.matrix.views import MatrixView
-from ds_optim.memory.estimate_shards import added_bytes, held_by_one
+from ds_optim.memory.estimate_shards import added_bytes, among, held_by_one
 from ds_optim.memory.estimate_widths import Transformer, has_towers, transformer_of
 from ds_optim.optimizers.routing import MEMBERS, param_groups
-from ds_optim.sharding.binding import is_optimized
+from ds_optim.sharding.binding import experts_of, is_optimized
 from ds_optim.sharding.layout import ParamSpec, Shard
 
 FROZEN = "frozen"
@@ -147,7 +147,10 @@ def _parameters(module: nn.Module, routing: Mapping[str, Any]) -> tuple[Paramete
     found = []
     for key, parameter in module.named_parameters():
         role, view, derived = members[id(parameter)] if is_optimized(parameter) else (FROZEN, None, "")
-        found.append(Parameter(name=key, shape=tuple(parameter.shape), role=role, view=view, derived=derived))
+        over = among(experts_of(parameter))
+        found.append(
+            Parameter(name=key, shape=tuple(parameter.shape), role=role, view=view, derived=derived, over=over)
+        )
     return tuple(found)
 
 

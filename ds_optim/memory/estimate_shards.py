@@ -66,6 +66,14 @@ def held_by_one(
     return found
 
 
+def among(experts: str | None) -> int:
+    """Over how many ranks a parameter of DeepSpeed's MoE layer is dealt out, by the name of who shares it; 1 of others.
+
+    A model has what one rank holds of them.
+    """
+    return 1 if experts is None else int(experts.removeprefix("ep_size_"))
+
+
 def added_bytes(held: Iterable[Parameter]) -> int:
     """Bytes of the buffers that AutoEP's layers have beside what they replace: a count of tokens for each expert."""
     return sum(_COUNT * one.over * one.shape[0] for one in held if one.over > 1 and one.name.endswith(".w1"))

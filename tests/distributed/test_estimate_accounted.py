@@ -21,6 +21,7 @@ from ds_optim.memory.estimate_model import ModelShape, shape_of_module
 from ds_optim.memory.estimate_optimizers import plan_optimizer
 from ds_optim.memory.estimate_terms import TORCH_DTYPES, ZeroSettings
 
+from . import experts
 from .commands import MODELS as SMALL
 from .harness import run_ranks
 
@@ -301,11 +302,12 @@ CUT: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     ),
 }
 INT8 = {"optimizer": "lion_muon", "momentum_dtype": "int8", "params": {"polar": {"dtype": "bfloat16", "steps": 1}}}
+BOTH = [OPTIMIZERS["adamw"], INT8]
 CUT_CASES = [
     (what, Case(model=CUT[what][0], stage=stage, config=CUT[what][1], **optimizer))
     for what in CUT
-    for stage in (0, 1, 2, 3)
-    for optimizer in (OPTIMIZERS["adamw"], INT8)
+    for stage, optimizers in ((0, BOTH), (1, [INT8]), (2, BOTH), (3, BOTH))
+    for optimizer in optimizers
 ]
 CUT_CASES.insert(0, ("AutoTP", Case(model=ODD, stage=2, config=CUT["AutoTP"][1], **INT8)))
 
@@ -342,3 +344,30 @@ def test_a_rank_of_a_cut_model_holds_what_is_said(number: int) -> None:
             kept["exp_avg_scale"] += held.scalars
         assert rank.state == kept
         assert rank.padding == held.state_padding + held.master_padding
+
+
+def of_experts(rank: int, world_size: int, stages: list[int], optimizer: dict[str, Any]) -> list[MemoryAccount]:
+    """Of DeepSpeed's MoE layer, which is built with what one rank has of the experts."""
+    found = []
+    for stage in stages:
+        engine = experts.start(stage, rank, world_size, 2, optimizer)
+        experts.one_step(engine, 0, rank)
+        found.append(account(engine))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.full
+def test_a_rank_of_moe_layers_holds_what_is_said() -> None:
+    params: dict[str, Any] = {"polar": {"dtype": "float32", "steps": 1}}
+    stages = [0, 2]
+    held = run_ranks(4, of_experts, stages, {"type": "LionMuon", "params": {"lr": 1e-3, **params}})
+    shape = shape_of_module("moe", experts.MoENet(2))
+    plan = plan_optimizer(shape, "lion_muon", params, weights=torch.float32, device="cpu")
+    for stage in stages:
+        zero = ZeroSettings(stage=stage, ranks=4, dtype="fp32", accumulation=1, device="cpu")
+        for seen, rank in zip(
+            (own[stages.index(stage)] for own in held), estimate(shape, plan, zero).ranks, strict=True
+        ):
+            assert (rank.weights, rank.master, rank.state) == (seen.weights, seen.master, dict(seen.state))
+            assert rank.padding == seen.state_padding + seen.master_padding
