@@ -27,12 +27,13 @@ import ds_optim
 from ds_optim.elementwise.gpu import kernels, launch, row_launch, rows
 from ds_optim.matrix.views import MatrixView
 from ds_optim.optimizers import base, row_steps
-from ds_optim.sharding import selection
+from ds_optim.sharding import returns, selection
 from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm, Pending
 from ds_optim.sharding.exchange import Exchange
 from ds_optim.sharding.layout import build_layout
 from ds_optim.sharding.selection import Chosen
+from tests.fake_streams import FakeStreams
 
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -47,7 +48,7 @@ _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.d
 @dataclass
 class Counts:
     """What happened: kernels by name, syncs and fp64 by line of the package, crossings by devices and line, slices by
-    rule.
+    rule, and what was asked of streams beside the current one (``FakeStreams``).
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,8 @@ class Counts:
     doubles: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     slices: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+    late: int = 0
     live: int = 0
     peak: int = 0
 
@@ -70,6 +73,7 @@ class DryCuda(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counts()
+        self.streams = FakeStreams()
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,6 +88,8 @@ class DryCuda(FakeTensorMode):
             return self.copied(*args[:2])
         if func is aten._to_copy.default and "device" in kwargs:
             self.crossed(args[0].device, torch.device(kwargs["device"] or args[0].device))
+        if not func.is_view and func.name() not in _NO_KERNEL:
+            self.streams.touched(_tensors(args))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self._count(func, args, result)
         return result
@@ -91,6 +97,7 @@ class DryCuda(FakeTensorMode):
     def copied(self, target: Tensor, source: Tensor) -> Tensor:
         torch.broadcast_shapes(target.shape, source.shape)
         self.crossed(source.device, target.device)
+        self.streams.copied(target, source)
         if CUDA.type in (source.device.type, target.device.type):
             self.counts.kernels["aten::copy_"] += 1
         return target
@@ -124,6 +131,7 @@ class DryCuda(FakeTensorMode):
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
+        self.streams.freed(key)
         self.counts.live -= self._seen.pop(key, 0)
 
 
@@ -148,9 +156,13 @@ class _Answers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _on_cuda(args: Any) -> bool:
+def _tensors(args: Any) -> list[Tensor]:
     flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg])]
-    return any(isinstance(x, Tensor) and x.device.type == CUDA.type for x in flat)
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _on_cuda(args: Any) -> bool:
+    return any(x.device.type == CUDA.type for x in _tensors(args))
 
 
 def _line() -> str:
@@ -272,6 +284,7 @@ def dry_cuda() -> Iterator[DryCuda]:
     with (
         mock.patch.object(FakeTensor, "tolist", listed),
         mock.patch.object(row_steps, "chosen_of", chosen_of),
+        mock.patch.object(returns, "cuda", dry.streams),
         mock.patch.object(launch, "_start", started),
         mock.patch.object(launch, "address", _nowhere),
         mock.patch.object(row_launch, "_start", rows_started),
@@ -328,11 +341,14 @@ def dry_steps(
                     for tensor in group["params"]:
                         tensor.grad = torch.empty(tensor.shape, device=tensor.device, dtype=grads)
                 dry.counts.__init__(live=dry.counts.live, peak=dry.counts.live)  # type: ignore[misc]
+                dry.streams.asked.clear()
                 comm.counts = dry.counts
                 before = dry.counts.live
                 optimizer.step()
                 kept = Counts(**{name: type(v)(v) for name, v in vars(dry.counts).items()})
                 kept.peak -= before
+                kept.asked, kept.late = Counter(dry.streams.asked), dry.streams.late
+                assert not kept.asked["freed too early"], "freed too early, while a copy was under way"
                 found.append(kept)
         return found[0], found[1]
 

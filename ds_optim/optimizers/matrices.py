@@ -88,19 +88,19 @@ def flags(
 ) -> dict[int, bool]:
     """By parameter, for those of which this rank holds a slice, whether all its matrices pass ``test``.
 
-    test: (B, m, n) -> (B,) of bool. The owner's answer travels back as a result does.
+    test: (B, m, n) -> (B,) of bool. The owner's answer travels back as a result does; the host waits for all of them at
+    once.
     """
-    found: dict[int, bool] = {}
+    found: dict[int, Tensor] = {}
 
     def solve(view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
-        answers = [all(bool(test(block).all()) for block in view.unpack(row)) for row in stacks[0]]
+        answers = [torch.cat([test(block) for block in view.unpack(row)]).all() for row in stacks[0]]
         result = torch.empty(stacks[0].shape, dtype=exchange.plan.back[0].dtype, device=stacks[0].device)
-        for row, answer in zip(result, answers, strict=True):
-            row.fill_(float(answer))
-        return [result]
+        return [result.copy_(torch.stack(answers)[:, None])]
 
     def keep(held: Slice, results: Sequence[Tensor]) -> None:
-        found[held.param] = bool(results[0][0])
+        found[held.param] = results[0][:1].clone()  # of the message, which goes
 
     exchange.run(fill, solve, keep, absent)
-    return found
+    answers = torch.cat(list(found.values())).tolist() if found else []
+    return {param: bool(answer) for param, answer in zip(found, answers, strict=True)}

@@ -25,6 +25,7 @@ from ds_optim.sharding.copies import Copy, Lie, copies_of, to_messages, to_stack
 from ds_optim.sharding.layout import Slice
 from ds_optim.sharding.lines import Lines, Values, call
 from ds_optim.sharding.plan import Bucket, ExchangePlan
+from ds_optim.sharding.returns import Returns
 from ds_optim.sharding.shards import ShardView, Solve, solve_whole
 
 SEND, SOLVE, APPLY = "ds_optim: send", "ds_optim: solve", "ds_optim: apply"
@@ -151,12 +152,17 @@ class Exchange:
         if absent and self.plan.buckets:
             raise ValueError("only parameters that no other rank shares can be left out of an exchange")
         self._turn = 0
-        buckets = [self._bucket(there, back, fill, solve, apply) for there, back in self._routes]
+        returns = Returns(apply, self.device, self.home)
+        buckets = [self._bucket(there, back, fill, solve, returns) for there, back in self._routes]
         for first in buckets[:1]:
             next(first)
         for batch in self._whole:
             present = [held.param for held in batch[0].slices if held.param not in absent]
-            self._work_whole(present, batch if not absent else self._both(present), fill, solve, apply)
+            self._work_whole(present, batch if not absent else self._both(present), fill, solve, returns)
+        self._in_turns(buckets)
+        returns.settle()
+
+    def _in_turns(self, buckets: Sequence[Iterator[None]]) -> None:
         if not self.plan.overlap:
             for bucket in buckets:
                 for _ in bucket:
@@ -167,7 +173,7 @@ class Exchange:
                 next(bucket, None)
 
     def _work_whole(
-        self, batch: Sequence[int], lines: tuple[Lines, Lines], fill: Values, solve: Solve, apply: Values
+        self, batch: Sequence[int], lines: tuple[Lines, Lines], fill: Values, solve: Solve, returns: Returns
     ) -> None:
         """Matrices of one view that lie whole on this rank."""
         if not batch:
@@ -177,9 +183,9 @@ class Exchange:
         stacks = _moved(stacks, self.device)
         with record_function(SOLVE):
             results = self._solved(solve, self.plan.views[batch[0]], stacks)
-        call(apply, lines[1:], [_moved(results, self.home)])
+        returns.give(lines[1:], [results])
 
-    def _bucket(self, there: _Route, back: _Route, fill: Values, solve: Solve, apply: Values) -> Iterator[None]:
+    def _bucket(self, there: _Route, back: _Route, fill: Values, solve: Solve, returns: Returns) -> Iterator[None]:
         """The way of a bucket in three stages, that others' stages run between: there, work, back."""
         with record_function(SEND):
             messages = self._filled(fill, there.outgoing, self.plan.there)
@@ -206,15 +212,15 @@ class Exchange:
         if self.crosses:
             kept = self._messages(back.kept.sizes, self.plan.back, self.device)
             to_messages(back.crossing, results, kept)
-            call(apply, [back.kept], [_moved(kept, self.home)])
+            returns.give([back.kept], [kept])
             del kept
         else:
-            call(apply, back.in_stacks, results)
+            returns.give(back.in_stacks, results)
         del results
         yield
         _wait(pending)
         with record_function(APPLY):
-            call(apply, [back.outgoing], [_moved(returned, self.home)])
+            returns.give([back.outgoing], [returned])
 
     def _solved(self, solve: Solve, view: MatrixView, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
         """Results of a stack; what tensor parallelism cut comes together first, on its ranks by turns."""
@@ -253,8 +259,8 @@ class Exchange:
 
 
 def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The same on another device. To the accelerator the host does not wait; from there it does."""
-    return [tensor.to(device, non_blocking=device.type != "cpu") for tensor in tensors]
+    """The same on the accelerator, for which the host does not wait."""
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 def _copies(places: Sequence[Place], rows: Mapping[int, tuple[int, int]], part: int, even: bool) -> list[Copy]:

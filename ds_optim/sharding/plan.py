@@ -271,28 +271,41 @@ class ExchangePlan:
             self._message_bytes(bucket, rank, self.there) + self._stack_bytes(bucket.owned[rank], self.there)
             for bucket in self.buckets
         ]
-        most = 0
+        most = behind = 0  # behind: results on their way to the host while the next matrices are worked on
         for batch in self.whole[rank]:
             held = self._stack_bytes(batch, self.there) + self._working(batch)
-            most = max(most, held + sum(arriving[:1]))
+            most = max(most, held + sum(arriving[:1]) + behind)
+            behind = offloaded * self._stack_bytes(batch, self.back)
         for number, bucket in enumerate(self.buckets):
             held = arriving[number] + self._working(bucket.owned[rank])
+            leaving = self.buckets[number - 1 : number] if number else ()
             if self.overlap:
-                leaving = self.buckets[number - 1 : number] if number else ()
                 held += sum(arriving[number + 1 : number + 2])
                 held += sum(self._message_bytes(last, rank, self.back) for last in leaving)
-            most = max(most, held)
+            most = max(most, held + behind)
+            if offloaded:
+                last = bucket if not self.overlap else leaving[0] if leaving else None
+                behind = self._moved_bytes(last or bucket, rank, self.back)[0 if last else 2]
         return most + (0 if offloaded else self._choice_bytes(rank))
 
     def _message_bytes(self, bucket: Bucket, rank: int, parts: Sequence[Part]) -> int:
-        """What a rank sends and receives for a bucket one way; of chosen rows at most, as all may be with one rank."""
-        most = 0
+        """What a rank sends and receives for a bucket one way."""
+        return sum(self._moved_bytes(bucket, rank, parts)[:2])
+
+    def _moved_bytes(self, bucket: Bucket, rank: int, parts: Sequence[Part]) -> tuple[int, int, int]:
+        """What a rank sends to owners, receives as one, and keeps; of chosen rows at most, as all may be with one rank,
+        which then keeps them all."""
+        sent = received = kept = 0
         for part, (owner, params) in product(parts, enumerate(bucket.owned)):
             for param in params:
                 held, whole = self._held(param, rank, part), self._values(self.views[param], part)
-                moved = whole - held if owner == rank else held
-                most += min(moved, self._values(self._seen[self.views[param]], part)) * part.dtype.itemsize
-        return most
+                most = self._values(self._seen[self.views[param]], part)
+                if owner == rank:
+                    received += min(whole - held, most) * part.dtype.itemsize
+                    kept += (most - min(whole - held, most)) * part.dtype.itemsize
+                else:
+                    sent += min(held, most) * part.dtype.itemsize
+        return sent, received, kept
 
     @staticmethod
     def _values(view: MatrixView, part: Part) -> int:

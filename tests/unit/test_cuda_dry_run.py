@@ -20,9 +20,10 @@ from ds_optim.memory.estimate_terms import ZeroSettings, chunk_scratch
 from ds_optim.optimizers import steps
 from ds_optim.optimizers.steps import finite
 from ds_optim.optimizers.updates import MatrixUpdate, ParameterUpdate, SignUpdate
+from ds_optim.sharding import returns
 from ds_optim.sharding.selection import add_row_sums
-from tests import cuda_counts
-from tests.cases import CASES, NARROW, Case, one_of_each_kind, update_of
+from tests import cuda_counts, fake_streams
+from tests.cases import CASES, NARROW, WITH_VARIANTS, Case, one_of_each_kind, update_of
 from tests.fake_cuda import CUDA, Counts, dry_cuda, dry_steps, module_of, small
 from tests.tiers import cells
 
@@ -90,6 +91,13 @@ def test_the_host_waits_where_it_is_written_and_nowhere_else(name: str, stage: i
     assert all(kind.split()[1:] in (["cuda"], ["cuda", "cuda"]) for kind in counts.messages)
 
 
+@pytest.mark.parametrize("layers", [2, 6])
+def test_the_host_asks_once_for_all_gates_of_a_unit(layers: int) -> None:
+    case = WITH_VARIANTS["MiMuon-gap"]
+    counts = dry_steps(case.type, small(layers), stage=1, **case.params, **cuda_counts.MODELLED)[1]
+    assert dict(counts.syncs) == {"optimizers/matrices.py:flags": 1}
+
+
 def test_the_host_asks_once_for_all_gradients_of_a_device() -> None:
     with dry_cuda() as dry:
         made = [
@@ -112,8 +120,38 @@ def test_offloaded_slices_cross_all_of_a_message_at_once(name: str, stage: int) 
     # For two parts of a message at most: three views that lie whole, a message, and what the owner itself holds.
     assert sum(crossings.values()) <= 2 * 2 * (3 + 2) + GROUPS
     assert {line.split()[-1].split(":")[0] for line in crossings} <= {
-        "sharding/exchange.py", "sharding/sums.py", "sharding/selection.py",
+        "sharding/exchange.py", "sharding/returns.py", "sharding/sums.py", "sharding/selection.py",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", cells([1], [3]))
+def test_offloaded_results_return_while_the_next_matrices_are_worked_on(stage: int) -> None:
+    """Each by one copy a part, for whose event the host waits when the next one has been recorded."""
+    counts = offloaded("NorMuon", stage)
+    asked = counts.asked
+    assert asked["events"] == asked["waits of the host"] == asked["waits of the stream"] > 1
+    assert asked["copies"] == 2 * asked["events"]
+    assert counts.late == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "attribute", "instead", "complaint"),
+    [
+        (fake_streams.Event, "synchronize", lambda event: None, "nobody has waited"),
+        (fake_streams.Stream, "wait_stream", lambda stream, other: None, "still be at work"),
+        (returns, "_UnderWay", lambda lines, results, copies, done: (lines, None, copies, done), "freed too early"),
+    ],
+)
+def test_the_dry_run_sees_copies_that_are_touched_too_early(
+    place: Any, attribute: str, instead: Any, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, attribute, instead)
+    with pytest.raises(AssertionError, match=complaint):
+        offloaded("Muon", 3)
+
+
+def offloaded(name: str, stage: int) -> Counts:
+    return second_step(CASES[name], stage, offload=True)
 
 
 OF_ELEMENTS = [name for name, case in CASES.items() if not case.has_matrices]
