@@ -21,7 +21,6 @@ from ds_optim.optimizers.table import in_order, table  # noqa: E402
 
 #: What stands between marks of each name.
 PARTS: dict[str, Callable[[], str]] = {
-    "optimizers": lambda: table(("name", "keeps", "moves", "choose it")),
     "optimizers in full": lambda: table(("name", "a step", "keeps", "moves", "choose it")),
     "claims": lambda: table(("name", "source", "the source's claim")),
     "options": reference.options,
@@ -39,7 +38,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "messages": listings.messages,
 }
 #: Files that hold their parts in the repository too.
-WRITTEN = ("README.md", "docs/optimizers.md", "docs/support.md")
+WRITTEN = ("docs/optimizers.md", "docs/support.md")
 #: The packages inside ds_optim, from the ground up, as tests/unit/test_imports.py orders them.
 PACKAGES = (
     *("matrix", "elementwise", "sharding", "optimizers", "zero", "hf", "machine", "job", "memory", "report", "data"),

@@ -12,7 +12,7 @@ from ds_optim.report.units import fixed, size
 
 _ANY_MODEL = (
     "Which of them trains your model best nobody knows before it is tried at your length: docs/evidence.md has what "
-    "small runs showed."
+    "small runs showed, docs/optimizers.md the other optimizers."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.suggest import CANDIDATES, Suggestion, suggest
 from ds_optim.report.suggest import sentences
+from ds_optim.zero.conversion import convert
 from tests.unit.test_cli import failing_line
 
 ADAMW: dict[str, Any] = {
@@ -101,6 +103,17 @@ def test_flags_of_estimate_change_what_is_suggested_from() -> None:
     for key, named in (("partition_activations", True), ("cpu_checkpointing", True), ("profile", False)):
         assert (f"activation_checkpointing.{key}" in said[0]) == named
     assert not any("activation_checkpointing" in line for line in sentences(found()))
+
+
+def test_docs_begin_with_the_same_three_at_the_rates_that_a_json_gets() -> None:
+    root = Path(__file__).parents[2]
+    named = re.findall(r"^\| `(\w+)` \| .*AdamW's \|", (root / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (root / "docs" / "from-adamw.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (1e-\d)[^|]* \| ([\d.]+) \|", text, re.MULTILINE)
+    assert named == [name for name, *_ in rows] == list(CANDIDATES)
+    for name, lr, decay in rows:
+        params = convert(ADAMW, name).config["optimizer"]["params"]
+        assert (params["lr"], params["weight_decay"]) == (float(lr), float(decay))
 
 
 def test_what_is_open_is_asked_for() -> None:
