@@ -112,7 +112,10 @@ function size(bytes) {
   while (Math.abs(scaled) >= 1024 && unit < 4) { scaled /= 1024; unit += 1; }
   return `${Number(scaled.toPrecision(3)).toLocaleString("en", { useGrouping: false })} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`;
 }
-const percent = (saved, base) => `${saved < 0 ? "+" : "−"}${Math.abs((100 * saved) / base).toFixed(1)} %`;
+const percent = (saved, base) => {
+  const text = Math.abs((100 * saved) / base).toFixed(1);
+  return `${text === "0.0" ? "" : saved < 0 ? "+" : "−"}${text} %`;
+};
 
 function element(tag, parent, text = "", attributes = {}) {
   const made = document.createElement(tag);
