@@ -191,7 +191,7 @@ MUTANTS = [
     Mutant(
         "an owner does not apply results to its own slices",
         "exchange.py",
-        "call(apply, back.in_stacks, results)",
+        "returns.give(back.in_stacks, results)",
         "pass",
         f"{U}exchange_property.py {D}exchange.py",
     ),
@@ -462,8 +462,8 @@ MUTANTS = [
     Mutant(
         "a plan of some rows counts the work of all",
         "plan.py",
-        "(view if self.fraction == 1.0 else view.selected(self.fraction)).matrices()",
-        "view.matrices()",
+        "return self._seen[view].matrices()",
+        "return view.matrices()",
         f"{U}selection.py",
     ),
     Mutant(
