@@ -164,7 +164,7 @@ def _sentence(others: Sequence[Row], base: Row, spec: TableSpec) -> str:
     alike = [part for part in said[0] if len(others) > 1 and all(part in parts for parts in said)]
     own = [[part for part in parts if part not in alike] for parts in said]
     each = [f"{row.label}: {', '.join(parts)}" for row, parts in zip(others, own, strict=True) if parts]
-    return "; ".join([f"each {', '.join(alike)}", *each] if alike else each)
+    return "; ".join([f"{', '.join(alike)} for all", *each] if alike else each)
 
 
 def _against(row: Row, base: Row, spec: TableSpec) -> list[str]:

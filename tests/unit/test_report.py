@@ -163,8 +163,8 @@ def test_the_answer_stands_first_a_sentence_a_stage(tmp_path: Path) -> None:
     ]
     same = compare_answers([rows[0], rows[1], rows[1].model_copy(update={"optimizer": "signum", "val_loss": None})])
     assert same[0] == (
-        "ZeRO-1 against AdamW: each model states −33 %, time about −5.0 %, within the spread; lion: loss about +0.125 "
-        "nats, seeds disagree."
+        "ZeRO-1 against AdamW: model states −33 %, time about −5.0 %, within the spread for all; lion: loss about "
+        "+0.125 nats, seeds disagree."
     )
     alone = compare_answers([row("adamw", 1), row("lion", 1, ms_per_step=95.0, ms_low=94.0, ms_high=96.0)])
     assert "time about −5.0 %, loss" in alone[0]
