@@ -40,8 +40,8 @@ class Model(_Part):
 class Entry(_Part):
     """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry.
 
-    ``axes`` are tried one after the other, each at the best of those before it. An axis ``lr`` holds factors of the
-    rate found so far: the best rate is looked for again where another axis has moved it.
+    ``axes`` are tried one after the other, each at the best of those before it, and grow as rates do. An axis ``lr``
+    holds factors of the rate found so far: the best rate is looked for again where another axis has moved it.
     """
 
     type: str
@@ -84,7 +84,7 @@ class Cell(_Part):
 
 
 class Study(_Part):
-    """The whole file. ``grow``: how often a grid grows at an edge. Blocks stand in the order in which they run."""
+    """The whole file, blocks in the order in which they run. ``grow``: how often a grid or an axis grows at an edge."""
 
     models: dict[str, Model]
     data: dict[str, str]
@@ -180,16 +180,39 @@ class Study(_Part):
         """The cells of one axis after another, each from the best of those before it, and the best of all."""
         known: list[Cell] = []
         for axis, options in self.entries[name].axes.items():
-            tried = [self._moved(axis, option, chosen) for option in options]
-            cells = [self.cell(block, name, values, 0) for values in tried]
+            cells, best = self._along(block, name, axis, options, chosen, done)
             known += cells
-            if any(cell.key not in done for cell in cells):
+            if best is None:
                 break
-            asis = self.cell(block, name, chosen, 0).key
-            best = min(range(len(cells)), key=lambda index: done[cells[index].key])
-            if done[cells[best].key] < done.get(asis, math.inf):
-                chosen = tried[best]
+            chosen = best
         return known, chosen
+
+    def _along(
+        self, block: Block, name: str, axis: str, options: tuple[Any, ...], chosen: dict[str, Any], done: Done
+    ) -> tuple[list[Cell], dict[str, Any] | None]:
+        """The cells of an axis, grown where the best is at an edge, and the best with it; None until all are done."""
+        asis, tried = done.get(self.cell(block, name, chosen, 0).key, math.inf), list(options)
+        while True:
+            values = [self._moved(axis, option, chosen) for option in tried]
+            cells = [self.cell(block, name, moved, 0) for moved in values]
+            if any(cell.key not in done for cell in cells):
+                return cells, None
+            best = min(range(len(cells)), key=lambda index: done[cells[index].key])
+            if done[cells[best].key] >= asis:
+                return cells, chosen
+            grown = _beyond(tried, tried[best], options)
+            if grown is None or len(tried) - len(options) == self.grow:
+                return cells, values[best]
+            tried.append(grown)
+
+
+def _beyond(tried: list[Any], best: Any, options: tuple[Any, ...]) -> Any | None:
+    """The next value past an edge, as far again as the options lie from the value between them; None elsewhere."""
+    numbers = all(isinstance(option, int | float) and not isinstance(option, bool) and option > 0 for option in options)
+    if not numbers or len(options) < 2 or best not in (min(tried), max(tried)):
+        return None
+    ratio = (max(options) / min(options)) ** (1 / len(options))
+    return type(best)(float(f"{best * ratio if best == max(tried) else best / ratio:.2g}"))
 
 
 def load_study(path: Path) -> Study:

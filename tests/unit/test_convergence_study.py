@@ -230,8 +230,24 @@ def test_a_rate_is_looked_for_again_where_an_axis_has_moved_it() -> None:
         away = abs(math.log2(due[0].params["lr"] / (1e-3 if decayed else 2e-3)))
         done[due[0].key] = away if decayed else 3 + away
     tried = [cell.params for cell in order if cell.entry == "adamw" and not cell.seed]
-    assert tried[3:] == [{"lr": rate, "weight_decay": 0.3} for rate in (2e-3, 1e-3, 4e-3)]
+    assert tried[3:] == [{"lr": rate, "weight_decay": 0.3} for rate in (2e-3, 1e-3, 4e-3, 5e-4)]
     assert [c.params for c in order if c.entry == "adamw" and c.seed] == [{"lr": 1e-3, "weight_decay": 0.3}] * 2
+
+
+def test_an_axis_grows_past_an_edge_too() -> None:
+    data = STUDY.model_dump()
+    data["entries"]["adamw"]["axes"] = {"weight_decay": (0.03, 0.3), "nesterov": (True, False), "ratio": (5, 20)}
+    study, done, order = Study.model_validate(data), {}, []
+    while due := study.due(done):
+        order += [due[0].params] if due[0].entry == "adamw" and not due[0].seed else []
+        decay, ratio = due[0].params.get("weight_decay", 0.1), due[0].params.get("ratio", 10)
+        away = abs(math.log2(due[0].params["lr"] / 2e-3)), abs(math.log2(decay / 3)), abs(math.log2(ratio / 5.5))
+        done[due[0].key] = sum(away) + 0.1 * due[0].params.get("nesterov", False)
+    tried = [params["weight_decay"] for params in order if set(params) == {"lr", "weight_decay"}]
+    assert tried[:4] == [0.03, 0.3, 0.95, 3.0]  # 0.95 is better than 0.3, 3.0 than 0.95, and 9.5 worse
+    assert tried[4] == 9.5
+    assert study.best(study.blocks[2], "adamw", done) == {"lr": 2e-3, "weight_decay": 3.0, "ratio": 5}
+    assert {params["ratio"] for params in order if "ratio" in params} == {2, 5, 20}  # past 5 it is worse
 
 
 def test_the_large_model_is_the_same_study_as_commands(tmp_path: Path) -> None:
