@@ -119,13 +119,12 @@ def command(study: Study, cell: Cell) -> str:
 
 def plan_text(study: Study, results: Results) -> str:
     """By block: cells known now, those done, and tokens still to train on."""
-    lines = []
+    lines, done = [], losses(results)
     for block in study.blocks:
-        part = study.model_copy(update={"blocks": (block,)})
-        known = part.due({}) if block.kind == "rates" else part.due(losses(results))
-        left = part.due(losses(results))
+        known = list(study.wanted(block, done))
+        left = [cell for cell in known if cell.key not in done]
         tokens = sum(study.steps(c) * study.models[c.model].batch * study.models[c.model].seq_len for c in left)
-        more = "" if known or left else " (follows from rates that are not known yet, or all is done)"
+        more = "" if left else ", all done so far" if known else " (follows from rates that are not known yet)"
         lines.append(f"{block.name}: {len(left)} cells due, {tokens / 1e6:.0f}M tokens{more}")
     return "\n".join(lines)
 

@@ -64,6 +64,10 @@ class Block(_Part):
     entries: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
 
+    def fits(self, other: Block) -> bool:
+        """Whether runs of the two are runs of one kind."""
+        return (self.model, self.data, self.horizon) == (other.model, other.data, other.horizon)
+
 
 class Cell(_Part):
     """One run, by all that decides its losses; ``setting``: what its names stand for, digested."""
@@ -129,11 +133,12 @@ class Study(_Part):
 
     def due(self, done: Done) -> list[Cell]:
         """The cells that are now known to be wanted and not done, in the committed order, each once."""
-        found = {cell.key: cell for block in self.blocks for cell in self._wanted(block, done) if cell.key not in done}
+        found = {cell.key: cell for block in self.blocks for cell in self.wanted(block, done) if cell.key not in done}
         return list(found.values())
 
     def best(self, block: Block, name: str, done: Done) -> dict[str, Any] | None:
-        """The tuned values of an entry at a block's model and horizon; None until its learning rate is inside."""
+        """The tuned values of an entry at a block's model and horizon; None until its learning rate is inside, and the
+        axes done that a block of them asks for."""
         entry = self.entries[name]
         if entry.like is not None:
             values = self.best(block, entry.like, done)
@@ -144,7 +149,9 @@ class Study(_Part):
         cells, value = self.rates(block, name, done)
         if value is None or any(cell.key not in done for cell in cells):
             return None
-        return self._axes(block, name, {"lr": value}, done)[1]
+        cells, chosen = self._axes(block, name, {"lr": value}, done)
+        waits = any(b.kind == "axes" and b.fits(block) and name in b.entries for b in self.blocks)
+        return None if waits and any(cell.key not in done for cell in cells) else chosen
 
     def _moved(self, axis: str, option: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The values with one changed."""
@@ -165,16 +172,16 @@ class Study(_Part):
             rates = sorted([*rates, float(f"{grown:.3g}")])
         return [self.cell(block, name, {"lr": rate}, 0) for rate in rates], best
 
-    def _wanted(self, block: Block, done: Done) -> Iterator[Cell]:
+    def wanted(self, block: Block, done: Done) -> Iterator[Cell]:
+        """A block's cells as far as they are known, those that are done among them."""
         for name in block.entries:
             cells, value = self.rates(block, name, done)
-            values = self.best(block, name, done)
             if block.kind == "rates":
                 yield from cells
-            elif block.kind == "seeds":
-                yield from (self.cell(block, name, values, seed) for seed in block.seeds if values is not None)
-            elif value is not None and values is not None:
+            elif block.kind == "axes" and value is not None and all(cell.key in done for cell in cells):
                 yield from self._axes(block, name, {"lr": value}, done)[0]
+            elif block.kind == "seeds" and (values := self.best(block, name, done)) is not None:
+                yield from (self.cell(block, name, values, seed) for seed in block.seeds)
 
     def _axes(self, block: Block, name: str, chosen: dict[str, Any], done: Done) -> tuple[list[Cell], dict[str, Any]]:
         """The cells of one axis after another, each from the best of those before it, and the best of all."""

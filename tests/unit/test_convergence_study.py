@@ -121,7 +121,7 @@ def test_rows_of_another_model_or_text_do_not_count_as_done() -> None:
         {"data": {**STUDY.data, block.data: "another"}},
         {"clip": 2 * STUDY.clip},
     ):
-        assert not known & {cell.key for cell in STUDY.model_copy(update=change)._wanted(block, {})}, change
+        assert not known & {cell.key for cell in STUDY.model_copy(update=change).wanted(block, {})}, change
     renamed = STUDY.model_copy(update={"evals": STUDY.evals + 1})
     assert {cell.key for cell in renamed.due({})} == known
 
@@ -243,6 +243,7 @@ def test_an_axis_grows_past_an_edge_too() -> None:
         decay, ratio = due[0].params.get("weight_decay", 0.1), due[0].params.get("ratio", 10)
         away = abs(math.log2(due[0].params["lr"] / 2e-3)), abs(math.log2(decay / 3)), abs(math.log2(ratio / 5.5))
         done[due[0].key] = sum(away) + 0.1 * due[0].params.get("nesterov", False)
+        assert (study.best(study.blocks[2], "adamw", done) is None) == any(not cell.seed for cell in study.due(done))
     tried = [params["weight_decay"] for params in order if set(params) == {"lr", "weight_decay"}]
     assert tried[:4] == [0.03, 0.3, 0.95, 3.0]  # 0.95 is better than 0.3, 3.0 than 0.95, and 9.5 worse
     assert tried[4] == 9.5
