@@ -100,13 +100,19 @@ def build(case: str, stage: int, shape: ModelShape) -> Any:
     return engine
 
 
+SEQUENCE = 1024
+"""Tokens of a sequence, where there are more: longer ones would measure attention."""
+
+
 def random_tokens(engine: Any, vocabulary: int, count: int) -> torch.Tensor:
-    """(1, count), where the engine computes."""
-    return torch.randint(0, vocabulary, (1, count), dtype=torch.int64, device="cpu").to(engine.device)
+    """(B, T) of ``count`` tokens in sequences of ``SEQUENCE`` at most, where the engine computes."""
+    length = min(count, SEQUENCE)
+    tokens = torch.randint(0, vocabulary, (count // length, length), dtype=torch.int64, device="cpu")
+    return tokens.to(engine.device)
 
 
 def train_step(engine: Any, tokens: torch.Tensor) -> tuple[float, float]:
-    """One step on ``tokens`` (1, T): (seconds in all, seconds in ``engine.step``)."""
+    """One step on ``tokens`` (B, T): (seconds in all, seconds in ``engine.step``)."""
     device = tokens.device
     synchronize(device)
     begin = time.perf_counter()

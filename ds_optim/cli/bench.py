@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_optim.errors import UserError
+
 if TYPE_CHECKING:
     from ds_optim.report.schema import Row
     from ds_optim.report.table import TableSpec
@@ -37,7 +39,10 @@ def step(
     width: Width = 256,
     layers: Layers = 8,
     vocabulary: Vocabulary = 4096,
-    tokens: Annotated[int, typer.Option(help="Tokens a rank and step; few, so that the optimizer shows.")] = 64,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Tokens a rank and step, sequences of 1024 at most; few, so that the optimizer shows."),
+    ] = 64,
     rounds: Annotated[int, typer.Option(help="Turns of each optimizer, after one to warm up.")] = 6,
     traces: Annotated[
         Path | None, typer.Option(help="Folder for traces of a few steps, which chrome://tracing and Perfetto show.")
@@ -47,8 +52,11 @@ def step(
 ) -> int:
     """Training steps and the optimizers' part in them, interleaved, against AdamW and DeepSpeed's Muon."""
     from ds_optim.bench import arguments, output, step, tables
+    from ds_optim.bench.engines import SEQUENCE
 
     arguments.at_least("--tokens", tokens, 2)
+    if tokens > SEQUENCE and tokens % SEQUENCE:
+        raise UserError(f"--tokens: {tokens} are no whole sequences; write a multiple of {SEQUENCE}")
     arguments.at_least("--rounds", rounds, 1)
     run = _run_settings(ranks, stages, cases, width, layers, vocabulary)
     kept = None if traces is None else traces.absolute()

@@ -379,6 +379,7 @@ def test_ranks_that_fail_leave_rows_that_say_why(monkeypatch: pytest.MonkeyPatch
         ("step --ranks 0", "--ranks: 0 is too few; write 1 or more"),
         ("step --width 130", "--width: 130 cannot be cut into heads; write a multiple of 128, e.g. 128"),
         ("step --tokens 1", "--tokens: 1 is too few; write 2 or more"),
+        ("step --tokens 1500", "--tokens: 1500 are no whole sequences; write a multiple of 1024"),
         ("step --rounds 0", "--rounds"),
         ("wire --layers 0", "--layers: 0 is too few"),
         ("wire --ranks two", "'--ranks'"),
