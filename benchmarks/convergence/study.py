@@ -54,7 +54,8 @@ class Entry(_Part):
 
 class Block(_Part):
     """Cells of one purpose. ``rates`` look for the learning rate, ``axes`` for the rest from there on, one after the
-    other; ``seeds`` run the best of each entry with seeds that tuning never saw."""
+    other; ``seeds`` run the best of each entry with seeds that tuning never saw. ``tuned_by``: another block, at whose
+    model and horizon the rest was tuned; the rate alone is looked for again, from half of that one's to twice."""
 
     name: str
     kind: Literal["rates", "axes", "seeds"]
@@ -63,6 +64,7 @@ class Block(_Part):
     horizon: float = Field(gt=0, description="tokens per parameter outside embeddings")
     entries: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
+    tuned_by: str = ""
 
     def fits(self, other: Block) -> bool:
         """Whether runs of the two are runs of one kind."""
@@ -104,6 +106,8 @@ class Study(_Part):
     def _names_are_known(self) -> Study:
         for block in self.blocks:
             wanted: list[tuple[str, Mapping[str, Any]]] = [(block.model, self.models), (block.data, self.data)]
+            if block.tuned_by:
+                wanted.append((block.tuned_by, {b.name: b for b in self.blocks if not b.tuned_by}))
             for name, known in [*wanted, *((entry, self.entries) for entry in block.entries)]:
                 if name not in known:
                     raise ValueError(f"block {block.name!r} names {name!r}; there are {', '.join(known)}")
@@ -149,6 +153,8 @@ class Study(_Part):
         cells, value = self.rates(block, name, done)
         if value is None or any(cell.key not in done for cell in cells):
             return None
+        if block.tuned_by:
+            return {**(self._tuned(block, name, done) or {}), "lr": value}
         cells, chosen = self._axes(block, name, {"lr": value}, done)
         waits = any(b.kind == "axes" and b.fits(block) and name in b.entries for b in self.blocks)
         return None if waits and any(cell.key not in done for cell in cells) else chosen
@@ -160,17 +166,27 @@ class Study(_Part):
 
     def rates(self, block: Block, name: str, done: Done) -> tuple[list[Cell], float | None]:
         """The cells of an entry's learning rates, grown where the best is at an edge, and the best so far."""
-        rates = sorted(self.entries[name].lr)
+        rates, rest = sorted(self.entries[name].lr), {}
+        if block.tuned_by:
+            tuned = self._tuned(block, name, done)
+            if tuned is None:
+                return [], None
+            rest = {key: value for key, value in tuned.items() if key != "lr"}
+            rates = [float(f"{tuned['lr'] * factor:.3g}") for factor in (0.5, 1.0, 2.0)] if len(rates) > 1 else rates
         ratio = rates[1] / rates[0] if len(rates) > 1 else 1.0
         for _ in range(self.grow + 1):
-            cells = {rate: self.cell(block, name, {"lr": rate}, 0) for rate in rates}
+            cells = {rate: self.cell(block, name, {**rest, "lr": rate}, 0) for rate in rates}
             losses = {rate: done[cell.key] for rate, cell in cells.items() if cell.key in done}
             best = min(losses, key=losses.__getitem__) if losses else None
             if len(losses) < len(rates) or best is None or len(rates) == 1 or best not in (rates[0], rates[-1]):
                 break
             grown = best / ratio if best == rates[0] else best * ratio
             rates = sorted([*rates, float(f"{grown:.3g}")])
-        return [self.cell(block, name, {"lr": rate}, 0) for rate in rates], best
+        return [self.cell(block, name, {**rest, "lr": rate}, 0) for rate in rates], best
+
+    def _tuned(self, block: Block, name: str, done: Done) -> dict[str, Any] | None:
+        """The best of an entry at the block that tuned it; None until it is known."""
+        return self.best(next(b for b in self.blocks if b.name == block.tuned_by), name, done)
 
     def wanted(self, block: Block, done: Done) -> Iterator[Cell]:
         """A block's cells as far as they are known, those that are done among them."""

@@ -113,6 +113,17 @@ def test_two_runs_of_a_cell_agree_to_the_bit_and_so_does_a_resumed_one(
     assert losses(tmp_path / "cell.pt") == whole
 
 
+@pytest.mark.full
+def test_a_compiled_cell_agrees_with_itself_to_the_bit_and_with_the_written_one_nearly(text: Text) -> None:
+    for optimizer in ("LionMuon", "deepspeed:Muon"):  # the second one's own decorated functions stay as written
+        whole = [
+            [point[:3] for point in loop.run_cell(STUDY, cell(optimizer), text, torch.device("cpu"), None, c)["curve"]]
+            for c in (False, True, True)
+        ]
+        assert whole[1] == whole[2]
+        np.testing.assert_allclose(whole[1], whole[0], rtol=1e-3)
+
+
 def test_rows_of_another_model_or_text_do_not_count_as_done() -> None:
     block, known = STUDY.blocks[0], {cell.key for cell in STUDY.due({})}
     other = STUDY.models[block.model].model_copy(update={"tokenizer": "bytes-of-another"})
@@ -232,6 +243,27 @@ def test_a_rate_is_looked_for_again_where_an_axis_has_moved_it() -> None:
     tried = [cell.params for cell in order if cell.entry == "adamw" and not cell.seed]
     assert tried[3:] == [{"lr": rate, "weight_decay": 0.3} for rate in (2e-3, 1e-3, 4e-3, 5e-4)]
     assert [c.params for c in order if c.entry == "adamw" and c.seed] == [{"lr": 1e-3, "weight_decay": 0.3}] * 2
+
+
+def test_a_block_takes_what_another_tuned_and_looks_for_its_rate_alone() -> None:
+    data = STUDY.model_dump()
+    data["blocks"] = [*data["blocks"], *(
+        {"name": "long " + kind, "kind": kind, "model": "m", "data": "d", "horizon": 8, "tuned_by": "s",
+         "seeds": [0] if kind == "rates" else [7], "entries": ["adamw"]} for kind in ("rates", "seeds")
+    )]  # fmt: skip
+    study, done, order = Study.model_validate(data), {}, []
+    while due := study.due(done):
+        if due[0].horizon == 8:
+            order.append(due[0])
+            assert study.best(study.blocks[2], "adamw", done) == {"lr": 2e-3, "weight_decay": 0.3}
+        best = 2e-3 if due[0].horizon == 2 else 8e-3
+        done[due[0].key] = abs(math.log2(due[0].params["lr"] / best)) - 0.1 * ("weight_decay" in due[0].params)
+    rates = [(c.params["lr"], c.params["weight_decay"], c.seed) for c in order]
+    assert rates[:3] == [(1e-3, 0.3, 0), (2e-3, 0.3, 0), (4e-3, 0.3, 0)]
+    assert rates[3:] == [(8e-3, 0.3, 0), (1.6e-2, 0.3, 0), (8e-3, 0.3, 7)]  # grown until the best is inside
+    data["blocks"][-1]["tuned_by"] = "long rates"
+    with pytest.raises(ValueError, match="long rates"):
+        Study.model_validate(data)
 
 
 def test_an_axis_grows_past_an_edge_too() -> None:
