@@ -84,10 +84,11 @@ def qwen3(shape: ModelShape, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def build(case: str, stage: int, shape: ModelShape) -> Any:
+def build(case: str, stage: int, shape: ModelShape, accumulation: int = 1) -> Any:
     """A bf16 engine for one of ``CASES``, without clipping, so that DeepSpeed's Muon and ours do the same work."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
         "bf16": {"enabled": True},
         "gradient_clipping": 0.0,
         "optimizer": CASES[case],
@@ -112,12 +113,19 @@ def random_tokens(engine: Any, vocabulary: int, count: int) -> torch.Tensor:
 
 
 def train_step(engine: Any, tokens: torch.Tensor) -> tuple[float, float]:
-    """One step on ``tokens`` (B, T): (seconds in all, seconds in ``engine.step``)."""
+    """One step on ``tokens`` (B, T), in as many micro-batches as the engine accumulates.
+
+    Seconds in all, and in the ``engine.step`` that steps.
+    """
     device = tokens.device
     synchronize(device)
     begin = time.perf_counter()
-    loss = engine(input_ids=tokens, labels=tokens).loss
-    engine.backward(loss)
+    parts = tokens.chunk(engine.gradient_accumulation_steps())
+    for number, part in enumerate(parts, 1):
+        loss = engine(input_ids=part, labels=part).loss
+        engine.backward(loss)
+        if number < len(parts):
+            engine.step()
     synchronize(device)
     middle = time.perf_counter()
     engine.step()

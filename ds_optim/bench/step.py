@@ -25,6 +25,7 @@ from ds_optim.optimizers import param_groups
 from ds_optim.report.schema import Row
 
 STEPS_A_TURN = 4  # timed ones, after one that finds cold caches: two periods of LionMuon
+_TRACED_STEPS = 2  # one period
 _LIMIT_BYTES, _LIMIT_SIZE, _LIMIT_SECONDS = 1 << 27, 1024, 1.0
 
 
@@ -32,11 +33,12 @@ _LIMIT_BYTES, _LIMIT_SIZE, _LIMIT_SECONDS = 1 << 27, 1024, 1.0
 class StepSettings(RunSettings):
     """What is run.
 
-    tokens: a rank and step. rounds: turns of ``STEPS_A_TURN`` timed steps, after one to warm up. traces: a folder that
-    keeps the traces from which the overlap is read.
+    tokens: a rank and step, in ``accumulation`` micro-batches. rounds: turns of ``STEPS_A_TURN`` timed steps, after one
+    to warm up. traces: a folder that keeps the traces from which the overlap is read.
     """
 
     tokens: int = 64
+    accumulation: int = 1
     rounds: int = 6
     traces: Path | None = None
 
@@ -102,8 +104,8 @@ def measure(rank: int, world_size: int, stage: int, settings: StepSettings) -> R
 
 
 def trace(engine: Any, name: str, settings: StepSettings) -> Overlap:
-    """The overlap of messages and matrix work in ``STEPS_A_TURN`` steps; their trace stays where traces are kept."""
-    batches = [engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens) for _ in range(STEPS_A_TURN)]
+    """The overlap of messages and matrix work in a few steps; their trace stays where traces are kept."""
+    batches = [engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens) for _ in range(_TRACED_STEPS)]
     torch.distributed.barrier()
     with tempfile.TemporaryDirectory() as scratch:
         path = (settings.traces or Path(scratch)) / f"{name.replace(':', '_')}.json.gz"
@@ -112,7 +114,7 @@ def trace(engine: Any, name: str, settings: StepSettings) -> Overlap:
 
 def started(case: str, stage: int, settings: StepSettings) -> Any:
     """An engine that has made its first step, at which some optimizers find what they cannot do."""
-    engine = engines.build(case, stage, settings.shape)
+    engine = engines.build(case, stage, settings.shape, settings.accumulation)
     engines.train_step(engine, engines.random_tokens(engine, settings.shape.vocabulary, settings.tokens))
     return engine
 
@@ -145,6 +147,7 @@ def stage_rows(stage: int, by_rank: list[RankTimes], settings: StepSettings, sta
         row.extra = {
             "shape": str(settings.shape),
             "tokens": settings.tokens,
+            "accumulation": settings.accumulation,
             "limits": by_rank[0].limits.record() if by_rank[0].limits else None,
             **stamp,
         }

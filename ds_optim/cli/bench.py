@@ -43,6 +43,7 @@ def step(
         int,
         typer.Option(help="Tokens a rank and step, sequences of 1024 at most; few, so that the optimizer shows."),
     ] = 64,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches in which a step's sequences come.")] = 1,
     rounds: Annotated[int, typer.Option(help="Turns of each optimizer, after one to warm up.")] = 6,
     traces: Annotated[
         Path | None, typer.Option(help="Folder for traces of a few steps, which chrome://tracing and Perfetto show.")
@@ -57,10 +58,13 @@ def step(
     arguments.at_least("--tokens", tokens, 2)
     if tokens > SEQUENCE and tokens % SEQUENCE:
         raise UserError(f"--tokens: {tokens} are no whole sequences; write a multiple of {SEQUENCE}")
+    arguments.at_least("--accumulation", accumulation, 1)
+    if max(1, tokens // SEQUENCE) % accumulation:
+        raise UserError(f"--accumulation: {tokens} tokens are {max(1, tokens // SEQUENCE)} sequences; write a divisor")
     arguments.at_least("--rounds", rounds, 1)
     run = _run_settings(ranks, stages, cases, width, layers, vocabulary)
     kept = None if traces is None else traces.absolute()
-    settings = step.StepSettings(**run, tokens=tokens, rounds=rounds, traces=kept)
+    settings = step.StepSettings(**run, tokens=tokens, accumulation=accumulation, rounds=rounds, traces=kept)
     title = f"Training steps, {settings.ranks} ranks, {settings.shape}, {tokens} tokens a rank"
     return _run(title, lambda: step.rows(settings, output.stamp()), tables.STEP, out, force)
 

@@ -7,12 +7,13 @@ import os
 import statistics
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from ds_optim.bench import elementwise, polar, polar_table, ranks, step, tables, wire
-from ds_optim.bench.engines import CASES, ModelShape
+from ds_optim.bench.engines import CASES, ModelShape, train_step
 from ds_optim.bench.fused_adamw import op_is_built
 from ds_optim.bench.limits import Limits, measure_limits
 from ds_optim.bench.output import remarks
@@ -296,6 +297,15 @@ def test_an_op_of_deepspeed_that_is_not_built_is_not_built_here(
     assert op_is_built("cpu_adam")
 
 
+def test_a_step_accumulates_over_the_micro_batches_of_its_tokens() -> None:
+    engine, seen = mock.MagicMock(**{"gradient_accumulation_steps.return_value": 2}), []
+    engine.side_effect = lambda input_ids, labels: seen.append(input_ids) or mock.MagicMock()
+    tokens = torch.arange(12).view(4, 3)
+    train_step(engine, tokens)
+    assert [part.tolist() for part in seen] == [tokens[:2].tolist(), tokens[2:].tolist()]
+    assert engine.backward.call_count == engine.step.call_count == 2
+
+
 def step_rows(by_rank: list[step.RankTimes], cases: tuple[str, ...]) -> dict[str, Row]:
     settings = step.StepSettings(ranks=2, stages=(1,), cases=cases, shape=ModelShape(), rounds=1)
     return {row.optimizer: row for row in step.stage_rows(1, by_rank, settings, STAMP)}
@@ -380,6 +390,8 @@ def test_ranks_that_fail_leave_rows_that_say_why(monkeypatch: pytest.MonkeyPatch
         ("step --width 130", "--width: 130 cannot be cut into heads; write a multiple of 128, e.g. 128"),
         ("step --tokens 1", "--tokens: 1 is too few; write 2 or more"),
         ("step --tokens 1500", "--tokens: 1500 are no whole sequences; write a multiple of 1024"),
+        ("step --tokens 3072 --accumulation 2", "--accumulation: 3072 tokens are 3 sequences; write a divisor"),
+        ("step --accumulation 2", "--accumulation: 64 tokens are 1 sequences; write a divisor"),
         ("step --rounds 0", "--rounds"),
         ("wire --layers 0", "--layers: 0 is too few"),
         ("wire --ranks two", "'--ranks'"),
