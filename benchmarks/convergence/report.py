@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.convergence.study import Block, Study
+from benchmarks.convergence.study import Block, Rows, Study, losses
 from ds_optim.machine.files import write_atomic
 from ds_optim.report.plots import Curves, colour_map, draw
 
-Rows = Mapping[str, Mapping[str, Any]]
 MOST_PAIRS = 9
 """Entries of a block beyond which a table of all their pairs is no longer read."""
 
@@ -54,13 +53,9 @@ def tokens_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     return None
 
 
-def _losses(rows: Rows) -> dict[str, float]:
-    return {key: row["val_loss"] if row["val_loss"] is not None else float("inf") for key, row in rows.items()}
-
-
 def runs_of(study: Study, block: Block, name: str, rows: Rows) -> dict[int, Mapping[str, Any]]:
     """An entry's ended runs at a block's model, horizon and seeds, by seed, whichever block they were run for."""
-    known = _losses(rows)
+    known = losses(rows)
     values = study.best(block, name, known)
     cells = {seed: study.cell(block, name, values, seed).key for seed in block.seeds} if values is not None else {}
     return {seed: rows[key] for seed, key in cells.items() if known.get(key, float("inf")) < float("inf")}
@@ -74,7 +69,7 @@ def by_seed(study: Study, block: Block, rows: Rows) -> dict[str, dict[int, Mappi
 
 def rates_table(study: Study, block: Block, rows: Rows) -> str:
     """Validation loss by learning rate; whether the best has worse neighbours on both sides."""
-    known = _losses(rows)
+    known = losses(rows)
     lines = ["| optimizer | loss by learning rate | best | inside |", "|---|---|---:|---|"]
     for name in block.entries:
         cells, best = study.rates(block, name, known)
@@ -97,19 +92,36 @@ def seeds_table(study: Study, block: Block, rows: Rows) -> str:
     titles = "| optimizer | seeds | mean loss | against | difference | p | tokens to its loss |"
     lines = [titles, "|---|---:|---:|---|---|---:|---:|"]
     for name in sorted(means, key=means.__getitem__):
-        other = study.entries[name].like or "adamw"
+        other = held_against(study, name)
         against = runs_of(study, block, other, rows) if other in study.entries and other != name else {}
         compared = " | ".join(_compared(runs[name], against, other))
         lines.append(f"| {name} | {len(runs[name])} | {means[name]:.4f} | {compared} |")
     return "\n".join(lines)
 
 
+def held_against(study: Study, name: str) -> str:
+    """The entry that this one changes in one thing, else AdamW."""
+    return study.entries[name].like or "adamw"
+
+
+def gaps(study: Study, block: Block, name: str, rows: Rows) -> tuple[str, list[float]]:
+    """What an entry is held against, and its differences from that by seed; none for AdamW itself."""
+    other = held_against(study, name)
+    runs, against = (runs_of(study, block, of, rows) for of in (name, other))
+    return other, list(_differences(runs, against).values()) if name != other else []
+
+
+def _differences(runs: Mapping[int, Any], against: Mapping[int, Any]) -> dict[int, float]:
+    """By seed that both have."""
+    return {seed: runs[seed]["val_loss"] - against[seed]["val_loss"] for seed in sorted(set(runs) & set(against))}
+
+
 def _compared(runs: Mapping[int, Any], against: Mapping[int, Any], other: str) -> tuple[str, str, str, str]:
     """Cells of a row: against what, the difference with its interval, p, and the share of tokens."""
-    both = sorted(set(runs) & set(against))
-    if len(both) < 2:
+    by = _differences(runs, against)
+    if len(by) < 2:
         return ("–",) * 4
-    differences = [runs[seed]["val_loss"] - against[seed]["val_loss"] for seed in both]
+    differences, both = list(by.values()), list(by)
     low, high, coverage = interval(differences)
     gap = f"{mean(differences):+.4f} ({low:+.4f} to {high:+.4f}, {coverage:.0%})"
     reached = [tokens_to(runs[seed]["curve"], against[seed]["val_loss"]) for seed in both]
@@ -130,13 +142,13 @@ def ranking_table(study: Study, model: str, horizon: float, rows: Rows) -> str:
     }
     if len(runs) < 3:
         return ""
-    gaps = {
+    apart = {
         (one, other): [runs[one][seed] - runs[other][seed] for seed in set(runs[one]) & set(runs[other])]
         for one in runs
         for other in runs
         if one != other
     }
-    told = {pair: mean(of) for pair, of in gaps.items() if len(of) > 1 and sign_flip_p(of) <= 0.05}
+    told = {pair: mean(of) for pair, of in apart.items() if len(of) > 1 and sign_flip_p(of) <= 0.05}
     lines = ["| place | optimizer | mean loss | could be |", "|---:|---|---:|---|"]
     for place, name in enumerate(sorted(runs, key=lambda name: mean(runs[name].values())), 1):
         best = 1 + sum(told.get((name, other), 0.0) > 0 for other in runs)
@@ -147,17 +159,17 @@ def ranking_table(study: Study, model: str, horizon: float, rows: Rows) -> str:
 
 def pairs_table(study: Study, block: Block, rows: Rows) -> str:
     """p of each pair of optimizers over the seeds that both have."""
-    losses = {name: {s: r["val_loss"] for s, r in of.items()} for name, of in by_seed(study, block, rows).items()}
-    names = sorted(losses, key=lambda name: mean(losses[name].values()))
+    of = {name: {s: r["val_loss"] for s, r in runs.items()} for name, runs in by_seed(study, block, rows).items()}
+    names = sorted(of, key=lambda name: mean(of[name].values()))
     if len(names) < 2:
         return ""
     lines = ["| p | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for one in names:
         cells = []
         for other in names:
-            both = sorted(set(losses[one]) & set(losses[other]))
-            gaps = [losses[one][seed] - losses[other][seed] for seed in both]
-            cells.append("" if one == other or len(both) < 2 else f"{sign_flip_p(gaps):.3f}")
+            both = sorted(set(of[one]) & set(of[other]))
+            apart = [of[one][seed] - of[other][seed] for seed in both]
+            cells.append("" if one == other or len(both) < 2 else f"{sign_flip_p(apart):.3f}")
         lines.append(f"| {one} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -186,14 +198,15 @@ def write_report(study: Study, rows: Rows, out: Path) -> Path:
         parts += tables
         if block.kind == "seeds":
             for over, place, unit in (("tokens", 0, 1e6), ("seconds", 3, 1.0)):
-                plot = _curves(study, block, rows, over, place, unit)
+                plot = curves(study, block, rows, over, place, unit)
                 parts.append(f"![{plot.title}]({draw(plot, out, colours).png})")
     path = out / "report.md"
     write_atomic(path, "\n\n".join(parts) + "\n")
     return path
 
 
-def _curves(study: Study, block: Block, rows: Rows, over: str, place: int, unit: float) -> Curves:
+def curves(study: Study, block: Block, rows: Rows, over: str, place: int, unit: float) -> Curves:
+    """Validation loss of a block's entries, the mean of their seeds, over column ``place`` of a run's curve."""
     series = {}
     for name, runs in by_seed(study, block, rows).items():
         points = np.array([row["curve"] for row in runs.values()]).mean(axis=0)

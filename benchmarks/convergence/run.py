@@ -4,6 +4,7 @@
     python -m benchmarks.convergence --dry-run          # cells and tokens by block
     python -m benchmarks.convergence --commands         # the cells as commands of ds-optim train
     python -m benchmarks.convergence --report           # report.md from what is done
+    python -m benchmarks.convergence --page             # the tables of docs/evidence.md from committed rows
 
 Killed at any time, it goes on where it was. Rows in ``benchmarks/results/convergence/`` count as done.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import time
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.convergence.loop import run_cell
-from benchmarks.convergence.study import Cell, Study, load_study
+from benchmarks.convergence.study import Cell, Study, load_study, losses
 from benchmarks.convergence.text import load_text
 from ds_optim.errors import UserError
 from ds_optim.machine.files import write_atomic
@@ -43,11 +43,6 @@ def read_results(out: Path, committed: Path = COMMITTED) -> Results:
     lines = [line for path in sorted(committed.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
     lines += [path.read_text("utf-8") for path in sorted((out / "cells").glob("*.json"))]
     return {row["key"]: row for row in map(json.loads, lines)}
-
-
-def losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Validation losses by key; a run that diverged is worse than any."""
-    return {key: math.inf if row["val_loss"] is None else row["val_loss"] for key, row in results.items()}
 
 
 def run_study(
@@ -141,7 +136,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, help="start no cell after so many")
     parser.add_argument("--commit", default="", help="what the rows say they were made with")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a quarter less time on a CPU")
-    for flag in ("--dry-run", "--commands", "--report"):
+    for flag in ("--dry-run", "--commands", "--report", "--page"):
         parser.add_argument(flag, action="store_true")
     given = parser.parse_args()
     try:
@@ -149,6 +144,11 @@ def main() -> int:
         results = read_results(given.out)
         if given.dry_run:
             print(plan_text(study, results))
+        elif given.page:
+            from benchmarks.convergence import page
+
+            text = page.filled(page.PAGE.read_text("utf-8"), study, read_results(HERE / "nowhere"))
+            write_atomic(page.PAGE, text)
         elif given.commands:
             due = [cell for cell in study.due(losses(results)) if study.models[cell.model].preset is not None]
             print("\n".join(command(study, cell) for cell in due))

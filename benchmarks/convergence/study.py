@@ -20,6 +20,8 @@ from ds_optim.zero.complaints import reword
 
 Done = Mapping[str, float]
 """Validation loss by a cell's key; infinite where the run diverged."""
+Rows = Mapping[str, Mapping[str, Any]]
+"""What a cell measured (``benchmarks/convergence/loop.py``), by its key."""
 
 
 class _Part(BaseModel):
@@ -236,6 +238,11 @@ def _beyond(tried: list[Any], best: Any, options: tuple[Any, ...]) -> Any | None
         return None
     ratio = (max(options) / min(options)) ** (1 / len(options))
     return type(best)(float(f"{best * ratio if best == max(tried) else best / ratio:.2g}"))
+
+
+def losses(rows: Rows) -> dict[str, float]:
+    """Validation losses by key; a run that diverged is worse than any."""
+    return {key: math.inf if row["val_loss"] is None else row["val_loss"] for key, row in rows.items()}
 
 
 def load_study(path: Path) -> Study:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.convergence import loop, run
+from benchmarks.convergence import loop, page, run
 from benchmarks.convergence.report import (
     interval,
     ranking_table,
@@ -297,3 +297,15 @@ def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
     path.write_text("models: {}\ndata: {}\nentries: {a: {type: Lion}}\nblocks: []\n")
     with pytest.raises(UserError, match="entry 'a' has no lr to try"):
         load_study(path)
+
+
+def test_the_page_holds_what_the_committed_rows_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "IMAGES", tmp_path)
+    study, rows = load_study(run.HERE / "study.yaml"), run.read_results(tmp_path)
+    text = page.PAGE.read_text("utf-8")
+    kinds = {match["kind"] for match in page.MARK.finditer(text)}
+    assert kinds >= {"tuned", "seeds", "gaps", "curves"}
+    assert page.filled(text, study, rows) == text, "write it again: python -m benchmarks.convergence --page"
+    assert "Not run yet." in page.filled(text, study, {})
+    for image in (tmp_path / "plots").glob("*.png"):
+        assert (page.PAGE.parent / "images" / "plots" / image.name).exists(), image.name
