@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 import ds_optim
 from ds_optim.elementwise.gpu import kernels, launch, row_launch, rows
 from ds_optim.matrix.views import MatrixView
-from ds_optim.optimizers import base, row_steps
+from ds_optim.optimizers import base, planning, row_steps
 from ds_optim.sharding import returns, selection
 from ds_optim.sharding.binding import Binding, Groups, Member
 from ds_optim.sharding.comm import Comm, Pending
@@ -203,6 +203,8 @@ class SilentComm(Comm):
     """Ranks that all say the same, and messages that nobody reads."""
 
     counts: Counts = field(default_factory=Counts)
+    choice: Callable[[], Any] | None = None
+    """What rank 0 says of owners, which others wait for with None."""
 
     def all_to_all(self, out: Tensor, out_counts: list[int], message: Tensor, counts: list[int]) -> Pending:
         self.counts.messages[f"all_to_all {message.device.type} {out.device.type}"] += 1
@@ -216,7 +218,7 @@ class SilentComm(Comm):
         return values
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return [value] * self.world_size
+        return [self.choice() if value is None and self.choice is not None else value] * self.world_size
 
     def device(self, fallback: torch.device) -> torch.device:
         return CUDA
@@ -325,6 +327,13 @@ def dry_steps(
                 [[own[spec.name] for spec in unit.params] for unit in layout.units],
             )  # fmt: skip
 
+        unresolved = planning._unresolved
+
+        def planned(binding: Binding, *given: Any) -> Any:
+            plans = unresolved(binding, *given)
+            comm.choice = lambda: planning._guarded(binding, plans, False, None)
+            return plans
+
         base_bind = base.bind
         groups = [group for group in optimizer.param_groups if group["params"]]
         flats: list[Tensor] = []
@@ -335,7 +344,7 @@ def dry_steps(
             for group, flat in zip(groups, flats, strict=True):
                 group["params"] = [flat]
         found = []
-        with mock.patch.object(base, "bind", bound):
+        with mock.patch.object(base, "bind", bound), mock.patch.object(planning, "_unresolved", planned):
             for _ in range(2):
                 for group in groups:
                     for tensor in group["params"]:

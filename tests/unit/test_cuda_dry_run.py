@@ -98,6 +98,23 @@ def test_the_host_asks_once_for_all_gates_of_a_unit(layers: int) -> None:
     assert dict(counts.syncs) == {"optimizers/matrices.py:flags": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    cells([("CautiousLion", 3), ("Muon", 1)], [("Lamb", 1), ("Dion2", 3), ("MiMuon", 3), ("NorMuon", 1)]),
+)
+def test_ranks_without_a_matrix_or_an_element_send_as_often_as_the_others_and_wait_no_more(
+    name: str, stage: int
+) -> None:
+    few = [("a.weight", (8, 4)), ("b.weight", (6,)), ("c.weight", (4, 4))]
+    more = {} if name in ("CautiousLion", "Lamb") else cuda_counts.MODELLED  # those exchange no matrices
+    with cuda_counts.no_addresses():
+        steps = [dry_steps(name, few, stage=stage, ranks=8, rank=rank, **more)[1] for rank in range(8)]
+    assert all(step.messages == steps[0].messages for step in steps)
+    assert sum(steps[0].messages.values()) > 0
+    assert max(sum(step.syncs.values()) for step in steps) == sum(steps[0].syncs.values())
+    assert min(step.launches for step in steps) < steps[0].launches, "no rank has less to do than the first"
+
+
 def test_the_host_asks_once_for_all_gradients_of_a_device() -> None:
     with dry_cuda() as dry:
         made = [
