@@ -41,9 +41,15 @@ def stride(side: int, dtype: torch.dtype, strips: int) -> int:
 
 
 def empty(x: Tensor, strips: int) -> Tensor:
-    """An uninitialized (..., s, s) for x (..., m, n), s its short side: rows lie ``stride`` apart."""
+    """An uninitialized (..., s, s) for x (..., m, n), s its short side: rows lie ``stride`` apart.
+
+    What lies between rows is zero on a CPU: with AMX, oneDNN 3.x multiplies the left factor's rows in bfloat16 up to
+    the next 32 columns, with zeros there, and what an allocation held before may be NaN.
+    """
     side = min(x.shape[-2:])
     rows = torch.empty((*x.shape[:-2], side, stride(side, x.dtype, strips)), dtype=x.dtype, device=x.device)
+    if x.device.type == "cpu":
+        rows[..., side:].zero_()
     return rows[..., :side]
 
 
