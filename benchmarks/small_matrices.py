@@ -53,7 +53,7 @@ class Matrices(nn.Module):
             self.register_parameter(f"w{number}", nn.Parameter(torch.randn(shape) / shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([weight.float() for weight in self.parameters()]).mul(x).square().mean()
+        return torch.stack([weight.mul(x.to(weight.dtype)).square().mean() for weight in self.parameters()]).mean()
 
 
 def engine_of(case: str, count: int, shape: tuple[int, int]) -> Any:

@@ -101,9 +101,8 @@ def _shares(rows: list[Row]) -> dict[tuple[Any, ...], float]:
 
 
 def rows_of(cell: Cell, rounds: int, stamp: Mapping[str, Any]) -> Iterable[Row]:
-    by_rank = run(cell.ranks, measure, cell, rounds)
     for case in TRAINED:
-        row = row_of(cell, case, by_rank)
+        row = row_of(cell, case, run(cell.ranks, measure, cell, case, rounds))
         print(f"{cell.axis}: {cell.matrices:,} x {row['shape']}, {cell.ranks} ranks, {case}: {row['ms']:,.2f} ms, "
               f"first {row['first_ms']:,.0f}", flush=True)  # fmt: skip
         yield Row(kind="scale", optimizer=case, stage=3, ranks=cell.ranks, dtype="bf16", extra={**row, **stamp})

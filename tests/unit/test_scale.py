@@ -10,10 +10,10 @@ from ds_optim.report.schema import Row
 
 
 def rows(cell: Cell, **ms: float) -> list[Row]:
-    found = {name: {"ms": value, "first_ms": 2 * value} for name, value in ms.items()}
+    found = {name: [{"ms": value, "first_ms": 2 * value}] * cell.ranks for name, value in ms.items()}
     return [
-        Row(kind="scale", optimizer=name, stage=3, ranks=cell.ranks, extra=row_of(cell, name, [found] * cell.ranks))
-        for name in ms
+        Row(kind="scale", optimizer=name, stage=3, ranks=cell.ranks, extra=row_of(cell, name, by_rank))
+        for name, by_rank in found.items()
     ]
 
 
