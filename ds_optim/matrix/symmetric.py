@@ -48,7 +48,7 @@ def empty(x: Tensor, strips: int) -> Tensor:
     """
     side = min(x.shape[-2:])
     rows = torch.empty((*x.shape[:-2], side, stride(side, x.dtype, strips)), dtype=x.dtype, device=x.device)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and rows.shape[-1] > side:
         rows[..., side:].zero_()
     return rows[..., :side]
 
