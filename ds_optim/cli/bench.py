@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import Context, get_current_context
 
 from ds_optim.errors import UserError
 
@@ -186,7 +188,20 @@ def _run(title: str, measure: Callable[[], Iterable[Row]], spec: TableSpec, out:
     rows = output.collect(measure(), out)
     output.show(title, rows, spec)
     if out is not None:
-        report = output.write(title, rows, spec, out)
+        report = output.write(title, rows, spec, out, reproduce(get_current_context()))
         for name, path in (("rows", out / output.ROWS), ("report", report.markdown), ("report", report.html)):
             typer.echo(f"{name}: {path}")
     return int(all("not_measured" in row.extra for row in rows))
+
+
+def reproduce(context: Context) -> str:
+    """The command line that runs this benchmark again; options left at their defaults are left out, and of folders all
+    but the name."""
+    words = ["ds-optim", "bench", str(context.info_name)]
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        if value is None or value == option.default or option.name == "force":
+            continue
+        flag = (option.opts if value else option.secondary_opts)[0]
+        words += [flag] if isinstance(value, bool) else [flag, value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words)

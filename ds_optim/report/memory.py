@@ -34,14 +34,15 @@ def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     merged = with_savings(merge_repeats(rows))
     write_csv(merged, out_dir / CSV)
     differences, causes = reconciliation(merged)
-    info = info.model_copy(update={"notes": [*info.notes, *causes]})
+    ran, *how_to_read = summary(merged)
+    info = info.model_copy(update={"notes": [*how_to_read, *info.notes, *causes]})
     return render(
         merged,
         info,
         out_dir,
         _table_spec(merged),
         plots=memory_plots(merged),
-        summary=[*memory_answers(merged), *summary(merged)],
+        summary=[*memory_answers(merged), ran],
         tables={"Differences between what was estimated, accounted and measured": differences},
     )
 
