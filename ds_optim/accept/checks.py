@@ -126,7 +126,7 @@ def nearest(rows: Sequence[Row]) -> Bars | None:
         title="The checks nearest to their limits, by part",
         groups=bars,
         text=lambda share: f"{significant(100 * share)} %",
-        parts={_WITHIN: "#2fa36b", _OVER: "#d64545"},
+        parts={_WITHIN: "#4aa564", _OVER: "#c0392b"},
         limits={(part, name): 1.0 for part, shares in shown.items() for name, _ in shares},
     )
 

@@ -52,7 +52,7 @@ def accept(settings: AcceptSettings, parts: Sequence[str], out: Path, *, minutes
             for row in of_part:
                 if row.status != "ok":
                     _say(f"    failed: {row.optimizer}: {row.reason}")
-    report = _page(rows, settings, parts, out, {**told, "In all": f"{time.monotonic() - begun:.0f} s"})
+    report = write_report(rows, settings, parts, out, {**told, "In all": f"{time.monotonic() - begun:.0f} s"})
     for path in (out / RESULTS, report.markdown, report.html):
         print(path)
     _say(f"{'accepted' if all(row.status == 'ok' for row in rows) else 'NOT accepted'}: {held(rows)}")
@@ -107,7 +107,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(_TERMINATE_S)
 
 
-def _page(
+def write_report(
     rows: Sequence[Row], settings: AcceptSettings, parts: Sequence[str], out: Path, told: Mapping[str, str]
 ) -> Report:
     device = f"{settings.gpus} GPUs" if settings.gpus else "CPU"

@@ -72,7 +72,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 def _sent(rows: Sequence[Row]) -> list[str]:
     def off_the_formula(members: Sequence[Row]) -> str:
         off = [abs(row.extra["handed_ratio"] - 1) for row in members if row.extra.get("handed_ratio")]
-        return f"; what is beyond it is the formula's within {max(0.01, 100 * max(off)):.2g} %" if off else ""
+        return f"; of ours what is beyond it is the formula's within {max(0.01, 100 * max(off)):.2g} %" if off else ""
 
     return _of_stages(rows, "bytes sent a step", off_the_formula)
 

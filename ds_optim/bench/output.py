@@ -90,10 +90,11 @@ def write(title: str, rows: Sequence[Row], spec: TableSpec, out: Path, command: 
         command=command,
         started=first.extra["date"],
         machine={name: str(value) for name, value in first.extra["machine"].items()},
-        settings={} if first.stage is None else {"Model": first.extra["shape"], "Ranks": str(first.ranks)},
+        settings={} if first.stage is None else {"Ranks": str(first.ranks)},
         notes=[_HOW["wire_bytes" if first.kind == "wire_bytes" else "times"], *remarks(rows)],
     )
-    given = {name: first.extra[key] for key, name in _SETTINGS.items() if key in first.extra}
+    names = _SETTINGS if first.stage is None else {"shape": "Model", **_SETTINGS}
+    given = {name: first.extra[key] for key, name in names.items() if key in first.extra}
     info.settings.update({name: f"{value:,}" if isinstance(value, int) else value for name, value in given.items()})
     unmarked = [row.model_copy(update={"notes": []}) for row in rows]  # the remarks name their rows
     return render(unmarked, info, out, spec, plots=[] if plot is None else [plot], summary=answers(rows))

@@ -12,11 +12,12 @@ Points = Sequence[tuple[int, float]]
 """(number of ranks, value) pairs."""
 Key = TypeVar("Key", bound=Hashable)
 
+#: Of parts of memory: paler than those of optimizers, none of which has one of these.
 OWNER_COLOURS = {
-    "weights": "#3b82c4",
-    "gradients": "#2fa36b",
-    "master": "#a06cd5",
-    "state": "#e07b39",
+    "weights": "#6c8ebf",
+    "gradients": "#82b366",
+    "master": "#b39ddb",
+    "state": "#e8a87c",
     "activations": "#7fb8d8",
     "logits": "#d8b84a",
     "gathered layers": "#5b7f95",

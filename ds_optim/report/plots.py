@@ -18,7 +18,7 @@ from ds_optim.optimizers.registry import OPTIMIZERS, plain_name
 # Ink that no plot uses otherwise: in the SVG it is replaced by currentColor, so that axes and text follow the page.
 _INK = "#010203"
 PAPER_INK = "#24292f"
-_GROUP = re.compile(r'<g id="\w+"')
+_GROUP = re.compile(r'<g id="[\w.]+"')
 #: One for each registered optimizer, in their order: dark enough for white paper, light enough for a dark page.
 _PALETTE = (
     *("#74801a", "#176882", "#4650e8", "#9b4b7b", "#267329"),
