@@ -8,7 +8,7 @@ from ds_optim.bench.elementwise import EAGER, TORCH_ADAMW
 from ds_optim.bench.engines import ADAMW
 from ds_optim.bench.polar import DEEPSPEED, DEEPSPEED_EAGER
 from ds_optim.report.schema import Row
-from ds_optim.report.units import ratio_to
+from ds_optim.report.units import ratio_to, significant
 
 SPREAD = "within the spread"
 #: By kind of row what is compared, and the rows that others may be held against: the first that was measured.
@@ -72,7 +72,11 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 def _sent(rows: Sequence[Row]) -> list[str]:
     def off_the_formula(members: Sequence[Row]) -> str:
         off = [abs(row.extra["handed_ratio"] - 1) for row in members if row.extra.get("handed_ratio")]
-        return f"; of ours what is beyond it is the formula's within {max(0.01, 100 * max(off)):.2g} %" if off else ""
+        return (
+            f"; of ours what is beyond it is the formula's within {significant(max(0.01, 100 * max(off)), 2)} %"
+            if off
+            else ""
+        )
 
     return _of_stages(rows, "bytes sent a step", off_the_formula)
 

@@ -20,7 +20,7 @@ from ds_optim.report.estimate_page import write_page
 from ds_optim.report.memory import render_memory
 from ds_optim.report.plots import colour_map
 from ds_optim.report.table import TableSpec
-from tests.browser import NARROW, WIDE, cut_off, opened, out_of_order, out_of_reach, pale_text, show
+from tests.browser import NARROW, WIDE, cut_off, opened, out_of_reach, pale_text, show, unnamed
 
 pytestmark = pytest.mark.full
 
@@ -135,7 +135,7 @@ def test_text_stands_out_and_nothing_is_cut_off(page: Any, width: int, scheme: s
 
 def test_it_is_read_without_eyes_and_operated_without_a_mouse(page: Any) -> None:
     show(page, NARROW)
-    assert out_of_order(page) == []
+    assert unnamed(page) == []
     page.evaluate("document.activeElement.blur()")
     assert out_of_reach(page) == []
 
