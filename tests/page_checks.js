@@ -66,7 +66,7 @@
     }
     for (const svg of document.querySelectorAll("figure svg")) {
       const frame = svg.getBoundingClientRect(), scale = frame.width / svg.viewBox.baseVal.width;
-      for (const text of svg.querySelectorAll("text")) {
+      for (const text of svg.querySelectorAll("text, tspan")) {
         const box = text.getBoundingClientRect(), pixels = parseFloat(getComputedStyle(text).fontSize) * scale;
         const out = [frame.left - box.left, box.right - frame.right, frame.top - box.top, box.bottom - frame.bottom];
         if (pixels < least) wrong.push(`${pixels.toFixed(1)} pixels: ${text.textContent}`);

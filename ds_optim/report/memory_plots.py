@@ -106,6 +106,7 @@ class SavingOverRanks:
         for (label, _), points in self.measured.items():
             _dots(relative, points, colours.get(label))
         absolute.set_yscale("log")
+        absolute.yaxis.set_major_formatter("{x:g}")
         relative.set_ylim(bottom=0)
         absolute.legend(frameon=False, labelcolor=ink, fontsize=9)
         legend_beneath(figure, relative, ink, columns=2)

@@ -88,7 +88,7 @@ def estimate(folder: Path) -> None:
 
 PAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "compare": (compare, r"ZeRO-2 against AdamW: lion: model states −22 %"),
-    "memory": (memory, r"ZeRO-1 against AdamW: lion saves 2.00 MiB of peak"),
+    "memory": (memory, r"ZeRO-1 against AdamW: lion, muon, lion_muon save 2.00 MiB of peak"),
     "step": (
         bench("step_time-4ranks-cpu-2026-11-22", tables.STEP),
         r"ZeRO-3, time of a step against AdamW's: deepspeed:Muon ×1.68, Lion about ×1.00, Muon ×1.24",
