@@ -71,10 +71,12 @@ def collect(rows: Iterable[Row], out: Path | None) -> list[Row]:
 
 
 def show(title: str, rows: Sequence[Row], spec: TableSpec) -> None:
-    """The table on the terminal; beneath it the limits, and why what was not measured was not."""
+    """What came out and the table on the terminal; beneath it the limits, and why what was not measured was not."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    for line in answers(rows):
+        console.print(line, markup=False, highlight=False)
     for table in to_terminal(build_table(rows, spec), title, console.width):
         console.print(table)
     for line in remarks(rows):

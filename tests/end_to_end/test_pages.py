@@ -127,8 +127,8 @@ def page(browser: Any, name: str, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 def test_text_stands_out_and_nothing_is_cut_off(page: Any, width: int, scheme: str) -> None:
     show(page, width, scheme)
-    assert pale_text(page) == []
     assert cut_off(page) == []
+    assert pale_text(page) == []
     backs = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     assert (backs[0] == "rgb(255, 255, 255)") == (scheme == "light"), "the page itself is light, or dark"
 
