@@ -51,7 +51,7 @@ def show(page: Any, width: int, scheme: str = "light") -> None:
     page.set_viewport_size({"width": width, "height": page.evaluate("document.documentElement.scrollHeight")})
 
 
-def asked(page: Any, check: str, given: float | None = None) -> Any:
+def asked(page: Any, check: str, given: float | str | None = None) -> Any:
     """What one of the checks in page_checks.js answers."""
     checks = CHECKS.read_text(encoding="utf-8").partition("\n")[2]  # after the comment
     return page.evaluate(f"given => {checks.strip()}.{check}(given)", given)
@@ -87,3 +87,8 @@ def out_of_reach(page: Any) -> list[str]:
         if not focused["seen"]:
             wrong.append(f"no focus is seen: {focused['what']}")
     return wrong + [f"not reached: {what}" for what in wanted.values()]
+
+
+def colours_of(page: Any, name: str) -> list[str]:
+    """All that the bars and marks of an optimizer are painted in."""
+    return list(asked(page, "coloursOf", name))

@@ -117,4 +117,23 @@
     const seen = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2 && element.checkVisibility();
     return { at: [...document.querySelectorAll("*")].indexOf(element), what: element.outerHTML.slice(0, 60), seen };
   },
+
+  // The colours of the bars whose labels are this name, whatever its case, and of its marks on the estimate's page.
+  coloursOf(name) {
+    const called = (element) => element.textContent.toLowerCase() === name;
+    const painted = (element) => {
+      const style = getComputedStyle(element);
+      return element.tagName === "path" && style.fill !== "none" && style.opacity > 0;
+    };
+    const bars = [...document.querySelectorAll("figure svg text")].filter(called).map((label) => {
+      const box = label.getBoundingClientRect(), steps = [...Array(12).keys()];
+      const beside = steps.flatMap((i) => document.elementsFromPoint(box.right + 2 * i, box.y + box.height / 2));
+      return beside.find(painted);
+    });
+    const marks = [...document.querySelectorAll("#bars span")].filter(called);
+    const colours = [...bars.filter(Boolean).map((bar) => getComputedStyle(bar).fill),
+      ...marks.map((mark) => getComputedStyle(mark).borderLeftColor)];
+    return [...new Set(colours)].map((colour) =>
+      "#" + colour.match(/\d+/g).slice(0, 3).map((part) => Number(part).toString(16).padStart(2, "0")).join(""));
+  },
 })

@@ -20,7 +20,7 @@ from ds_optim.report.estimate_page import write_page
 from ds_optim.report.memory import render_memory
 from ds_optim.report.plots import colour_map
 from ds_optim.report.table import TableSpec
-from tests.browser import NARROW, WIDE, cut_off, opened, out_of_reach, pale_text, show, unnamed
+from tests.browser import NARROW, WIDE, colours_of, cut_off, opened, out_of_reach, pale_text, show, unnamed
 
 pytestmark = pytest.mark.full
 
@@ -153,11 +153,11 @@ def test_what_came_out_stands_first_then_the_picture_the_table_and_how(page: Any
     assert tops == sorted(tops), dict(zip(places, tops, strict=True))
 
 
-def test_an_optimizer_has_one_colour(page: Any, name: str) -> None:
-    wanted = colour_map(["adamw", "lion", "muon"])
-    drawn = set(re.findall(r"#[0-9a-f]{6}", page.content()))
-    shown = {"polar": {"muon"}, "accept": set(), "memory": {"lion", "muon"}}.get(name, {"adamw", "lion", "muon"})
-    assert {optimizer for optimizer, colour in wanted.items() if colour in drawn} == shown
+@pytest.mark.parametrize("name", ["compare", "step", "wire", "estimate"], indirect=True)
+def test_an_optimizer_has_one_colour(page: Any) -> None:
+    show(page, WIDE)
+    for optimizer in ("adamw", "lion", "muon"):
+        assert colours_of(page, optimizer) == [colour_map([optimizer])[optimizer]], optimizer
 
 
 @pytest.mark.parametrize("name", ["step", "wire", "polar", "elementwise", "accept"], indirect=True)
