@@ -949,6 +949,34 @@ MUTANTS = [
         "if False:",
         f"{U}habits_of_torch.py",
     ),
+    Mutant(
+        "a benchmark's ratio is told where its quartiles meet",
+        "answers.py",
+        "SPREAD if alone or (low <= base_high and base_low <= high)",
+        "SPREAD if alone",
+        f"{U}bench.py {E}pages.py",
+    ),
+    Mutant(
+        "an optimizer's colour depends on who else is shown",
+        "plots.py",
+        "if (colour := _own_colour(name))}",
+        "if (colour := _own_colour(name)) and len(names) < 3}",
+        f"{U}report.py",
+    ),
+    Mutant(
+        "grey text on white is too light",
+        "page.css",
+        "--quiet: #59636e",
+        "--quiet: #8a94a0",
+        f"{E}pages.py",
+    ),
+    Mutant(
+        "a slider's label belongs to what it says",
+        "estimate.html.j2",
+        '<label for="ranks">',
+        "<label>",
+        f"{E}pages.py",
+    ),
 ]
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ds_optim.report.plots import Bars
 from ds_optim.report.schema import Row
 from ds_optim.report.table import Column, TableSpec
 from ds_optim.report.units import significant
 
 KIND = "accept"
+_MOST_NAMES, _MOST_BARS = 6, 3
+_WITHIN, _OVER = "within its limit", "beyond it"
 
 
 class AcceptSettings(BaseModel):
@@ -91,6 +95,42 @@ def page_rows(rows: Iterable[Row]) -> list[Row]:
     return [_joined(of_one) for of_one in groups.values()]
 
 
+def held(rows: Sequence[Row]) -> str:
+    """How many hold, of how many."""
+    return f"{sum(row.status == 'ok' for row in rows)} of {len(rows)} hold"
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """How many hold, and which do not."""
+    names = [
+        f"{row.extra['part']}: {row.optimizer} ({row.extra['held']})" for row in page_rows(rows) if row.status != "ok"
+    ]
+    if not names:
+        return f"{held(rows)}: this machine is accepted."
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"{held(rows)}; not: {', '.join(names[:_MOST_NAMES])}{more}."
+
+
+def nearest(rows: Sequence[Row]) -> Bars | None:
+    """Of each part the checks nearest to their limits, as shares of these; None where nothing has a limit."""
+    found: dict[str, list[tuple[str, float]]] = {row.extra["part"]: [] for row in rows}
+    for row in page_rows(rows):
+        if row.extra["limit"] and math.isfinite(_nearness(row)):
+            found[row.extra["part"]].append((row.optimizer, _nearness(row)))
+    shown = {part: sorted(shares, key=lambda s: -s[1])[:_MOST_BARS] for part, shares in found.items() if shares}
+    bars = {part: [(name, {_OVER if s > 1 else _WITHIN: s}) for name, s in shares] for part, shares in shown.items()}
+    if not shown:
+        return None
+    return Bars(
+        name="nearest",
+        title="The checks nearest to their limits, by part",
+        groups=bars,
+        text=lambda share: f"{significant(100 * share)} %",
+        parts={_WITHIN: "#4aa564", _OVER: "#c0392b"},
+        limits={(part, name): 1.0 for part, shares in shown.items() for name, _ in shares},
+    )
+
+
 def _joined(rows: Sequence[Row]) -> Row:
     failed = [row for row in rows if row.status != "ok"]
     shown = failed[0] if failed else max(rows, key=_nearness)
@@ -98,8 +138,8 @@ def _joined(rows: Sequence[Row]) -> Row:
     if failed:
         more = f", and {len(failed) - 1} more of {len(rows)}" if len(failed) > 1 else ""
         reason = f"{failed[0].reason}{more}"
-    held = f"{len(rows) - len(failed)} of {len(rows)}"
-    return shown.model_copy(update={"reason": reason, "extra": {**shown.extra, "held": held}})
+    extra = {**shown.extra, "held": f"{len(rows) - len(failed)} of {len(rows)}"}
+    return shown.model_copy(update={"reason": reason, "extra": extra})
 
 
 def _nearness(row: Row) -> float:

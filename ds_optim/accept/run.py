@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ds_optim.accept.checks import PAGE, AcceptSettings, Check, page_rows
+from ds_optim.accept.checks import PAGE, AcceptSettings, Check, held, nearest, page_rows, verdict
 from ds_optim.accept.parts import MINUTES, PARTS
 from ds_optim.accept.worker import CHECKS, SETTINGS
 from ds_optim.bench.output import open_folder
@@ -38,7 +38,7 @@ def accept(settings: AcceptSettings, parts: Sequence[str], out: Path, *, minutes
     """
     open_folder(out, force=force, rows=RESULTS, held=(RESULTS, RUN_FILE))
     rows: list[Row] = []
-    told: list[str] = []
+    told: dict[str, str] = {}
     begun = time.monotonic()
     with interruptible():
         for number, name in enumerate(parts, 1):
@@ -47,15 +47,15 @@ def accept(settings: AcceptSettings, parts: Sequence[str], out: Path, *, minutes
             for row in of_part:
                 append_row(out / RESULTS, row)
             rows += of_part
-            told.append(f"{name}: {_held(of_part)} in {seconds:.0f} s")
-            _say(f"{_held(of_part)} ({seconds:.0f} s)")
+            told[f"Part {name}"] = f"{held(of_part)} ({seconds:.0f} s)"
+            _say(f"{held(of_part)} ({seconds:.0f} s)")
             for row in of_part:
                 if row.status != "ok":
                     _say(f"    failed: {row.optimizer}: {row.reason}")
-    report = _page(rows, settings, parts, out, [*told, f"In all {time.monotonic() - begun:.0f} s."])
+    report = write_report(rows, settings, parts, out, {**told, "In all": f"{time.monotonic() - begun:.0f} s"})
     for path in (out / RESULTS, report.markdown, report.html):
         print(path)
-    _say(f"{'accepted' if all(row.status == 'ok' for row in rows) else 'NOT accepted'}: {_held(rows)}")
+    _say(f"{'accepted' if all(row.status == 'ok' for row in rows) else 'NOT accepted'}: {held(rows)}")
     return int(any(row.status != "ok" for row in rows))
 
 
@@ -107,11 +107,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(_TERMINATE_S)
 
 
-def _page(
-    rows: Sequence[Row], settings: AcceptSettings, parts: Sequence[str], out: Path, told: Sequence[str]
+def write_report(
+    rows: Sequence[Row], settings: AcceptSettings, parts: Sequence[str], out: Path, told: Mapping[str, str]
 ) -> Report:
     device = f"{settings.gpus} GPUs" if settings.gpus else "CPU"
-    verdict = "Every check holds." if all(row.status == "ok" for row in rows) else "Not every check holds."
     left_out = [name for name in PARTS if name not in parts]
     quick = " --quick" if settings.quick else ""
     info = RunInfo(
@@ -119,15 +118,17 @@ def _page(
         command=f"ds-optim accept{quick} --only {','.join(parts)} --out {out.name}",
         started=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         machine=describe_machine(),
-        settings={"Device": device, "Ranks": str(settings.ranks), "Cells": "a few" if settings.quick else "all"},
+        settings={
+            "Device": device,
+            "Ranks": str(settings.ranks),
+            "Cells": "a few" if settings.quick else "all",
+            **told,
+        },
         notes=[f"All checks, one a line: {RESULTS}.", *([f"Left out: {', '.join(left_out)}."] if left_out else [])],
     )
     (out / RUN_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return render(page_rows(rows), info, out, PAGE, summary=[verdict, *told])
-
-
-def _held(rows: Sequence[Row]) -> str:
-    return f"{sum(row.status == 'ok' for row in rows)} of {len(rows)} hold"
+    plot = nearest(rows)
+    return render(page_rows(rows), info, out, PAGE, summary=[verdict(rows)], plots=[] if plot is None else [plot])
 
 
 def _say(line: str, end: str = "\n") -> None:

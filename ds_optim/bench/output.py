@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ds_optim.bench.answers import answers
 from ds_optim.bench.tables import bars
 from ds_optim.errors import UserError
 from ds_optim.machine.kept_results import refuse
@@ -20,6 +21,20 @@ from ds_optim.report.table import TableSpec, build_table
 ROWS = "rows.jsonl"
 _FILE_WIDTH = 120
 _MOST_NAMES = 4
+#: Of what a row carries, what is the same in all, and how it is called.
+_SETTINGS = {
+    "tokens": "Tokens a rank and step",
+    "accumulation": "Micro-batches a step",
+    "elements": "Elements",
+    "device": "Device",
+    "threads": "Threads",
+}
+_HOW = {
+    "times": "Times are medians of cases that take turns, the quartiles beneath. × is the ratio to the time that the "
+    'column names; where the quartiles meet, or there is one sample, it is "about" so much, and grey.',
+    "wire_bytes": "Bytes are those that a rank hands to collectives, a mean over the ranks and steps; what passes a "
+    "network interface is counted beside them where that is permitted.",
+}
 
 
 def stamp() -> dict[str, Any]:
@@ -56,23 +71,35 @@ def collect(rows: Iterable[Row], out: Path | None) -> list[Row]:
 
 
 def show(title: str, rows: Sequence[Row], spec: TableSpec) -> None:
-    """The table on the terminal; beneath it the limits, and why what was not measured was not."""
+    """What came out and the table on the terminal; beneath it the limits, and why what was not measured was not."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    for line in answers(rows):
+        console.print(line, markup=False, highlight=False)
     for table in to_terminal(build_table(rows, spec), title, console.width):
         console.print(table)
     for line in remarks(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write(title: str, rows: Sequence[Row], spec: TableSpec, out: Path) -> Report:
-    """``report.md`` and ``report.html``, with what there is to draw."""
-    plot = bars(title, rows)
-    machine = {name: str(value) for name, value in rows[0].extra["machine"].items()}
-    info = RunInfo(title=title, started=rows[0].extra["date"], machine=machine, notes=remarks(rows))
+def write(title: str, rows: Sequence[Row], spec: TableSpec, out: Path, command: str = "") -> Report:
+    """``report.md`` and ``report.html``: what came out, what there is to draw, the table, and how it was measured."""
+    plot = bars(rows)
+    first = rows[0]
+    info = RunInfo(
+        title=title,
+        command=command,
+        started=first.extra["date"],
+        machine={name: str(value) for name, value in first.extra["machine"].items()},
+        settings={} if first.stage is None else {"Ranks": str(first.ranks)},
+        notes=[_HOW["wire_bytes" if first.kind == "wire_bytes" else "times"], *remarks(rows)],
+    )
+    names = _SETTINGS if first.stage is None else {"shape": "Model", **_SETTINGS}
+    given = {name: first.extra[key] for key, name in names.items() if key in first.extra}
+    info.settings.update({name: f"{value:,}" if isinstance(value, int) else value for name, value in given.items()})
     unmarked = [row.model_copy(update={"notes": []}) for row in rows]  # the remarks name their rows
-    return render(unmarked, info, out, spec, plots=[] if plot is None else [plot])
+    return render(unmarked, info, out, spec, plots=[] if plot is None else [plot], summary=answers(rows))
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

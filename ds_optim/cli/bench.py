@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 @app.command()
 def step(
+    context: typer.Context,
     ranks: Ranks = None,
     stages: Stages = "1,2,3",
     cases: Cases = None,
@@ -66,11 +68,12 @@ def step(
     kept = None if traces is None else traces.absolute()
     settings = step.StepSettings(**run, tokens=tokens, accumulation=accumulation, rounds=rounds, traces=kept)
     title = f"Training steps, {settings.ranks} ranks, {settings.shape}, {tokens} tokens a rank"
-    return _run(title, lambda: step.rows(settings, output.stamp()), tables.STEP, out, force)
+    return _run(context, title, lambda: step.rows(settings, output.stamp()), tables.STEP, out, force)
 
 
 @app.command()
 def wire(
+    context: typer.Context,
     ranks: Ranks = None,
     stages: Stages = "1,2,3",
     cases: Cases = None,
@@ -86,11 +89,12 @@ def wire(
     run = _run_settings(ranks, stages, cases, width, layers, vocabulary)
     settings = wire.WireSettings(**{**run, "cases": tuple(dict.fromkeys([engines.ADAMW, *run["cases"]]))})
     title = f"Bytes on the wire, {settings.ranks} ranks, {settings.shape}"
-    return _run(title, lambda: wire.rows(settings, output.stamp()), tables.WIRE, out, force)
+    return _run(context, title, lambda: wire.rows(settings, output.stamp()), tables.WIRE, out, force)
 
 
 @app.command()
 def polar(
+    context: typer.Context,
     shapes: Annotated[str | None, typer.Option(help="Rows x columns, e.g. 768x2304,4096x4096.")] = None,
     max_elements: Annotated[
         int | None, typer.Option(help="Larger shapes are named and not measured. [2^22 on a CPU, 2^26 on CUDA]")
@@ -136,7 +140,7 @@ def polar(
         compiled=compiled,
     )
     title = f"Orthogonalization, {place.type}"
-    status = _run(title, lambda: polar.rows(settings, output.stamp()), tables.POLAR, out, force)
+    status = _run(context, title, lambda: polar.rows(settings, output.stamp()), tables.POLAR, out, force)
     if store:
         for line in polar_table.measure_and_store(settings):
             typer.echo(line)
@@ -145,6 +149,7 @@ def polar(
 
 @app.command()
 def elementwise(
+    context: typer.Context,
     elements: Annotated[int, typer.Option(help="Of the flat tensor; many times the caches' size.")] = 1 << 26,
     rounds: Annotated[int, typer.Option(help="Samples of each case.")] = 9,
     device: Device = "auto",
@@ -159,7 +164,7 @@ def elementwise(
     place, missing = arguments.device(device)
     settings = elementwise.ElementwiseSettings(device=place, missing=missing, elements=elements, rounds=rounds)
     title = f"One flat tensor of {elements:,} elements, {place.type}"
-    return _run(title, lambda: elementwise.rows(settings, output.stamp()), tables.ELEMENTWISE, out, force)
+    return _run(context, title, lambda: elementwise.rows(settings, output.stamp()), tables.ELEMENTWISE, out, force)
 
 
 def _run_settings(
@@ -178,7 +183,14 @@ def _run_settings(
     return {"ranks": ranks, "stages": tuple(arguments.stages(stages)), "cases": tuple(named), "shape": shape}
 
 
-def _run(title: str, measure: Callable[[], Iterable[Row]], spec: TableSpec, out: Path | None, force: bool) -> int:
+def _run(
+    context: typer.Context,
+    title: str,
+    measure: Callable[[], Iterable[Row]],
+    spec: TableSpec,
+    out: Path | None,
+    force: bool,
+) -> int:
     """Measure, show, and write what ``out`` asks for. The status to exit with: 1 where nothing could be measured."""
     from ds_optim.bench import output
 
@@ -186,7 +198,20 @@ def _run(title: str, measure: Callable[[], Iterable[Row]], spec: TableSpec, out:
     rows = output.collect(measure(), out)
     output.show(title, rows, spec)
     if out is not None:
-        report = output.write(title, rows, spec, out)
+        report = output.write(title, rows, spec, out, reproduce(context))
         for name, path in (("rows", out / output.ROWS), ("report", report.markdown), ("report", report.html)):
             typer.echo(f"{name}: {path}")
     return int(all("not_measured" in row.extra for row in rows))
+
+
+def reproduce(context: typer.Context) -> str:
+    """The command line that runs this benchmark again; options left at their defaults are left out, and of folders all
+    but the name."""
+    words = ["ds-optim", "bench", str(context.info_name)]
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        if value is None or value == option.default or option.name == "force":
+            continue
+        flag = (option.opts if value else option.secondary_opts)[0]
+        words += [flag] if isinstance(value, bool) else [flag, value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words)

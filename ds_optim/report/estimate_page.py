@@ -11,6 +11,7 @@ from ds_optim.memory.grid import grid
 from ds_optim.memory.side_by_side import EstimateRequest
 from ds_optim.report.estimate import notes, title_of
 from ds_optim.report.memory_plots import OWNER_COLOURS
+from ds_optim.report.plots import colour_map
 from ds_optim.report.render import templates
 
 _GIB = 2**30
@@ -31,6 +32,7 @@ _OWNERS = {
 
 def write_page(request: EstimateRequest, path: Path) -> list[Path]:
     """Write the page to ``path``, set to what was asked for; its numbers are those of ``estimate_rows``."""
+    data = grid(request)
     start = {
         "stage": max(request.stages),
         "ranks": request.ranks[0],
@@ -42,7 +44,8 @@ def write_page(request: EstimateRequest, path: Path) -> list[Path]:
         "title": title_of(request),
         "seq_len": f"{request.seq_len:,}",
         "notes": [*notes(replace(request, gpu_bytes=None)), f"What fits leaves {1 - USABLE:.0%} of a GPU free."],
-        "data": grid(request),
+        "data": data,
+        "colours": colour_map([column["name"] for column in data["columns"]]),
         "owners": {owner: {"label": label, "colour": OWNER_COLOURS[name]} for owner, (label, name) in _OWNERS.items()},
         "start": start,
     }

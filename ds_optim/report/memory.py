@@ -34,14 +34,15 @@ def render_memory(rows: Sequence[Row], info: RunInfo, out_dir: Path) -> Report:
     merged = with_savings(merge_repeats(rows))
     write_csv(merged, out_dir / CSV)
     differences, causes = reconciliation(merged)
-    info = info.model_copy(update={"notes": [*info.notes, *causes]})
+    ran, *how_to_read = summary(merged)
+    info = info.model_copy(update={"notes": [*how_to_read, *info.notes, *causes]})
     return render(
         merged,
         info,
         out_dir,
         _table_spec(merged),
         plots=memory_plots(merged),
-        summary=[*memory_answers(merged), *summary(merged)],
+        summary=[*memory_answers(merged), ran],
         tables={"Differences between what was estimated, accounted and measured": differences},
     )
 
@@ -131,7 +132,11 @@ def memory_answers(rows: Sequence[Row]) -> list[str]:
     """What each optimizer saves, a sentence a stage, and how much of a peak that can be at all."""
     found = []
     for base in (row for row in rows if row.status == "ok" and row.optimizer.lower() == BASELINE and row.peak_bytes):
-        saved = [_saving_in_words(row) for row in rows if group_of(row) == group_of(base) and row.extra.get("saving")]
+        alike: dict[str, list[str]] = {}
+        for row in rows:
+            if group_of(row) == group_of(base) and row.extra.get("saving"):
+                alike.setdefault(_saving_in_words(row), []).append(row.label)
+        saved = [f"{', '.join(who)} save{'s' if len(who) == 1 else ''} {what}" for what, who in alike.items()]
         if saved:
             share = (base.model_state_bytes or 0) / (base.peak_bytes or 1)
             found.append(
@@ -153,7 +158,7 @@ def _saving_in_words(row: Row) -> str:
     """Of peak first."""
     saving = row.extra["saving"]
     parts = [f"{size(saving[name])} of {name} ({fixed(saving['percent'][name], 1)} %)" for name in reversed(_SIZES)]
-    return f"{row.label} saves {', '.join(parts)}"
+    return ", ".join(parts)
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

@@ -6,17 +6,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ds_optim.report.plots import legend_beneath, new_figure
+from ds_optim.report.plots import WIDTH, legend_beneath, new_figure
 
 Points = Sequence[tuple[int, float]]
 """(number of ranks, value) pairs."""
 Key = TypeVar("Key", bound=Hashable)
 
+#: Of parts of memory: paler than those of optimizers, none of which has one of these.
 OWNER_COLOURS = {
-    "weights": "#3b82c4",
-    "gradients": "#2fa36b",
-    "master": "#a06cd5",
-    "state": "#e07b39",
+    "weights": "#6c8ebf",
+    "gradients": "#82b366",
+    "master": "#b39ddb",
+    "state": "#e8a87c",
     "activations": "#7fb8d8",
     "logits": "#d8b84a",
     "gathered layers": "#5b7f95",
@@ -42,26 +43,27 @@ class HeatMap:
 
     def figure(self, colours: Mapping[str, str], ink: str) -> Any:
         import numpy as np
-        from matplotlib import colormaps
 
-        width = 2.8 + max(4.0, 0.85 * len(self.columns))
+        width = max(WIDTH, 2.0 + 0.85 * len(self.columns))
         figure, axes = new_figure(min(width, 24.0), 0.9 + 0.28 * len(self.rows), ink)
         table = np.full((len(self.rows), len(self.columns)), np.nan)
         for y, row in enumerate(self.values):
             table[y, : len(row)] = row
-        shades = colormaps["Blues"].with_extremes(bad=(0, 0, 0, 0))
         low, high = np.nanmin(table), np.nanmax(table)
-        # The palest shade is kept off the page's white, the darkest off its ink.
         spread = (high - low) or max(abs(high), 1.0)
-        axes.imshow(table, aspect="auto", cmap=shades, vmin=low - 0.3 * spread, vmax=high + 0.3 * spread)
+        # Cell by cell, not as one image, so that each has a colour of its own in the page.
+        cells = axes.pcolormesh(np.ma.masked_invalid(table), cmap="Blues", vmin=low - 0.3 * spread, vmax=high)
+        axes.invert_yaxis()
         for (y, x), value in np.ndenumerate(table):
             if len(self.columns) <= 16 and np.isfinite(value):
-                ink_of = "white" if value > low + 0.6 * spread else "#102a43"
-                axes.text(x, y, self.text(float(value)), ha="center", va="center", fontsize=8, color=ink_of)
-        axes.set_xticks(range(len(self.columns)), self.columns, rotation=0 if len(self.columns) <= 8 else 90)
-        axes.set_yticks(range(len(self.rows)), self.rows)
+                light = np.dot([0.2126, 0.7152, 0.0722], np.power(cells.to_rgba(value)[:3], 2.2))
+                colour = "black" if light > 0.18 else "white"  # where both stand out alike
+                axes.text(x + 0.5, y + 0.5, self.text(float(value)), ha="center", va="center", fontsize=9, color=colour)
+        turned = 0 if len(self.columns) <= 8 else 90
+        axes.set_xticks([x + 0.5 for x in range(len(self.columns))], self.columns, rotation=turned)
+        axes.set_yticks([y + 0.5 for y in range(len(self.rows))], self.rows)
         axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelsize=8.5)
+        axes.tick_params(length=0)
         return figure
 
 
@@ -85,7 +87,7 @@ class SavingOverRanks:
     how: str = "counted"
 
     def figure(self, colours: Mapping[str, str], ink: str) -> Any:
-        figure, (absolute, relative) = new_figure(8.0, 4.4, ink, panels=2)
+        figure, (absolute, relative) = new_figure(WIDTH, 6.4, ink, panels=2, below=True)
         ranks = sorted({n for points in self.shares.values() for n, _ in points})
         over_ranks(absolute, "saved a parameter and rank, bytes", ranks, ink)
         over_ranks(relative, "saved of model states, %", ranks, ink)
@@ -104,9 +106,10 @@ class SavingOverRanks:
         for (label, _), points in self.measured.items():
             _dots(relative, points, colours.get(label))
         absolute.set_yscale("log")
+        absolute.yaxis.set_major_formatter("{x:g}")
         relative.set_ylim(bottom=0)
-        absolute.legend(frameon=False, labelcolor=ink, fontsize=8)
-        legend_beneath(figure, relative, ink, columns=3)
+        absolute.legend(frameon=False, labelcolor=ink, fontsize=9)
+        legend_beneath(figure, relative, ink, columns=2)
         return figure
 
 

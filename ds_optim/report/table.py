@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 Value = float | int | str | None
+_NO_CHANGE = (MISSING, "0 %", "×1.00")
 _MARKDOWN = re.compile(r"[\\`*\[\]<|]")
 
 
@@ -84,6 +85,15 @@ class Table:
     unmeasured: Sequence[str]
     key_columns: int
 
+    def kinds(self) -> list[str]:
+        """How each column is set: as "key", or by what was measured in it as "words" or "number"."""
+        found = ["key"] * self.key_columns
+        for place in range(self.key_columns, len(self.titles)):
+            cells = [line.cells[place] for line in self.lines if not line.failure]
+            words = [not cell.numeric for cell in cells if cell.text != MISSING]
+            found.append("words" if words and all(words) else "number")
+        return found
+
 
 def build_table(rows: Iterable[Row], spec: TableSpec) -> Table:
     """Lay rows out by ``spec``; a column that no row measured is left out and listed as unmeasured."""
@@ -127,7 +137,7 @@ def _cell(column: Column, row: Row, base: Row | None) -> Cell:
     verdict: Literal["better", "worse", ""] = ""
     if column.doubt is not None and column.doubt(row, base):
         change = f"about {change}" if change != MISSING else change
-    elif column.lower_is_better is not None and change not in (MISSING, "0 %"):
+    elif column.lower_is_better is not None and change not in _NO_CHANGE:
         verdict = "better" if (value < reference) == column.lower_is_better else "worse"
     return Cell(text=text, change=change, verdict=verdict, detail=detail)
 

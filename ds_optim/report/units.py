@@ -62,6 +62,11 @@ def percent_change(value: float, base: float) -> str:
     return "0 %" if float(text) == 0 else _minus(f"{text} %")
 
 
+def ratio_to(value: float, base: float) -> str:
+    """How many times ``base``."""
+    return f"×{significant(value / base)}" if base else MISSING
+
+
 def nats_more(value: float, base: float) -> str:
     """How many nats more than ``base``, with its sign."""
     return MISSING if not (math.isfinite(value) and math.isfinite(base)) else _minus(f"{value - base:+.3f}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,3 +17,12 @@ def place(tmp_path: Path) -> Path:
 
     shutil.copytree(FIRST_RELEASE / "model", tmp_path / "model")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One chromium for all tests of a file."""
+    from tests.browser import chromium
+
+    with chromium() as started:
+        yield started

@@ -30,6 +30,7 @@ def bench(out: Path, *arguments: str) -> list[Row]:
     assert len(list((out / "plots").glob("*.png"))) == 1
     rows = read_rows(out / "rows.jsonl")
     table = (out / "report.md").read_text()
+    assert f"ds-optim bench {arguments[0]} " in table.partition("## To reproduce")[2]
     today = stamp()
     for row in rows:
         assert row.optimizer in table
@@ -82,6 +83,8 @@ def test_polar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     ]  # fmt: skip
     found = dispatch.gram_from(torch.device("cpu"), "bfloat16")
     shown = capsys.readouterr().out
+    again = "bench polar --shapes 32x96,512x512 --max-elements 131072 --schedules keller --dtypes bf16 --rounds 2 "
+    assert f"{again}--no-compiled --store --device cpu --out out\n" in (tmp_path / "out" / "report.md").read_text()
     assert "512x512 every routine: not measured: more than --max-elements 131072" in shown
     assert found is not None
     assert ("never wins" if found == float("inf") else f"wins above {found:g}") in shown

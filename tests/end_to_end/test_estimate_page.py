@@ -1,9 +1,8 @@
-"""The page of ``ds-optim estimate --html`` in a browser: its numbers, its controls, and narrow screens."""
+"""The page of ``ds-optim estimate --html`` in a browser: its numbers and its controls; test_pages.py has the rest."""
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ds_optim.memory.estimate_sources import load_shape
 from ds_optim.memory.grid import ranks_of
 from ds_optim.memory.side_by_side import BASELINE, EstimateRequest
 from ds_optim.report.estimate_page import write_page
+from tests.browser import opened
 
 pytestmark = pytest.mark.full
 
@@ -44,31 +44,11 @@ def request_of_page() -> EstimateRequest:
     return EstimateRequest(model=load_shape("qwen3-tiny", None), optimizers=OPTIMIZERS, seq_len=256)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium on PATH")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def page(browser: Any, request_of_page: EstimateRequest, tmp_path: Path) -> Iterator[Any]:
-    """The page as a browser shows it, which asks for no other file and says nothing on its console."""
     (path,) = write_page(request_of_page, tmp_path / "estimate.html")
-    opened = browser.new_page()
-    said: list[str] = []
-    opened.on("console", lambda message: said.append(message.text))
-    opened.on("pageerror", lambda error: said.append(str(error)))
-    opened.on("request", lambda asked: said.append(asked.url) if asked.url != path.as_uri() else None)
-    opened.goto(path.as_uri())
-    yield opened
-    opened.close()
-    assert said == []
+    with opened(browser, path) as page:
+        yield page
 
 
 def shown(page: Any) -> dict[str, list[int]]:
@@ -147,12 +127,7 @@ def test_controls_work_from_the_keyboard_and_the_address_keeps_them(page: Any) -
     assert page.input_value("#gpu") == "24"
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (420, "dark"), (1400, "light")])
-def test_nothing_is_cut_off(page: Any, width: int, scheme: str) -> None:
-    page.set_viewport_size({"width": width, "height": 900})
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate("[...document.querySelectorAll('#lines td')].every(td => td.offsetWidth > 0)")
+def test_the_picture_shows_all_owners_and_says_what_the_sentence_does(page: Any) -> None:
     assert page.get_attribute("#bars", "aria-label") == page.inner_text("#said")
     assert page.eval_on_selector_all(".track", "tracks => tracks.every(t => t.children.length > 4)")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ds_optim.accept import given, kernels, measured, run, worker
-from ds_optim.accept.checks import AcceptSettings, Check, page_rows, within
+from ds_optim.accept.checks import AcceptSettings, Check, nearest, page_rows, verdict, within
 from ds_optim.accept.optimizers import Place, places
 from ds_optim.accept.parts import MINUTES, PARTS
 from ds_optim.cli.app import main
@@ -82,6 +82,13 @@ def test_the_page_shows_what_is_nearest_to_its_limit_and_all_that_failed() -> No
     assert (b.status, b.extra["text"]) == ("ok", "")
     assert c.status == "failed"
     assert c.reason == "z, nan (limit 1.00), and 1 more of 3"
+    rows = [check.row("part") for check in checks]
+    assert verdict(rows) == "4 of 6 hold; not: part: c (1 of 3)."
+    assert verdict(rows[:3]) == "3 of 3 hold: this machine is accepted."
+    drawn = nearest(rows)
+    assert drawn is not None
+    assert drawn.groups == {"part": [("a", {"within its limit": 0.9})]}, "a NaN has no place on an axis"
+    assert nearest(rows[2:3]) is None
 
 
 def test_what_a_part_finds_is_told_and_the_others_run(
@@ -109,7 +116,7 @@ def test_what_a_part_finds_is_told_and_the_others_run(
         ("wire", "Lion", None),
     ]
     page = (out / "report.md").read_text()
-    for text in ("Not every check holds.", "polar: 0 of 2 hold in 120 s", "- CPU: ", "- torch: ", "Left out: kernels"):
+    for text in ("hold; not: ", "Part polar: 0 of 2 hold (120 s)", "- CPU: ", "- torch: ", "Left out: kernels"):
         assert text in page
     assert "failed: copy: here, 2.00 ms (limit 1.00)" in capsys.readouterr().err
     (tmp_path / "wire").rename(tmp_path / "before")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ds_optim.bench import elementwise, polar, polar_table, ranks, step, tables, wire
+from ds_optim.bench.answers import answers
 from ds_optim.bench.engines import CASES, ModelShape, train_step
 from ds_optim.bench.fused_adamw import op_is_built
 from ds_optim.bench.limits import Limits, measure_limits
@@ -22,6 +23,7 @@ from ds_optim.bench.trace import Overlap, overlap_of
 from ds_optim.cli.app import main
 from ds_optim.matrix import dispatch
 from ds_optim.report import Row, build_table, to_markdown
+from ds_optim.report.plots import colour_map
 
 CPU = torch.device("cpu")
 STAMP = {"machine": {"CPU": "one"}, "date": "2026-01-01"}
@@ -350,6 +352,56 @@ def test_the_least_work_of_a_step_is_in_bytes_and_products() -> None:
     assert CASES["LionMuon"]["params"]["period"] == 2
 
 
+def timed(optimizer: str, low: float, middle: float, high: float, **fields: Any) -> Row:
+    row = Row(kind="step_time", optimizer=optimizer, stage=1, ms_low=low, ms_per_step=middle, ms_high=high)
+    return row.model_copy(update=fields)
+
+
+def test_what_came_out_is_said_first_and_with_about_where_quartiles_meet() -> None:
+    rows = [timed("Muon", 11, 12, 13), timed("AdamW", 9, 10, 11), timed("Lion", 8, 8.4, 8.9), timed("One", 7, 7, 7)]
+    rows.append(Row(kind="step_time", optimizer="Signum", stage=1, extra={"not_measured": "no memory"}))
+    assert answers(rows) == [
+        "ZeRO-1, time of a step against AdamW's: Muon about ×1.20, Lion ×0.840, One about ×0.700.",
+        "1 of 5 cases were not measured; beneath the table stands why.",
+    ]
+    table = build_table(rows, tables.STEP)
+    assert [(line.cells[2].change, line.cells[2].verdict) for line in table.lines] == [
+        ("about ×1.20", ""), ("", ""), ("×0.840", "better"), ("about ×0.700", ""), ("", ""),
+    ]  # fmt: skip
+    assert answers(rows[:1]) == ["ZeRO-1: AdamW was not measured, and time of a step has no ratio to it."]
+    assert answers(rows[-1:]) == ["Nothing was measured: no memory."]
+    assert answers([]) == []
+
+
+def test_the_fastest_of_ours_stands_against_deepspeeds_as_it_ships() -> None:
+    shape = {"stage": None, "kind": "polar", "dtype": "bf16", "extra": {"shape": "8x8", "ratios": {}}}
+    at_rate = {**shape, "extra": {"shape": "8x8", "ratios": {"rate / matrix rate": 0.5}}}
+    rows = [timed("keller", 4, 5, 6, **shape), timed("you", 2, 3, 3.5, **at_rate)]
+    rows += [timed("DeepSpeed", 7, 8, 9, **shape), timed("DeepSpeed, eager", 10, 12, 13, **shape)]
+    said = "Time of our fastest orthogonalization against DeepSpeed's: 8x8 {} (you, bf16, 50 % of the matrix rate)."
+    assert answers(rows) == [said.format("×0.375")]
+    assert answers([*rows[:2], rows[3]]) == [said.format("×0.250")]
+    assert answers(rows[:2]) == []
+    drawn = tables.bars(rows)
+    assert drawn is not None
+    assert drawn.limits == {("8x8", "you, bf16"): 1.5}
+    assert drawn.parts["you, bf16"] == colour_map(["muon"])["muon"]
+
+
+def test_eager_passes_are_drawn_where_nothing_is_compiled() -> None:
+    def a_pass(name: str, path: str | None, ms: float | None, what: str = "sign step") -> Row:
+        extra = {"what": what, "path": path, "ratios": {"rate / in-place rate": 0.5}}
+        return timed(name, 0, ms or 0, 1, kind="elementwise", stage=None, ms_per_step=ms, extra=extra)
+
+    rows = [a_pass("copy", None, 1, "limits"), a_pass("torch AdamW, fused", None, 4), a_pass("both", "compiled", 2)]
+    rows += [a_pass("both", "eager", 80), a_pass("one", "compiled", None), a_pass("one", "eager", 40)]
+    drawn = tables.bars(rows)
+    assert drawn is not None
+    assert drawn.groups == {"sign step": [("torch AdamW, fused", 4), ("both", 2), ("one, eager", 40)]}
+    assert drawn.limits["sign step", "one, eager"] == 20
+    assert tables.bars(rows[:1]) is None
+
+
 def test_bytes_on_the_wire_stand_beside_their_formula() -> None:
     adamw = {"handed": 100.0, "interface": 300.0, "planned": 0, "bytes_an_element": 0, "matrix_elements": 0}
     muon = {"handed": 140.0, "interface": 400.0, "planned": 50, "bytes_an_element": 4, "matrix_elements": 40}
@@ -359,6 +411,11 @@ def test_bytes_on_the_wire_stand_beside_their_formula() -> None:
     assert [row.extra["formula"] for row in rows] == [0, 40.0, 20.0]
     assert rows[1].extra["handed_ratio"] == 1.0
     assert rows[1].extra["interface_ratio"] == 1.25
+    said = "ZeRO-3, bytes sent a step against AdamW's: Muon ×1.40, LionMuon ×1.40"
+    assert answers(rows[:2]) == [
+        f"{said.partition(', Lion')[0]}; of ours what is beyond it is the formula's within 0.010 %."
+    ]
+    assert answers(rows) == [f"{said}; of ours what is beyond it is the formula's within 100 %."]
     rows = list(wire.stage_rows(1, by_rank, settings, False, STAMP))
     assert [row.extra["formula"] for row in rows] == [0, 50.0, 25.0]
     assert "interface" not in rows[1].extra

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ds_optim.errors import UserError
+from ds_optim.optimizers.registry import OPTIMIZERS
 from ds_optim.report import (
     Row,
     RunInfo,
@@ -30,6 +31,7 @@ from ds_optim.report.compare import (
     table_spec,
     terminal_table,
 )
+from ds_optim.report.memory_plots import OWNER_COLOURS
 from ds_optim.report.plots import Curves, colour_map, draw
 from ds_optim.report.repeats import losses_by_seed, merge_repeats
 
@@ -315,6 +317,13 @@ def test_an_optimizer_has_its_colour_in_every_report() -> None:
     assert alone["muon"] == many["Muon, int8"]
     assert len(set(many.values())) == len(many)
     assert colour_map(["lion"])["lion"] == many["lion"]
+    every = colour_map([*OPTIMIZERS, "adamw", "deepspeed:Muon", "a user's", "another"])
+    assert all(every[name] == colour_map([name])[name] for name in OPTIMIZERS)
+    assert len(set(every.values())) >= len(OPTIMIZERS) + 2
+    assert every["deepspeed:Muon"] not in (every["Muon"], every["adamw"])
+    twice = colour_map(["lion, bfloat16", "lion, int8"])
+    assert twice["lion, bfloat16"] == many["lion"] != twice["lion, int8"], "paler, where both are shown"
+    assert not {*OWNER_COLOURS.values()} & {*every.values()}, "a part of memory is no optimizer"
 
 
 def test_repeats_become_one_row() -> None:

@@ -96,6 +96,7 @@ function estimates(at) {
 // ---------------------------------------------------------------------------------------------- what is shown
 
 const OWNERS = {{ owners|tojson }};
+const COLOURS = {{ colours|tojson }};
 const LINES = [
   ["weights", (row) => row.memory.weights],
   ["gradients", (row) => row.memory.before_step + row.memory.accumulating],
@@ -175,7 +176,7 @@ function drawBars(at, rows, said) {
   bars.setAttribute("aria-label", said);
   for (const row of rows) {
     const bar = element("div", bars, "", { class: "bar" });
-    element("span", bar, row.name);
+    element("span", bar, row.name, { style: `border-left: .6rem solid ${COLOURS[row.name]}` });
     const track = element("div", bar, "", { class: "track" });
     for (const [owner, bytes] of Object.entries(row.parts)) {
       const { colour, label } = OWNERS[owner];
@@ -185,7 +186,7 @@ function drawBars(at, rows, said) {
   }
 }
 
-for (const { colour, label } of Object.values(OWNERS)) {
+for (const { colour, label } of [...Object.values(OWNERS), { colour: "var(--bad)", label: "limit: the GPU's memory" }]) {
   const mark = element("span", field("legend"));
   element("i", mark, "", { style: `background:${colour}` });
   mark.append(label);
