@@ -47,6 +47,15 @@ _STRIPS_CPU: Mapping[str, Strips] = {
     "bfloat16": ((384, 2), (768, 6), (1024, 8), (2048, 16)),
     "float16": ((384, 2), (768, 6), (1024, 8), (2048, 16)),
 }
+# With AMX, whose rate small blocks do not reach, one thread (least processor time of two to four turns):
+#   strips        2            4            6
+#    256     1.38         2.30         2.48
+#    512     1.19         1.48         1.60
+#    768      .91         1.10         1.18
+#   1024     1.00          .99         1.13
+#   2048      .90          .90          .89
+# In the Gram form 768x2304 takes .97, .85, 1.05 and 1024x4096 .95, .87, .89.
+_STRIPS_AMX: Strips = ((768, 2), (1024, 4))
 _THREADS = 2
 # CUDA: not measured here. Published symmetric kernels lose at 1024 and win from 4096 on.
 _STRIPS_CUDA: Strips = ((4096, 2),)
@@ -54,14 +63,21 @@ _STRIPS_CUDA: Strips = ((4096, 2),)
 # Where gram / standard crosses 1. CPU, bfloat16, where every two steps that go together gain alike: one thread of the
 # processor above, keller x5 at aspects 1.25, 1.5, 2, 3, 4: 256 wide, whole, 1.12, .98, .99, .89, .83; 768 wide, cut,
 # 1.02, .97, .91, .81, .76. By operations float32 crosses there, too. CUDA: not measured; 1.5 is where the operations of
-# whole products cross.
+# whole products cross. With AMX, strips as above:
+#    256     1.12, 1.00, 1.07,  .89, 1.00
+#    512     1.14, 1.18, 1.06,  .91,  .80
+#    768     1.07, 1.12, 1.03,  .92,  .87
+#   1024     1.17, 1.10,  .91,  .90,  .81
 _GRAM_FROM_CPU = 1.5
+_GRAM_FROM_AMX = 2.0
 _GRAM_FROM_CUDA = 1.5
 
 
-def default_gram_from(device: torch.device) -> float:
+def default_gram_from(device: torch.device, dtype: str) -> float:
     """The aspect above which ``auto`` takes the Gram form where nobody has measured."""
-    return _GRAM_FROM_CPU if device.type == "cpu" else _GRAM_FROM_CUDA
+    if device.type != "cpu":
+        return _GRAM_FROM_CUDA
+    return _GRAM_FROM_AMX if _on_amx(dtype) else _GRAM_FROM_CPU
 
 
 def default_strips(device: torch.device, dtype: str) -> Strips:
@@ -72,7 +88,13 @@ def default_strips(device: torch.device, dtype: str) -> Strips:
     if device.type != "cpu":
         return _STRIPS_CUDA
     larger = max(1.0, torch.get_num_threads() / _THREADS) ** 0.5
-    return tuple((round(side * larger), strips) for side, strips in _STRIPS_CPU[dtype])
+    found = _STRIPS_AMX if _on_amx(dtype) else _STRIPS_CPU[dtype]
+    return tuple((round(side * larger), strips) for side, strips in found)
+
+
+def _on_amx(dtype: str) -> bool:
+    """Whether the processor's matrix unit takes products of ``dtype``."""
+    return dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()  # torch has no public name for it
 
 
 def table_path() -> Path:

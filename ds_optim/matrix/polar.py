@@ -92,7 +92,7 @@ class PolarSpec:
         # What the user's own machine has shown goes first.
         if gram_from is None:
             measured = dispatch.gram_from(device, dtype) if self.method == "auto" else None
-            gram_from = dispatch.default_gram_from(device) if measured is None else measured
+            gram_from = dispatch.default_gram_from(device, dtype) if measured is None else measured
         if strips is None and self.method == "svd":
             strips = ()
         elif strips is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ds_optim.errors import UserError
+from ds_optim.matrix import dispatch
 from ds_optim.matrix.normalize import normalized
 from ds_optim.matrix.polar import PolarSpec, cost, polar, scratch_elements
 from ds_optim.matrix.precision import whole_fp32
@@ -195,7 +196,8 @@ def test_auto_resolves_by_hardware() -> None:
     spec = PolarSpec().resolve(CPU)
     assert spec.dtype in ("float32", "bfloat16")
     assert spec.resolve(CPU) == spec
-    assert (spec.method_for(100, 150), spec.method_for(151, 100)) == ("standard", "gram")
+    rows = 100 * dispatch.default_gram_from(CPU, spec.dtype)
+    assert (spec.method_for(100, int(rows)), spec.method_for(int(rows) + 1, 100)) == ("standard", "gram")
     cuda = PolarSpec().resolve(torch.device("cuda"))
     assert (cuda.dtype, cuda.method_for(100, 150), cuda.method_for(151, 100)) == ("bfloat16", "standard", "gram")
     assert PolarSpec(dtype="float16").message_dtype == torch.bfloat16

@@ -202,6 +202,17 @@ def test_strips_by_short_side() -> None:
     assert PolarSpec(method="svd").resolve(CPU).strips == ()
 
 
+def test_a_matrix_unit_has_strips_and_an_aspect_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        found[amx] = {d: (dispatch.default_gram_from(CPU, d), dispatch.default_strips(CPU, d)) for d in DTYPES}
+    assert found[True].pop("bfloat16") == (2.0, ((768, 2), (1024, 4)))
+    assert found[False].pop("bfloat16") == (1.5, ((384, 2), (768, 6), (1024, 8), (2048, 16)))
+    assert found[True] == found[False], "it takes no products of theirs"
+
+
 def test_more_threads_cut_larger_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     two = dispatch.default_strips(CPU, "bfloat16")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -227,7 +238,7 @@ def test_a_table_of_another_gram_form_counts_as_none(
     old = {"version": 1, "devices": {dispatch.device_name(CPU): {"bfloat16": stored}}}
     dispatch.table_path().write_text(json.dumps(old))
     spec = PolarSpec(dtype="bfloat16").resolve(CPU)
-    assert spec.gram_from == dispatch.default_gram_from(CPU)
+    assert spec.gram_from == dispatch.default_gram_from(CPU, "bfloat16")
     assert spec.strips == dispatch.default_strips(CPU, "bfloat16")
     assert "measure anew" in caplog.text
     dispatch.store(CPU, {"bfloat16": stored})
