@@ -234,7 +234,7 @@ def _one_dies(environment: Mapping[str, str], folder: str) -> None:
 
 def _all_sleep(environment: Mapping[str, str], folder: str) -> None:
     (Path(folder) / f"pid{environment['RANK']}").write_text(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(600)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_a_cell_that_hangs_is_ended_at_its_timeout(
     monkeypatch.setattr(compare_launch, "work", _all_sleep)
     outcome = launcher(CellJob(folder=tmp_path, ranks=2, timeout_s=1))
     assert outcome.reason == "timed out after 1 s (rank 0, 1 still running)"
-    assert outcome.wall_s < 20
+    assert outcome.wall_s < 60, "they sleep ten minutes"
     assert _gone(tmp_path)
 
 
