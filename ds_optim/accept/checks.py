@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ds_optim.report.cells import grouped
 from ds_optim.report.plots import Bars
 from ds_optim.report.schema import Row
 from ds_optim.report.table import Column, TableSpec
@@ -89,10 +90,7 @@ def within(name: str, figure: float, limit: float, *, where: str = "", unit: str
 
 def page_rows(rows: Iterable[Row]) -> list[Row]:
     """A row for each part and name: of its conditions how many hold, and the one nearest to its limit."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.extra["part"], row.optimizer), []).append(row)
-    return [_joined(of_one) for of_one in groups.values()]
+    return [_joined(of_one) for of_one in grouped(rows, lambda row: (row.extra["part"], row.optimizer)).values()]
 
 
 def held(rows: Sequence[Row]) -> str:

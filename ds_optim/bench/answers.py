@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ds_optim.bench.elementwise import EAGER, TORCH_ADAMW
 from ds_optim.bench.engines import ADAMW
 from ds_optim.bench.polar import DEEPSPEED, DEEPSPEED_EAGER
+from ds_optim.report.cells import grouped
 from ds_optim.report.schema import Row
 from ds_optim.report.units import ratio_to, significant
 
@@ -54,7 +55,7 @@ def answers(rows: Sequence[Row]) -> list[str]:
 
 def _of_stages(rows: Sequence[Row], what: str, more: Callable[[Sequence[Row]], str]) -> list[str]:
     found = []
-    for stage, members in by(rows, lambda row: f"ZeRO-{row.stage}").items():
+    for stage, members in grouped(rows, lambda row: f"ZeRO-{row.stage}").items():
         base = base_of(members)
         if base is None:
             found.append(f"{stage}: {ADAMW} was not measured, and {what} has no ratio to it.")
@@ -84,7 +85,7 @@ def _sent(rows: Sequence[Row]) -> list[str]:
 def _solved(rows: Sequence[Row]) -> list[str]:
     """Of each shape the fastest of ours."""
     found = []
-    for shape, members in by(rows, lambda row: str(row.extra.get("shape"))).items():
+    for shape, members in grouped(rows, lambda row: str(row.extra.get("shape"))).items():
         base = base_of(members)
         own = [row for row in members if row.ms_per_step and row.optimizer not in _BASES["polar"]]
         if base is None or not own:
@@ -120,14 +121,6 @@ def taken(rows: Sequence[Row]) -> list[Row]:
     """Passes without the eager ones that compiled kernels stand in for."""
     compiled = {row.optimizer for row in rows if row.extra.get("path") != EAGER and value_of(row) is not None}
     return [row for row in rows if row.extra.get("path") != EAGER or row.optimizer not in compiled]
-
-
-def by(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows in groups, each in the order of its first."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
 
 
 _SENTENCES: Mapping[str, Callable[[Sequence[Row]], list[str]]] = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ds_optim.bench.answers import by, doubt, taken, value_of
+from ds_optim.bench.answers import doubt, taken, value_of
 from ds_optim.bench.elementwise import EAGER, TORCH_ADAMW
 from ds_optim.bench.engines import ADAMW, DEEPSPEED_MUON
 from ds_optim.bench.polar import DEEPSPEED
+from ds_optim.report.cells import grouped
 from ds_optim.report.plots import Bars, colour_map
 from ds_optim.report.schema import Row
 from ds_optim.report.table import Column, TableSpec, Value
@@ -122,7 +123,7 @@ def bars(rows: Sequence[Row]) -> Bars | None:
         return None
     kind = shown[0].kind
     title, limit = _PICTURES[kind]
-    groups = by(shown, _group)
+    groups = grouped(shown, _group)
     whose = {_label(row): _whose(row) for row in shown}
     colours = colour_map(list(whose.values()))
     limits = {(name, _label(row)): found for name, of in groups.items() for row in of if (found := _limit(row, of))}

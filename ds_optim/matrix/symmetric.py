@@ -43,7 +43,7 @@ def stride(side: int, dtype: torch.dtype, strips: int) -> int:
 def empty(x: Tensor, strips: int) -> Tensor:
     """An uninitialized (..., s, s) for x (..., m, n), s its short side: rows lie ``stride`` apart.
 
-    What lies between rows is zero on a CPU: with AMX, oneDNN 3.x multiplies the left factor's rows in bfloat16 up to
+    What lies between rows is zero on a CPU: with AMX, oneDNN 3.12 multiplies the left factor's rows in bfloat16 up to
     the next 32 columns, with zeros there, and what an allocation held before may be NaN.
     """
     side = min(x.shape[-2:])

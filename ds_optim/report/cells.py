@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from ds_optim.report.schema import Row
 from ds_optim.report.table import Column
 
 BASELINE = "adamw"
+Key = TypeVar("Key", bound=Hashable)
 
 
 def merge_cells(rows: Sequence[Row], of_repeats: Callable[[Sequence[Row]], Row]) -> list[Row]:
     """One row a cell, by run, ranks and stage; a cell of which a repeat failed has failed."""
-    cells: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        cells.setdefault((*group_of(row), row.optimizer, row.momentum_dtype), []).append(row)
+    cells = grouped(rows, lambda row: (*group_of(row), row.optimizer, row.momentum_dtype))
     merged = []
     for repeats in cells.values():
         failed = next((row for row in repeats if row.status != "ok"), None)
         merged.append(of_repeats(repeats) if failed is None else failed.model_copy())
     return sorted(merged, key=lambda row: (row.run, row.ranks, -1 if row.stage is None else row.stage))
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """Rows by ``key``, groups and rows in the order in which they come."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def group_of(row: Row) -> tuple[Any, ...]:

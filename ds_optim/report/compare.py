@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ds_optim.report.cells import BASELINE, peak_kinds, run_column, what_ran
+from ds_optim.report.cells import BASELINE, grouped, peak_kinds, run_column, what_ran
 from ds_optim.report.compare_plots import compare_plots, title_of
 from ds_optim.report.render import Report, render
 from ds_optim.report.repeats import (
@@ -151,10 +151,7 @@ def _how_far(rows: Sequence[Row]) -> str:
 
 
 def _by_group(rows: Sequence[Row], spec: TableSpec) -> dict[str, list[Row]]:
-    groups: dict[Hashable, list[Row]] = {}
-    for row in rows:
-        if row.status == "ok":
-            groups.setdefault(spec.group(row), []).append(row)
+    groups = grouped((row for row in rows if row.status == "ok"), spec.group)
     return {title_of(members[0].run, members[0].stage): members for members in groups.values()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ds_optim.report.cells import grouped
 from ds_optim.report.plots import Bars, Curves, Plot
 from ds_optim.report.schema import Row
 from ds_optim.report.units import milliseconds, size
@@ -14,9 +15,7 @@ _SAME = 0.02
 
 def compare_plots(rows: Sequence[Row]) -> list[Plot]:
     """Bars of memory, a plot of losses for each stage whose curves are others, and bars of time."""
-    groups: dict[tuple[str, int | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.run, row.stage), []).append(row)
+    groups = grouped(rows, lambda row: (row.run, row.stage))
     states = _bars("model_states", "Model states per rank", groups, "model_state_bytes")
     peaks = _bars("peak_memory", "Peak memory per rank", groups, "peak_bytes")
     times = _bars("ms_per_step", "Time per step, median", groups, "ms_per_step")
