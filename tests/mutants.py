@@ -149,15 +149,15 @@ MUTANTS = [
     Mutant(
         "an owner sends its own slices to itself",
         "plan.py",
-        "0 if owner == rank else sum(self._held(param, rank, part) for param in params)",
-        "sum(self._held(param, rank, part) for param in params)",
+        "0 if owner == rank else sum(self.held(param, rank, part) for param in params)",
+        "sum(self.held(param, rank, part) for param in params)",
         f"{U}exchange_plan.py {U}exchange_property.py",
     ),
     Mutant(
         "an owner waits for its own counts from others",
         "plan.py",
-        "sum(self._held(param, source, part) for param in bucket.owned[rank])",
-        "sum(self._held(param, rank, part) for param in bucket.owned[rank])",
+        "sum(self.held(param, source, part) for param in bucket.owned[rank])",
+        "sum(self.held(param, rank, part) for param in bucket.owned[rank])",
         f"{U}exchange_plan.py {U}exchange_property.py",
     ),
     Mutant(
@@ -462,8 +462,8 @@ MUTANTS = [
     Mutant(
         "a plan of some rows counts the work of all",
         "plan.py",
-        "return self._seen[view].matrices()",
-        "return view.matrices()",
+        "if self.fraction == 1.0:",
+        "if True:",
         f"{U}selection.py",
     ),
     Mutant(

@@ -32,6 +32,7 @@ from ds_optim.memory.estimate_terms import (
 from ds_optim.memory.passes import Backward
 from ds_optim.memory.rank import RankMemory
 from ds_optim.optimizers.rules import SCALES_OF_MOMENTUM
+from ds_optim.sharding.held import peak_scratch
 from ds_optim.sharding.layout import Layout, Unit, build_layout
 
 _FP32 = 4
@@ -285,5 +286,5 @@ def _exchanges(optimizer: OptimizerPlan, zero: ZeroSettings, units: tuple[Unit, 
     for plan in exchange_plans(units, optimizer, zero):
         for rank in sampled_ranks(plan.unit.world_size):
             of_all = rank * zero.ranks // plan.unit.world_size if zero.stage else rank
-            most[of_all] = max(most.get(of_all, 0), plan.peak_scratch(rank, offloaded=zero.offload))
+            most[of_all] = max(most.get(of_all, 0), peak_scratch(plan, rank, offloaded=zero.offload))
     return most

@@ -13,6 +13,7 @@ from ds_optim.memory.estimate_model import ModelShape
 from ds_optim.memory.estimate_optimizers import OptimizerPlan
 from ds_optim.memory.estimate_terms import ZeroSettings
 from ds_optim.memory.sub_groups import balance, better_size
+from ds_optim.sharding.held import peak_scratch
 from ds_optim.sharding.plan import ExchangePlan
 from ds_optim.sharding.shares import shared_by
 
@@ -74,7 +75,7 @@ def simulate(model: ModelShape, optimizer: OptimizerPlan, zero: ZeroSettings, ra
         for place, rank in enumerate(sampled):
             inside, between = _sent(plan, rank, ranks_per_node)
             sent[place] = sent[place][0] + inside, sent[place][1] + between
-            scratch = max(scratch, plan.peak_scratch(rank))
+            scratch = max(scratch, peak_scratch(plan, rank))
     makespan, idle = balance(plans, zero.ranks)
     better = better_size(plans, optimizer, zero, ranks_per_node)
     auto = plans if optimizer.share else [shared_by(plan, "auto", min(ranks_per_node, zero.ranks)) for plan in plans]

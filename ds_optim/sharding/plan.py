@@ -1,4 +1,4 @@
-"""The plan of an exchange: which rank works on which matrix, in which bucket, what travels, and what is held for it.
+"""The plan of an exchange: which rank works on which matrix, in which bucket, and what travels; held.py: what it holds.
 
 A plan is made from a :class:`Unit` and settings alone. Every rank, the estimate and a simulator of a cluster which is
 not there compute the same one where operations are counted, and one hash tells whether two ranks mean the same.
@@ -11,14 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby, product
 
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import ELEMENTS, Part, Shape
 from ds_optim.matrix.views import MatrixView
 from ds_optim.sharding.layout import Unit
 from ds_optim.sharding.owners import assign_owners, in_runs, makespan_ratio, nearest_owners
-from ds_optim.sharding.shards import ShardView
+from ds_optim.sharding.working import Working
 
 _MIB = 1 << 20
 #: Elements that a rank sends and receives for each that it owns in a bucket. "each": it receives its own matrices and
@@ -65,22 +64,26 @@ class ExchangePlan:
     @cached_property
     def costs(self) -> dict[int, float]:
         """Of each parameter's matrices, in any unit; only ratios matter."""
-        by_view = {view: self._cost(view) for view in set(self.views.values())}
-        return {param: by_view[view] for param, view in self.views.items()}
+        by_view = {view: self._cost(view) for view in set(self.worked.values())}
+        return {param: by_view[view] for param, view in self.worked.items()}
 
     def _cost(self, view: MatrixView) -> float:
         if self.timed is not None:
-            return sum(count * self.timed[m, n] for count, m, n in self._worked(view))
-        return sum(count * self.shape.cost(m, n, self.polar) for count, m, n in self._worked(view))
+            return sum(count * self.timed[m, n] for count, m, n in view.matrices())
+        return sum(count * self.shape.cost(m, n, self.polar) for count, m, n in view.matrices())
 
-    def _worked(self, view: MatrixView) -> list[tuple[int, int, int]]:
-        """The matrices that owners work on: of the rows that a step takes."""
-        return self._seen[view].matrices()
+    @cached_property
+    def worked(self) -> Mapping[int, MatrixView]:
+        """The matrices that owners get, by parameter: of the rows that a step takes."""
+        if self.fraction == 1.0:
+            return self.views
+        selected = {view: view.selected(self.fraction) for view in set(self.views.values())}
+        return {param: selected[view] for param, view in self.views.items()}
 
     @cached_property
     def sizes(self) -> frozenset[tuple[int, int]]:
         """(m, n) of all matrices."""
-        return frozenset((m, n) for view in set(self.views.values()) for _, m, n in self._worked(view))
+        return frozenset((m, n) for view in set(self.worked.values()) for _, m, n in view.matrices())
 
     @cached_property
     def cut(self) -> tuple[int, ...]:
@@ -179,14 +182,19 @@ class ExchangePlan:
     # ------------------------------------------------------------------------------------------------- what travels
 
     @cached_property
+    def working(self) -> Working:
+        """What owners make of matrices."""
+        return Working(shape=self.shape, polar=self.polar, stacked=self.stacked)
+
+    @property
     def there(self) -> tuple[Part, ...]:
         """What travels to the owners, a message each."""
-        return self.shape.there(self.polar)
+        return self.working.there
 
-    @cached_property
+    @property
     def back(self) -> tuple[Part, ...]:
         """What travels back."""
-        return self.shape.back(self.polar)
+        return self.working.back
 
     @property
     def element_bytes(self) -> int:
@@ -196,18 +204,19 @@ class ExchangePlan:
     def sent_counts(self, bucket: Bucket, rank: int, part: Part = ELEMENTS) -> list[int]:
         """Values that ``rank`` sends to each owner; what it owns itself stays where it is."""
         return [
-            0 if owner == rank else sum(self._held(param, rank, part) for param in params)
+            0 if owner == rank else sum(self.held(param, rank, part) for param in params)
             for owner, params in enumerate(bucket.owned)
         ]
 
     def received_counts(self, bucket: Bucket, rank: int, part: Part = ELEMENTS) -> list[int]:
         """Values that ``rank``, as an owner, receives from each rank."""
         return [
-            0 if source == rank else sum(self._held(param, source, part) for param in bucket.owned[rank])
+            0 if source == rank else sum(self.held(param, source, part) for param in bucket.owned[rank])
             for source in range(self.unit.world_size)
         ]
 
-    def _held(self, param: int, rank: int, part: Part) -> int:
+    def held(self, param: int, rank: int, part: Part) -> int:
+        """Values of a parameter's part that ``rank`` holds."""
         held = self.unit.slice_of(param, rank)
         if held is None:
             return 0
@@ -228,8 +237,6 @@ class ExchangePlan:
                 found[peer] += count * part.dtype.itemsize
         return [math.ceil(count * self.fraction) for count in found]
 
-    # ------------------------------------------------------------------------------------------------- what is held
-
     @cached_property
     def held_per_element(self) -> float:
         """The most bytes that an exchange holds for each element that a rank owns in a bucket: the c in
@@ -239,136 +246,7 @@ class ExchangePlan:
         That is a bucket in work (messages, stacks, results, temporaries), with overlap also the next one on its way
         in and the last one on its way out.
         """
-        return max(self._held_per_element(view) for view in set(self.views.values()))
+        return max(map(self._per_element, set(self.views.values())))
 
-    def _held_per_element(self, view: MatrixView) -> float:
-        there, back = (_bytes_of([view], parts) / view.numel for parts in (self.there, self.back))
-        moved = _MOVED[self.unit.cut]
-        arriving = (moved + 1) * there
-        temporaries = max(self._scratch(view, m, n) / (m * n) for _, m, n in view.matrices())
-        if isinstance(view, ShardView):  # its owner holds all of it
-            temporaries *= view.times
-        working = back + (temporaries + self._copied(view) / view.numel)
-        return arriving + working + (arriving + moved * back if self.overlap and moved else 0)
-
-    def _scratch(self, view: MatrixView, m: int, n: int) -> int:
-        """Bytes of temporaries of one (m, n) matrix of a view."""
-        return self.shape.scratch(m, n, self.polar)
-
-    def _copied(self, view: MatrixView) -> int:
-        """Bytes of the copies that take a parameter's matrices out of it and put results back into one."""
-        if isinstance(view, ShardView):  # messages, the whole, its result and that of the shard
-            here, whole = (_bytes_of([seen], (*self.there, *self.back)) for seen in (view, view.whole))
-            return 2 * here + 2 * whole + self._copied(view.whole)
-        if not view.is_cut_up:
-            return 0
-        return _bytes_of([view], self.there) + (_bytes_of([view], self.back) if self.shape.result is not None else 0)
-
-    def peak_scratch(self, rank: int, *, offloaded: bool = False) -> int:
-        """The most bytes that a rank holds at once in an exchange: messages, stacks, results, and matrices in work; on
-        the accelerator, where slices lie on the host."""
-        arriving = [
-            self._message_bytes(bucket, rank, self.there) + self._stack_bytes(bucket.owned[rank], self.there)
-            for bucket in self.buckets
-        ]
-        most = behind = 0  # behind: results on their way to the host while the next matrices are worked on
-        for batch in self.whole[rank]:
-            held = self._stack_bytes(batch, self.there) + self._working(batch)
-            most = max(most, held + sum(arriving[:1]) + behind)
-            behind = offloaded * self._stack_bytes(batch, self.back)
-        for number, bucket in enumerate(self.buckets):
-            held = arriving[number] + self._working(bucket.owned[rank])
-            leaving = self.buckets[number - 1 : number] if number else ()
-            if self.overlap:
-                held += sum(arriving[number + 1 : number + 2])
-                held += sum(self._message_bytes(last, rank, self.back) for last in leaving)
-            most = max(most, held + behind)
-            if offloaded:
-                last = bucket if not self.overlap else leaving[0] if leaving else None
-                behind = self._moved_bytes(last or bucket, rank, self.back)[0 if last else 2]
-        return most + (0 if offloaded else self._choice_bytes(rank))
-
-    def _message_bytes(self, bucket: Bucket, rank: int, parts: Sequence[Part]) -> int:
-        """What a rank sends and receives for a bucket one way."""
-        return sum(self._moved_bytes(bucket, rank, parts)[:2])
-
-    def _moved_bytes(self, bucket: Bucket, rank: int, parts: Sequence[Part]) -> tuple[int, int, int]:
-        """What a rank sends to owners, receives as one, and keeps; of chosen rows at most, as all may be with one rank,
-        which then keeps them all."""
-        sent = received = kept = 0
-        for part, (owner, params) in product(parts, enumerate(bucket.owned)):
-            for param in params:
-                held, whole = self._held(param, rank, part), self._values(self.views[param], part)
-                most = self._values(self._seen[self.views[param]], part)
-                if owner == rank:
-                    received += min(whole - held, most) * part.dtype.itemsize
-                    kept += (most - min(whole - held, most)) * part.dtype.itemsize
-                else:
-                    sent += min(held, most) * part.dtype.itemsize
-        return sent, received, kept
-
-    @staticmethod
-    def _values(view: MatrixView, part: Part) -> int:
-        first, last = part.place(view, 0, view.numel)
-        return last - first
-
-    @cached_property
-    def _seen(self) -> dict[MatrixView, MatrixView]:
-        """The matrices that owners get, by parameters' views: of the rows that a step takes."""
-        return {
-            view: view if self.fraction == 1.0 else view.selected(self.fraction) for view in set(self.views.values())
-        }
-
-    def _stack_bytes(self, params: Sequence[int], parts: Sequence[Part]) -> int:
-        return _bytes_of([self._seen[self.views[param]] for param in params], parts)
-
-    def _choice_bytes(self, rank: int) -> int:
-        """What says during an exchange which rows were chosen: a byte a row, and 8 for how many are before it."""
-        if self.fraction == 1.0:
-            return 0
-        params = [*self.cut, *chain.from_iterable(self.whole[rank])]
-        return sum(9 * self.views[param].of_rows.numel for param in params) + 8 * bool(params)
-
-    def _working(self, params: Sequence[int]) -> int:
-        """The most bytes beside their stacks while matrices are worked on, run by run of equal ones: results so far,
-        and what the run in work holds."""
-        most = done = 0
-        for view, run in groupby(self._seen[self.views[param]] for param in params):
-            equal = len(list(run))
-            most = max(most, done + self._held_by(view, equal))
-            done += equal * _bytes_of([view], self._new_parts(view))
-        return max(most, done)
-
-    def _new_parts(self, view: MatrixView) -> list[Part]:
-        """Of what goes back, that for which there is no room in the stack that came: rows move on where they are, and
-        so do matrices that are packed again."""
-        if isinstance(view, ShardView):
-            return list(self.back)
-        in_stack = self.there if view.is_cut_up else [part for part in self.there if part.per_row]
-        return [part for part in self.back if part not in in_stack]
-
-    def _held_by(self, view: MatrixView, equal: int) -> int:
-        """The most bytes beside its stack that a run of so many equal parameters holds in work, results among them."""
-        blocks = [
-            (count * equal, m, n, (count * equal if self.stacked else 1) * self.shape.scratch(m, n, self.polar))
-            for count, m, n in view.matrices()
-        ]
-        packed = equal * _bytes_of([view], self._new_parts(view))
-        if isinstance(view, ShardView) or not view.is_cut_up:
-            return packed + equal * self._copied(view) + max(scratch for *_, scratch in blocks)
-        most = done = 0  # block by block: what was taken out of parameters, and what was made of it until it is packed
-        for many, m, n, scratch in blocks:
-            taken = many * _bytes_of_matrix(m, n, self.there)
-            made = many * _bytes_of_matrix(m, n, [part for part in self.back if not part.per_row])
-            most = max(most, done + taken + made + scratch)
-            done += made + many * _bytes_of_matrix(m, n, [part for part in self.back if part.per_row])
-        return max(most, done + packed)
-
-
-def _bytes_of_matrix(m: int, n: int, parts: Sequence[Part]) -> int:
-    return sum((m if part.per_row else m * n) * part.dtype.itemsize for part in parts)
-
-
-def _bytes_of(views: Sequence[MatrixView], parts: Sequence[Part]) -> int:
-    """Of whole parameters."""
-    return sum(part.place(view, 0, view.numel)[1] * part.dtype.itemsize for view in views for part in parts)
+    def _per_element(self, view: MatrixView) -> float:
+        return self.working.per_element(view, moved=_MOVED[self.unit.cut], overlap=self.overlap)

@@ -18,6 +18,7 @@ from ds_optim.sharding.layout import ParamSpec, Slice, Unit
 from ds_optim.sharding.owners import makespan_ratio
 from ds_optim.sharding.plan import Bucket, ExchangePlan
 from ds_optim.sharding.teams import Job, Team, assign_teams, deal_teams, sizes_of
+from ds_optim.sharding.working import Working
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,22 +153,28 @@ class SharedPlan(ExchangePlan):
         return found
 
     @cached_property
+    def working(self) -> Working:
+        return _SharedWorking(shape=self.shape, polar=self.polar, stacked=self.stacked)
+
+    @cached_property
     def held_per_element(self) -> float:
         """Of what is held: shared parameters are not."""
         apart = {share.param for share in self.shares}
-        return max(self._held_per_element(view) for view in {v for p, v in self.views.items() if p not in apart})
+        return max(map(self._per_element, {view for param, view in self.views.items() if param not in apart}))
 
-    def _held_by(self, view: MatrixView, equal: int) -> int:
+
+class _SharedWorking(Working):
+    def held_by(self, view: MatrixView, equal: int) -> int:
         """Shares are worked on one by one."""
         if not isinstance(view, ShareView):
-            return super()._held_by(view, equal)
+            return super().held_by(view, equal)
         results = sum(equal * view.numel * part.dtype.itemsize for part in self.back)
-        return results + self._scratch(view, *view.sides)
+        return results + self.scratch(view, *view.sides)
 
-    def _scratch(self, view: MatrixView, m: int, n: int) -> int:
+    def scratch(self, view: MatrixView, m: int, n: int) -> int:
         if isinstance(view, ShareView):
             return shared.scratch_bytes(*view.sides, self.polar, view.ranks)
-        return super()._scratch(view, m, n)
+        return super().scratch(view, m, n)
 
 
 def shared_plan(plan: ExchangePlan, sizes: Sequence[int], *, always: bool = False) -> ExchangePlan:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ds_optim.matrix.polar import PolarSpec
 from ds_optim.matrix.shapes import ELEMENTS, POLAR, ROWS
 from ds_optim.matrix.views import MatrixView
+from ds_optim.sharding.held import peak_scratch
 from ds_optim.sharding.layout import ParamSpec, Shard, Unit
 from ds_optim.sharding.plan import ExchangePlan
 from ds_optim.sharding.shards import ShardView
@@ -99,7 +100,7 @@ def test_costs_and_scratch_are_those_of_the_whole(name: str) -> None:
     assert cut_up.sizes == whole.sizes
     assert specs[0].whole_numel == specs[1].numel
     # A whole matrix is worked on wherever it comes together, and its messages lie beside it.
-    assert cut_up.peak_scratch(0) + cut_up.peak_scratch(1) > whole.peak_scratch(0)
+    assert peak_scratch(cut_up, 0) + peak_scratch(cut_up, 1) > peak_scratch(whole, 0)
 
 
 def test_only_whose_shard_it_is_sets_ranks_apart() -> None:
