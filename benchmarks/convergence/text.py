@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def load_text(source: str, tokenizer: str, cache: Path) -> Text:
         train, held, _ = split_documents(list(documents_of(source)))
         made = _tokenizer(tokenizer, train, cache)
         arrays = {"train": encode_documents(made, train), "validation": encode_documents(made, held)}
-        partial = kept.with_suffix(".partial.npz")
+        partial = kept.with_suffix(f".{os.getpid()}.npz")  # workers of a first cell each make it
         np.savez(partial, vocab_size=made.vocab_size, **arrays)
         partial.replace(kept)
     with np.load(kept) as found:
