@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.convergence import loop, page, run
+from benchmarks.convergence import text as texts
 from benchmarks.convergence.report import (
     interval,
     ranking_table,
@@ -290,6 +291,22 @@ def test_the_large_model_is_the_same_study_as_commands(tmp_path: Path) -> None:
     line = run.command(study, large[0])
     assert "--preset qwen3-134m --data hub:HuggingFaceFW/fineweb" in line
     assert "--steps 6481" in line
+
+
+def test_a_worker_that_makes_the_text_meanwhile_takes_nobodys_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, others = np.savez, list[Text]()
+
+    def meanwhile(path: Path, **arrays: Any) -> None:
+        write(path, **arrays)
+        monkeypatch.setattr(np, "savez", write)
+        monkeypatch.setattr(texts.os, "getpid", lambda: -1)
+        others.append(texts.load_text("shakespeare", "bytes", tmp_path))
+
+    monkeypatch.setattr(np, "savez", meanwhile)
+    found = texts.load_text("shakespeare", "bytes", tmp_path)
+    assert found.digest == others[0].digest
 
 
 def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
