@@ -62,7 +62,7 @@ def blocks_of(study: Study, names: str) -> list[Block]:
 
 
 def tuned_table(study: Study, blocks: list[Block], rows: Rows) -> str:
-    """What tuning came to, with the losses at the neighbours of the best rate (no seed of it is held out)."""
+    """What tuning came to, with the losses at the neighbours of the best rate (of no held-out seed); '' without any."""
     known = losses(rows)
     lines = ["| optimizer | learning rate: loss | then | trials | loss |", "|---|---|---|---:|---:|"]
     for block in blocks:
@@ -82,7 +82,7 @@ def tuned_table(study: Study, blocks: list[Block], rows: Rows) -> str:
             loss = known[study.cell(block, name, values, 0).key]
             fixed = "".join(f", {key} {value}" for key, value in given.items() if key not in values and key != "betas")
             lines.append(f"| {name} | {rates} | {', '.join(moved) or 'as it is'}{fixed} | {len(tried)} | {loss:.3f} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def gaps_picture(study: Study, blocks: list[Block], rows: Rows) -> str:

@@ -60,7 +60,7 @@ class Working:
     def held_by(self, view: MatrixView, equal: int) -> int:
         """The most bytes beside its stack that a run of so many equal parameters holds in work, results among them."""
         blocks = [
-            (count * equal, m, n, (count * equal if self.stacked else 1) * self.shape.scratch(m, n, self.polar))
+            (count * equal, m, n, (count * equal if self.stacked else 1) * self.scratch(view, m, n))
             for count, m, n in view.matrices()
         ]
         packed = equal * bytes_of([view], self._new_parts(view))
