@@ -134,12 +134,12 @@ def ranking_table(study: Study, model: str, horizon: float, rows: Rows) -> str:
     """All tuned entries of a model and horizon by mean loss, each with the ranks that the seeds leave open: one more
     than are better, and as many as are not worse, in the sign-flip test at 5 % without correction."""
     blocks = [b for b in study.blocks if (b.kind, b.model, b.horizon) == ("seeds", model, horizon)]
-    runs = {
-        name: {seed: float(row["val_loss"]) for seed, row in of.items()}
-        for block in blocks
-        for name, of in by_seed(study, block, rows).items()
-        if not study.entries[name].like and len(study.entries[name].lr) > 1
-    }
+    runs: dict[str, dict[int, float]] = {}
+    for block in blocks:
+        for name, of in by_seed(study, block, rows).items():
+            if not study.entries[name].like and len(study.entries[name].lr) > 1:
+                # (of two blocks that have it the first: a mean over the same seeds as the others')
+                runs.setdefault(name, {seed: float(row["val_loss"]) for seed, row in of.items()})
     if len(runs) < 3:
         return ""
     apart = {

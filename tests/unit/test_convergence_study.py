@@ -174,6 +174,7 @@ def test_an_entry_is_held_against_what_it_changes_and_ranks_are_as_open_as_the_s
             {"name": "r", "kind": "rates", "entries": ["adamw", "near", "far"], **block},
             {"name": "s", "kind": "seeds", "seeds": list(range(1, 7)), "entries": ["adamw", "near", "far"], **block},
             {"name": "q", "kind": "seeds", "seeds": list(range(1, 7)), "entries": ["half"], **block},
+            {"name": "more", "kind": "seeds", "seeds": list(range(1, 9)), "entries": ["near"], **block},
         ],
     })  # fmt: skip
     away = {"adamw": 0.0, "near": 0.1, "far": 0.5, "half": -0.25}
