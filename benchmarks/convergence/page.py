@@ -19,6 +19,7 @@ from benchmarks.convergence.report import (
     curves,
     gaps,
     interval,
+    kin_table,
     pairs_table,
     ranking_table,
     seeds_table,
@@ -118,6 +119,7 @@ def joined(table: Callable[[Study, Block, Rows], str]) -> Callable[[Study, list[
 KINDS: Mapping[str, Callable[[Study, list[Block], Rows], str]] = {
     "tuned": tuned_table,
     "seeds": joined(seeds_table),
+    "kin": joined(kin_table),
     "pairs": joined(pairs_table),
     "ranking": joined(lambda study, block, rows: ranking_table(study, block.model, block.horizon, rows)),
     "gaps": gaps_picture,

@@ -99,6 +99,17 @@ def seeds_table(study: Study, block: Block, rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def kin_table(study: Study, block: Block, rows: Rows) -> str:
+    """The difference of each entry from its kin on the same seeds, with its interval and p; '' where none has any."""
+    lines = ["| optimizer | against | difference | p |", "|---|---|---|---:|"]
+    for name in block.entries:
+        if kin := study.entries[name].kin:
+            runs, against = (runs_of(study, block, of, rows) for of in (name, kin))
+            if len(_differences(runs, against)) > 1:
+                lines.append(f"| {name} | " + " | ".join(_compared(runs, against, kin)[:3]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def held_against(study: Study, name: str) -> str:
     """The entry that this one changes in one thing, else AdamW."""
     return study.entries[name].like or "adamw"
@@ -177,7 +188,7 @@ def pairs_table(study: Study, block: Block, rows: Rows) -> str:
 def _tables(study: Study, block: Block, rows: Rows) -> list[str]:
     if block.kind == "rates":
         return [rates_table(study, block, rows)]
-    tables = [seeds_table(study, block, rows)] if block.kind == "seeds" else []
+    tables = [table(study, block, rows) for table in (seeds_table, kin_table)] if block.kind == "seeds" else []
     if block.kind == "seeds" and len(block.entries) <= MOST_PAIRS:
         tables.append(pairs_table(study, block, rows))
     return tables

@@ -40,7 +40,8 @@ class Model(_Part):
 
 
 class Entry(_Part):
-    """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry.
+    """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry;
+    ``kin`` is a tuned entry that it is held against beside AdamW.
 
     ``axes`` are tried one after the other, each at the best of those before it, and grow as rates do. An axis ``lr``
     holds factors of the rate found so far: the best rate is looked for again where another axis has moved it.
@@ -51,6 +52,7 @@ class Entry(_Part):
     lr: tuple[float, ...] = ()
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     like: str | None = None
+    kin: str | None = None
     lr_times: float = 1.0
 
 
@@ -118,6 +120,8 @@ class Study(_Part):
                 raise ValueError(f"entry {name!r} has no lr to try: write lr: [1e-3, 2e-3, 4e-3], or like: ENTRY")
             if entry.like is not None and (entry.like not in self.entries or self.entries[entry.like].like):
                 raise ValueError(f"entry {name!r} is like {entry.like!r}, which is no entry that is tuned itself")
+            if entry.kin is not None and entry.kin not in self.entries:
+                raise ValueError(f"entry {name!r} has kin {entry.kin!r}, which is no entry")
         return self
 
     def steps(self, cell: Cell) -> int:

@@ -14,6 +14,7 @@ from benchmarks.convergence import loop, page, run
 from benchmarks.convergence import text as texts
 from benchmarks.convergence.report import (
     interval,
+    kin_table,
     ranking_table,
     seeds_table,
     sign_flip_p,
@@ -168,8 +169,8 @@ def test_an_entry_is_held_against_what_it_changes_and_ranks_are_as_open_as_the_s
     like = {"type": "Lion", "like": "near", "params": {"momentum_dtype": "bfloat16"}}
     block = {"model": "m", "data": "d", "horizon": 2}
     study = Study.model_validate(STUDY.model_dump() | {
-        "entries": {"adamw": plain, "near": {**plain, "type": "Lion"}, "far": {**plain, "type": "Signum"},
-                    "half": like},
+        "entries": {"adamw": plain, "near": {**plain, "type": "Lion"}, "half": like,
+                    "far": {**plain, "type": "Signum", "kin": "near"}},
         "blocks": [
             {"name": "r", "kind": "rates", "entries": ["adamw", "near", "far"], **block},
             {"name": "s", "kind": "seeds", "seeds": list(range(1, 7)), "entries": ["adamw", "near", "far"], **block},
@@ -193,6 +194,9 @@ def test_an_entry_is_held_against_what_it_changes_and_ranks_are_as_open_as_the_s
     (held,) = seeds_table(study, study.blocks[2], rows).splitlines()[2:]
     assert held.startswith("| half | 6 | 3.2500 | near | -0.2500 (-0.35")
     assert held.endswith("| 0.031 | 88% |")  # 50 of 100 tokens, and 0.65 or 0.85 of the way down the next 50
+    assert kin_table(study, study.blocks[1], rows).splitlines()[2:] == [
+        "| far | near | +0.5000 (+0.4000 to +0.6000, 97%) | 0.031 |"
+    ]
 
 
 def test_tokens_to_a_loss_are_read_between_validations() -> None:
@@ -314,6 +318,9 @@ def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("models: {}\ndata: {}\nentries: {a: {type: Lion}}\nblocks: []\n")
     with pytest.raises(UserError, match="entry 'a' has no lr to try"):
+        load_study(path)
+    path.write_text("models: {}\ndata: {}\nentries: {a: {type: Lion, lr: [1.0e-3], kin: b}}\nblocks: []\n")
+    with pytest.raises(UserError, match="entry 'a' has kin 'b', which is no entry"):
         load_study(path)
 
 
