@@ -82,7 +82,8 @@ class LionMuon(ZeroOptimizer):
         weight_decay: decoupled, with the step size that the step uses.
         period: P; 1 orthogonalizes always, "inf" never (Lion at lr / sign_lr_ratio).
         sign_lr_ratio: lr over the rate of the sign steps. It grows with P: published pairs are (2, 10),
-            (5, 30) and (20, 100).
+            (5, 30) and (20, 100); tuned on a model of 0.03M parameters it came to 10, 11 and 25 (docs/evidence.md,
+            where the loss grows with P, too).
         period_mode: "fixed", or "random": each step orthogonalizes with probability 1 / P, all matrices at once,
             by a draw from the common option ``seed``.
         spread: let matrices take turns: of P steps each orthogonalizes about a P-th of them (those of phase k at

@@ -56,8 +56,8 @@ class SpectralLion(ZeroOptimizer):
         lr: the size of each element's step.
         betas: (b1, b2).
         weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
-        basis: "momentum", "weight" or "gradient". The default had the lower losses of the first two
-            (docs/evidence.md).
+        basis: "momentum", "weight" or "gradient". The default ended below the other two on a model of 0.03M
+            parameters, each with its own best rate (docs/evidence.md).
         polar: as for all matrix rules; here the method is "svd" unless said otherwise, and its dtype, that of the
             directions or gradients that travel, is that of the model's weights: bfloat16 for 16-bit ones, else float32.
 

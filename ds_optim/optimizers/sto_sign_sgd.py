@@ -79,7 +79,8 @@ class StoSignSGD(ZeroOptimizer):
         beta: b.
         weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
         bound: "tensor" keeps one B for each parameter, the largest |m| that it has had; "element" is the literal
-            rule with a second buffer.
+            rule with a second buffer. One B for a parameter makes far noisier signs: on a model of 0.03M parameters
+            the loss ended 0.79 nats above that of "element" (docs/evidence.md).
 
     bound="tensor" is ours. The noise is that of the common option ``seed``.
 
