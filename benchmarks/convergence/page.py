@@ -7,6 +7,7 @@ A mark ``<!-- study: KIND: BLOCK, BLOCK -->`` stands before each of them, ``<!--
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,16 +45,29 @@ class Gaps:
 
     def figure(self, colours: Mapping[str, str], ink: str) -> Any:
         figure, axes = new_figure(6.4, 0.9 + 0.24 * len(self.of), ink)
+        right = self.right()
         for place, (name, (centre, low, high)) in enumerate(self.of.items()):
             colour = colours.get(name, ink)
+            if low > right:  # an arrow to where it would be
+                axes.plot([right], [place], color=colour, marker=">", markersize=5, clip_on=False)
+                axes.text(right, place, f"{centre:+.2f}   ", color=ink, ha="right", va="center", fontsize=9)
+                continue
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
             axes.plot([centre], [place], color=colour, marker="o", markersize=5)
+        if right < math.inf:
+            axes.set_xlim(right=right)
         axes.axvline(0, color=ink, linewidth=1, linestyle=":")
         axes.set_yticks(range(len(self.of)), list(self.of))
         axes.invert_yaxis()
         axes.set_xlabel("nats a token; left of the line is better", color=ink)
         axes.grid(axis="x", color=ink, alpha=0.15, linewidth=0.8)
         return figure
+
+    def right(self) -> float:
+        """The end of the axis: where one interval lies so far out that the others would not be seen beside it, short
+        of that one."""
+        *_, second, last = sorted((0.0, 0.0, *(high for _, _, high in self.of.values())))
+        return 1.3 * second if last > 3 * second > 0 else math.inf
 
 
 def blocks_of(study: Study, names: str) -> list[Block]:
