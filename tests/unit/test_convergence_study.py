@@ -334,3 +334,15 @@ def test_the_page_holds_what_the_committed_rows_give(tmp_path: Path, monkeypatch
     assert "Not run yet." in page.filled(text, study, {})
     for image in (tmp_path / "plots").glob("*.png"):
         assert (page.PAGE.parent / "images" / "plots" / image.name).exists(), image.name
+
+
+def test_one_interval_far_out_does_not_squeeze_the_others_in_a_picture() -> None:
+    near = {"a": (-0.02, -0.03, -0.01), "b": (0.01, -0.01, 0.03)}
+    assert page.Gaps(name="n", title="t", of=near).right() == math.inf
+    out = page.Gaps(name="n", title="t", of={**near, "c": (0.9, 0.8, 1.0)})
+    assert out.right() == pytest.approx(1.3 * 0.03)
+    (axes,) = out.figure({}, "black").axes
+    assert axes.get_xlim()[1] == pytest.approx(1.3 * 0.03)
+    assert [text.get_text().strip() for text in axes.texts] == ["+0.90"]
+    below = {"a": (-0.9, -1.0, -0.8), "b": (-0.02, -0.03, -0.01)}
+    assert page.Gaps(name="n", title="t", of=below).right() == math.inf
