@@ -188,8 +188,10 @@ def pairs_table(study: Study, block: Block, rows: Rows) -> str:
 def _tables(study: Study, block: Block, rows: Rows) -> list[str]:
     if block.kind == "rates":
         return [rates_table(study, block, rows)]
-    tables = [table(study, block, rows) for table in (seeds_table, kin_table)] if block.kind == "seeds" else []
-    if block.kind == "seeds" and len(block.entries) <= MOST_PAIRS:
+    if block.kind == "axes":
+        return []
+    tables = [table(study, block, rows) for table in (seeds_table, kin_table)]
+    if len(block.entries) <= MOST_PAIRS:
         tables.append(pairs_table(study, block, rows))
     return tables
 

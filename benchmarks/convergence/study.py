@@ -41,7 +41,7 @@ class Model(_Part):
 
 class Entry(_Part):
     """An optimizer of the study: what is fixed, and what is tuned. ``like`` takes the tuned values of another entry;
-    ``kin`` is a tuned entry that it is held against beside AdamW.
+    ``kin`` is another entry that it is held against, beside AdamW or the one that it is like.
 
     ``axes`` are tried one after the other, each at the best of those before it, and grow as rates do. An axis ``lr``
     holds factors of the rate found so far: the best rate is looked for again where another axis has moved it.

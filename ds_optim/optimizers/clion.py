@@ -72,8 +72,8 @@ class CLion(ZeroOptimizer):
         weight_decay: decoupled, on parameters with two or more dimensions (all with ``decay_1d``).
         nu: the threshold, in units of the gradient.
         gate: "coordinate" opens for each element with |c| >= nu; "tensor", the paper's algorithm, for a whole
-            parameter whose smallest |c| that is not 0 reaches nu: that is all but never, and the loss is higher
-            for it (docs/evidence.md).
+            parameter whose smallest |c| that is not 0 reaches nu: that is all but never, and on a model of
+            0.03M parameters the loss is higher for it (docs/evidence.md).
 
     ``diagnostics`` logs the share of open gates.
 
